@@ -1,0 +1,85 @@
+// Contract of the attention kernels, the same for every back end.
+//
+//   logits[b,h,t,s] = scale * sum_d query[b,h,t,d] * key[b,h/groups,s,d] + bias[b,h,t,s]
+//   allowed[b,h,t,s] = (-left <= s - t <= right) and mask[b,h,t,s]
+//   out[b,h,t,e]    = sum_s softmax_s(logits where allowed)[b,h,t,s] * value[b,h/groups,s,e]
+//
+// Axes: b batch, h = kv_head * groups + group query heads, t query length, s key length,
+// d query/key features, e value features. Dao et al. 2022, arXiv:2205.14135; Dao 2023,
+// arXiv:2307.08691.
+#pragma once
+
+#include <cstdint>
+
+#include "ffi/kernels/types.h"
+
+namespace zenith {
+
+/// `left` and `right` of a band that has no bound on that side.
+inline constexpr int64_t kUnbounded = int64_t{1} << 40;
+
+/// What a row without any allowed key returns.
+enum class MaskedRow : int32_t {
+  kNan = 0,   // softmax over -inf only: the row is NaN
+  kMean = 1,  // softmax over equal finite fills: the mean of `value` over all kv_len keys
+};
+
+/// Element strides of a (batch, head, length, feature) tensor; the feature stride is 1.
+struct HeadStrides {
+  int64_t batch = 0, head = 0, length = 0;
+};
+
+/// Element strides of a tensor broadcast to (batch, kv_head, group, query, key); 0 where its size
+/// is 1.
+struct ScoreStrides {
+  int64_t batch = 0, kv_head = 0, group = 0, query = 0, key = 0;
+};
+
+struct AttentionProblem {
+  DType dtype;  // of query, key, value, out and their cotangents
+  int64_t batch, kv_heads, groups, q_len, kv_len, qk_dim, v_dim;  // any may be 0
+  float scale;
+  int64_t left, right;  // band of allowed s - t; kUnbounded where open. Causal: left open, right 0
+  MaskedRow masked_row;
+
+  const void *query, *key, *value;
+  HeadStrides query_strides, key_strides, value_strides, out_strides;
+
+  const bool* mask = nullptr;  // true = attend; null when absent
+  ScoreStrides mask_strides;
+  const void* bias = nullptr;  // null when absent
+  DType bias_dtype = DType::kF32;
+  ScoreStrides bias_strides;
+};
+
+/// Softmax and products accumulate in float32 whatever `dtype`.
+/// out: `out_strides`, dtype. lse: dense (batch, head, t), float32: log-sum-exp of the allowed
+/// logits (natural logarithm), -inf for a row without an allowed key, whatever `masked_row`. kv_len
+/// == 0 counts as rows without an allowed key; kMean is then NaN too. Fully overwrites out and lse.
+/// Bit-reproducible.
+struct AttentionForwardArgs : AttentionProblem {
+  void* out;
+  float* lse;
+};
+Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch);
+
+/// Cotangents of the above. dout and out use `out_strides`, dquery `query_strides`, and so on; lse
+/// as above.
+///   delta[b,h,t] = sum_e dout * out;  p = exp(logits - lse);  dp = dout . value
+///   dlogits = p * (dp - delta);  dbias = dlogits;  dquery = scale * dlogits . key;  dkey = scale *
+///   dlogits^T . query dvalue = p^T . dout, summed over the group of query heads that share a kv
+///   head (dkey too)
+/// A row without an allowed key (lse == -inf): kMean gives p = 1/kv_len for dvalue and dlogits = 0;
+/// kNan gives NaN. delta: scratch, dense (batch, head, t), float32. dbias: dense (batch, kv_head,
+/// group, t, s), float32, every element written (0 where not allowed); null when not wanted.
+/// Deterministic: no atomics.
+struct AttentionBackwardArgs : AttentionProblem {
+  const void *out, *dout;
+  const float* lse;
+  float* delta;
+  void *dquery, *dkey, *dvalue;
+  float* dbias = nullptr;
+};
+Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch);
+
+}  // namespace zenith
