@@ -1,0 +1,97 @@
+// What every attention kernel asks of a problem: which keys a query may see, where a row starts,
+// what a mask or bias says. Axes as in ffi/kernels/attention.h: t query, s key.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "ffi/kernels/attention.h"
+
+namespace zenith::attention {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+/// Calls `f` with a value of the C++ type that `dtype` names.
+template <typename F>
+Status WithType(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kF32:
+      return f(float{});
+    case DType::kF16:
+      return f(__half{});
+    case DType::kBF16:
+      return f(__nv_bfloat16{});
+  }
+  return Status{"attention: dtype must be float32, float16 or bfloat16"};
+}
+
+/// Half-open interval of rows or keys.
+struct Range {
+  int64_t begin, end;
+};
+
+/// Query head `head` = kv_head * groups + group of batch element `batch`.
+struct HeadIndex {
+  int64_t batch, head, kv_head, group;
+
+  /// `index` counts (batch, head) pairs, head fastest.
+  static __host__ __device__ HeadIndex Of(const AttentionProblem& p, int64_t index) {
+    const int64_t heads = p.kv_heads * p.groups;
+    const int64_t head = index % heads;
+    return {index / heads, head, head / p.groups, head % p.groups};
+  }
+};
+
+/// Keys inside the band of at least one query in [t_first, t_last]; may be empty.
+__host__ __device__ inline Range KeysInBand(const AttentionProblem& p, int64_t t_first,
+                                            int64_t t_last) {
+  const int64_t begin = t_first - p.left, end = t_last + p.right + 1;
+  return {begin > 0 ? begin : 0, end < p.kv_len ? end : p.kv_len};
+}
+
+/// Queries whose band holds at least one key in [s_first, s_last]; may be empty.
+__host__ __device__ inline Range QueriesInBand(const AttentionProblem& p, int64_t s_first,
+                                               int64_t s_last) {
+  const int64_t begin = s_first - p.right, end = s_last + p.left + 1;
+  return {begin > 0 ? begin : 0, end < p.q_len ? end : p.q_len};
+}
+
+/// Where row `length` of a head starts.
+template <typename T>
+__host__ __device__ T* RowPointer(T* base, const HeadStrides& strides, int64_t batch, int64_t head,
+                                  int64_t length) {
+  return base + batch * strides.batch + head * strides.head + length * strides.length;
+}
+
+/// Offset of score (t = 0, s = 0) of a head in a broadcast tensor.
+__host__ __device__ inline int64_t ScoreOffset(const ScoreStrides& strides, const HeadIndex& i) {
+  return i.batch * strides.batch + i.kv_head * strides.kv_head + i.group * strides.group;
+}
+
+__device__ inline float LoadBias(const AttentionProblem& p, int64_t offset) {
+  switch (p.bias_dtype) {
+    case DType::kF16:
+      return static_cast<float>(static_cast<const __half*>(p.bias)[offset]);
+    case DType::kBF16:
+      return static_cast<float>(static_cast<const __nv_bfloat16*>(p.bias)[offset]);
+    default:
+      return static_cast<const float*>(p.bias)[offset];
+  }
+}
+
+__device__ inline float WarpSum(float x) {
+  for (int step = kWarpSize / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+__device__ inline float WarpMax(float x) {
+  for (int step = kWarpSize / 2; step > 0; step /= 2)
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
+}  // namespace zenith::attention
