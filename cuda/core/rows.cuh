@@ -1,0 +1,82 @@
+// How rows are spread over threads: the launch shapes the row-wise kernels share.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/vector.cuh"
+
+namespace zenith {
+
+inline constexpr int kMaxBlockThreads = 1024;
+
+/// A block of `teams` teams (cuda/core/reduce.cuh) of `width` threads, one row each.
+struct RowShape {
+  int width, teams;
+  int threads() const { return width * teams; }
+
+  /// Blocks that cover `rows`. Fits gridDim.x: 2^31 rows wide enough for one row a block would be
+  /// over a terabyte.
+  unsigned blocks(int64_t rows) const { return static_cast<unsigned>((rows + teams - 1) / teams); }
+};
+
+/// The team for a row of `units` (vectors or elements), about `per_thread` of them a thread. Rows
+/// up to 32 * per_thread stay within a warp, which needs no barrier. Several narrow teams share a
+/// block of at least `min_threads` threads.
+inline RowShape ShapeFor(int64_t units, int per_thread, int min_threads) {
+  constexpr int kWarp = 32;
+  const int64_t wanted = (units + per_thread - 1) / per_thread;
+  int width = 1;
+  if (wanted <= kWarp) {
+    // Up to a warp per row even where fewer threads would do: rows of 33 to 32 * per_thread units
+    // are read in steps of 32 neighbouring units.
+    while (width < units && width < kWarp) width *= 2;
+  } else {
+    const int64_t warps = (wanted + kWarp - 1) / kWarp;
+    width = kWarp *
+            static_cast<int>(warps < kMaxBlockThreads / kWarp ? warps : kMaxBlockThreads / kWarp);
+  }
+  const int teams = width < min_threads ? min_threads / width : 1;
+  return {width, teams};
+}
+
+/// The part of one row a thread holds in registers: vectors of kSize columns, a team's width apart,
+/// so that neighbouring threads touch neighbouring vectors. 32 bits: such a row has < 2^31 columns.
+template <int kSize>
+struct RowSlice {
+  int cols;  // 0 for a team without a row, which then takes part in the reductions only
+  int width, rank;
+
+  __device__ __forceinline__ int col(int i) const { return (i * width + rank) * kSize; }
+  __device__ __forceinline__ bool has(int i) const { return col(i) < cols; }
+};
+
+inline constexpr int kLooped = 0;  // in place of a number of vectors: the row is in no registers
+
+/// Picks how a team goes over a row of `cols` elements of T and calls
+/// `body.template operator()<kSize, kVectors>(RowShape)`: kSize elements move together (16 bytes
+/// if the pointers and rows are `aligned`, else one) and a thread holds kVectors of them, up to
+/// kMaxVectors (8, or 4 for kernels that hold two rows: 64 registers a thread), or loops.
+template <typename T, int kMaxVectors, typename Body>
+Status DispatchRow(int64_t cols, bool aligned, Body&& body) {
+  constexpr int kSize = kVectorSize<T>;
+  constexpr int kThreads = 128;  // 2048 threads an SM holds, in blocks small enough to retire early
+  if (!aligned || cols % kSize != 0) {
+    const RowShape shape = ShapeFor(cols, 4, kThreads);
+    return cols <= 4 * kMaxBlockThreads ? body.template operator()<1, 4>(shape)
+                                        : body.template operator()<1, kLooped>(shape);
+  }
+  const int64_t vectors = cols / kSize;
+  if (vectors <= 32) return body.template operator()<kSize, 1>(ShapeFor(vectors, 1, kThreads));
+  if (vectors <= 4 * kMaxBlockThreads) {
+    return body.template operator()<kSize, 4>(ShapeFor(vectors, 4, kThreads));
+  }
+  const RowShape shape = ShapeFor(vectors, kMaxVectors, kThreads);
+  if constexpr (kMaxVectors > 4) {
+    if (vectors <= kMaxVectors * kMaxBlockThreads) {
+      return body.template operator()<kSize, kMaxVectors>(shape);
+    }
+  }
+  return body.template operator()<kSize, kLooped>(shape);
+}
+
+}  // namespace zenith
