@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/core/convert.cuh"
 
@@ -32,10 +33,28 @@ __device__ __forceinline__ void StoreVector(T* address, const Vector<T, N>& vect
   *reinterpret_cast<Vector<T, N>*>(address) = vector;
 }
 
+/// A vector of 16-bit elements as the registers that hold it.
+template <int N>
+struct Words {
+  static_assert(N % 2 == 0);
+  uint32_t words[N / 2];
+};
+
 template <typename T, int N>
 __device__ __forceinline__ void ToFloat(const Vector<T, N>& vector, float (&values)[N]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+    // bfloat16 is float32's upper half. Written out on words, because element by element the
+    // compiler unpacks a row into one register per element and keeps those: 8 x 8 elements spill.
+    const auto packed = __builtin_bit_cast(Words<N>, vector);
 #pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = ToFloat(vector.elements[i]);
+    for (int i = 0; i < N; i += 2) {
+      values[i] = __uint_as_float(packed.words[i / 2] << 16);
+      values[i + 1] = __uint_as_float(packed.words[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = ToFloat(vector.elements[i]);
+  }
 }
 
 template <typename T, int N>
@@ -51,18 +70,15 @@ __device__ __forceinline__ Vector<T, N> FromFloat(const float (&values)[N]) {
   return vector;
 }
 
-/// Makes the compiler read `vector` anew: otherwise it keeps the float32 values of an earlier pass
-/// over a 16-bit row, in twice the registers, and spills them in rows of 32 elements a thread.
+/// Makes the compiler convert `vector` anew: otherwise it keeps the float32 values of an earlier
+/// pass over a 16-bit row, in twice the registers, and spills them at 32 elements a thread.
 template <typename T, int N>
 __device__ __forceinline__ void ForgetFloats(Vector<T, N>& vector) {
   if constexpr (sizeof(T) == 2 && N % 2 == 0) {
-    struct Words {
-      uint32_t words[N / 2];
-    };
-    Words words = __builtin_bit_cast(Words, vector);
+    auto packed = __builtin_bit_cast(Words<N>, vector);
 #pragma unroll
-    for (uint32_t& word : words.words) asm volatile("" : "+r"(word));
-    vector = __builtin_bit_cast(Vector<T, N>, words);
+    for (uint32_t& word : packed.words) asm volatile("" : "+r"(word));
+    vector = __builtin_bit_cast(Vector<T, N>, packed);
   }
 }
 
