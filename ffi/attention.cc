@@ -1,0 +1,346 @@
+// Custom-call targets of attention and its cotangents. Contract: ffi/kernels/attention.h.
+//
+// Axes: *b batch, k key-value heads, g query heads that share one, t s query/key length, d
+// query/key features, e value features. All operands come with logical shapes in this order;
+// the attribute `layout` says in which physical order they lie.
+#include "ffi/kernels/attention.h"
+
+#include <algorithm>
+#include <optional>
+
+#include "ffi/core/backend.h"
+#include "ffi/core/check.h"
+#include "ffi/core/target.h"
+
+namespace zenith {
+
+/// Physical order of query, key, value, out and their cotangents.
+enum class Layout : int32_t {
+  kHeadMajor = 0,  // as the logical shape: [*b k g t d], [*b k s d]
+  kLengthMajor =
+      1,  // [*b t k g d], [*b s k d]: what a projection to (length, heads, features) gives
+};
+
+/// Bits of `mask_axes` and `bias_axes`: the axes along which that operand varies. Along the others
+/// its size is 1 and it is broadcast.
+enum ScoreAxis : int64_t { kBatch = 1, kKvHead = 2, kGroup = 4, kQuery = 8, kKey = 16 };
+inline constexpr int64_t kAbsent = -1;  // no such operand; an empty one stands in its place
+inline constexpr int64_t kAllScoreAxes = kBatch | kKvHead | kGroup | kQuery | kKey;
+
+struct AttentionAttributes {
+  float scale;
+  int64_t left, right;
+  int32_t masked_row, layout;
+  int64_t mask_axes, bias_axes;
+};
+
+}  // namespace zenith
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::zenith::AttentionAttributes, ::xla::ffi::StructMember<float>("scale"),
+    ::xla::ffi::StructMember<int64_t>("left"), ::xla::ffi::StructMember<int64_t>("right"),
+    ::xla::ffi::StructMember<int32_t>("masked_row"), ::xla::ffi::StructMember<int32_t>("layout"),
+    ::xla::ffi::StructMember<int64_t>("mask_axes"), ::xla::ffi::StructMember<int64_t>("bias_axes"));
+
+namespace zenith {
+namespace {
+
+using Buffer = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+struct Sizes {
+  int64_t batch, kv_heads, groups, q_len, kv_len, qk_dim, v_dim;
+};
+
+/// Strides of a dense tensor of `heads` heads in `layout`.
+HeadStrides DenseStrides(Layout layout, int64_t heads, int64_t length, int64_t features) {
+  HeadStrides strides{.batch = heads * length * features};
+  if (layout == Layout::kHeadMajor) {
+    strides.head = length * features;
+    strides.length = features;
+  } else {
+    strides.head = features;
+    strides.length = heads * features;
+  }
+  return strides;
+}
+
+/// A mask or bias that is dense over the axes in a bit set, in the order of the bits.
+struct BroadcastScores {
+  ScoreStrides strides;
+  int64_t size;
+};
+
+BroadcastScores DenseScores(int64_t axes, const Sizes& n) {
+  BroadcastScores dense{.strides = {}, .size = 1};
+  const auto add = [&](ScoreAxis axis, int64_t size, int64_t& stride) {
+    if ((axes & axis) == 0) return;
+    stride = dense.size;
+    dense.size *= size;
+  };
+  add(kKey, n.kv_len, dense.strides.key);
+  add(kQuery, n.q_len, dense.strides.query);
+  add(kGroup, n.groups, dense.strides.group);
+  add(kKvHead, n.kv_heads, dense.strides.kv_head);
+  add(kBatch, n.batch, dense.strides.batch);
+  return dense;
+}
+
+/// What every attention target is given.
+struct Inputs {
+  Operand query, key, value, mask, bias;
+  AttentionAttributes attributes;
+
+  int64_t batch_rank() const { return query.rank() - 4; }
+  Sizes sizes() const {
+    return {.batch = query.leading_size(4),
+            .kv_heads = query.dim(-4),
+            .groups = query.dim(-3),
+            .q_len = query.dim(-2),
+            .kv_len = key.dim(-2),
+            .qk_dim = query.dim(-1),
+            .v_dim = value.dim(-1)};
+  }
+};
+
+void CheckScores(Check& check, const Operand& x, int64_t axes, const Sizes& n,
+                 const char* axes_invariant) {
+  if (axes == kAbsent) {
+    check.Size(x, 0, "it is absent");
+    return;
+  }
+  check.That(axes >= 0 && axes <= kAllScoreAxes, axes_invariant, axes);
+  if (check.failed()) return;
+  check.Size(x, DenseScores(axes, n).size, "the product of the axes that its bit set names");
+}
+
+void CheckInputs(Check& check, const Inputs& in) {
+  check.Float(in.query);
+  check.RankAtLeast(in.query, 5);
+  if (check.failed()) return;
+  const Sizes n = in.sizes();
+  const int64_t heads_rank = in.batch_rank() + 1;  // *b k
+  check.SameType(in.key, in.query);
+  check.Shape(in.key, in.query, heads_rank, {n.kv_len, n.qk_dim});
+  check.SameType(in.value, in.query);
+  check.Shape(in.value, in.key, heads_rank, {n.kv_len, n.v_dim});
+
+  const AttentionAttributes& a = in.attributes;
+  if (a.mask_axes != kAbsent) check.Type(in.mask, ffi::DataType::PRED);
+  CheckScores(check, in.mask, a.mask_axes, n, "mask_axes must be -1 or a set of 5 bits");
+  if (a.bias_axes != kAbsent) check.Float(in.bias);
+  CheckScores(check, in.bias, a.bias_axes, n, "bias_axes must be -1 or a set of 5 bits");
+  check.That(a.layout == 0 || a.layout == 1, "layout must be 0 or 1", a.layout);
+  check.That(a.masked_row == 0 || a.masked_row == 1, "masked_row must be 0 or 1", a.masked_row);
+}
+
+/// out, dout: [*b k g t e] in the inputs' dtype.
+void CheckOut(Check& check, const Operand& out, const Inputs& in) {
+  check.SameType(out, in.query);
+  check.Shape(out, in.query, in.batch_rank() + 3, {in.value.dim(-1)});
+}
+
+/// lse, delta: [*b k g t], float32.
+void CheckRows(Check& check, const Operand& rows, const Inputs& in) {
+  check.Type(rows, ffi::DataType::F32);
+  check.Shape(rows, in.query, in.batch_rank() + 3, {});
+}
+
+AttentionProblem Problem(const Inputs& in) {
+  const AttentionAttributes& a = in.attributes;
+  const Sizes n = in.sizes();
+  const auto layout = static_cast<Layout>(a.layout);
+  const bool has_mask = a.mask_axes != kAbsent, has_bias = a.bias_axes != kAbsent;
+  return AttentionProblem{
+      .dtype = DTypeOf(in.query),
+      .batch = n.batch,
+      .kv_heads = n.kv_heads,
+      .groups = n.groups,
+      .q_len = n.q_len,
+      .kv_len = n.kv_len,
+      .qk_dim = n.qk_dim,
+      .v_dim = n.v_dim,
+      .scale = a.scale,
+      // Clamped, so that a kernel may add a position to a bound without overflow.
+      .left = std::clamp(a.left, -kUnbounded, kUnbounded),
+      .right = std::clamp(a.right, -kUnbounded, kUnbounded),
+      .masked_row = static_cast<MaskedRow>(a.masked_row),
+      .query = in.query.data(),
+      .key = in.key.data(),
+      .value = in.value.data(),
+      .query_strides = DenseStrides(layout, n.kv_heads * n.groups, n.q_len, n.qk_dim),
+      .key_strides = DenseStrides(layout, n.kv_heads, n.kv_len, n.qk_dim),
+      .value_strides = DenseStrides(layout, n.kv_heads, n.kv_len, n.v_dim),
+      .out_strides = DenseStrides(layout, n.kv_heads * n.groups, n.q_len, n.v_dim),
+      .mask = has_mask ? in.mask.data<const bool>() : nullptr,
+      .mask_strides = DenseScores(has_mask ? a.mask_axes : 0, n).strides,
+      .bias = has_bias ? in.bias.data() : nullptr,
+      .bias_dtype = has_bias ? DTypeOf(in.bias) : DType::kF32,
+      .bias_strides = DenseScores(has_bias ? a.bias_axes : 0, n).strides,
+  };
+}
+
+// ---- Targets ------------------------------------------------------------------------------------
+
+ffi::Error Forward(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
+                   Buffer bias, Result out_buffer, Result lse_buffer,
+                   AttentionAttributes attributes) {
+  const Inputs in{.query = {"query", query},
+                  .key = {"key", key},
+                  .value = {"value", value},
+                  .mask = {"mask", mask},
+                  .bias = {"bias", bias},
+                  .attributes = attributes};
+  const Operand out("out", out_buffer), lse("lse", lse_buffer);
+  Check check("attention_fwd");
+  CheckInputs(check, in);
+  CheckOut(check, out, in);
+  CheckRows(check, lse, in);
+  if (check.failed()) return check.error();
+
+  const AttentionForwardArgs args{Problem(in), out.data(), lse.data<float>()};
+  return Run("attention_fwd", context,
+             [&](const Launch& launch) { return AttentionForward(args, launch); });
+}
+
+XLA_FFI_DEFINE_HANDLER(kForward, Forward,
+                       ffi::Ffi::Bind()
+                           .Ctx<Place>()
+                           .Arg<Buffer>()  // query [*b k g t d]
+                           .Arg<Buffer>()  // key [*b k s d]
+                           .Arg<Buffer>()  // value [*b k s e]
+                           .Arg<Buffer>()  // mask, bool, dense over mask_axes
+                           .Arg<Buffer>()  // bias, any float, dense over bias_axes
+                           .Ret<Buffer>()  // out [*b k g t e]
+                           .Ret<Buffer>()  // lse [*b k g t], float32
+                           .Attrs<AttentionAttributes>(),
+                       kTraits);
+
+struct BackwardCall {
+  const char* target;
+  Inputs in;
+  Operand out, lse, dout;
+  Operand dquery, dkey, dvalue, delta;
+  std::optional<Operand> dbias = {};
+};
+
+ffi::Error Backward(Context& context, const BackwardCall& call) {
+  const Inputs& in = call.in;
+  Check check(call.target);
+  CheckInputs(check, in);
+  CheckOut(check, call.out, in);
+  CheckRows(check, call.lse, in);
+  CheckOut(check, call.dout, in);
+  check.Same(call.dquery, in.query);
+  check.Same(call.dkey, in.key);
+  check.Same(call.dvalue, in.value);
+  CheckRows(check, call.delta, in);
+  if (call.dbias) {
+    check.Type(*call.dbias, ffi::DataType::F32);
+    check.Shape(*call.dbias, in.query, in.batch_rank() + 3, {in.key.dim(-2)});
+  }
+  if (check.failed()) return check.error();
+
+  const AttentionBackwardArgs args{Problem(in),
+                                   call.out.data(),
+                                   call.dout.data(),
+                                   call.lse.data<const float>(),
+                                   call.delta.data<float>(),
+                                   call.dquery.data(),
+                                   call.dkey.data(),
+                                   call.dvalue.data(),
+                                   call.dbias ? call.dbias->data<float>() : nullptr};
+  return Run(call.target, context,
+             [&](const Launch& launch) { return AttentionBackward(args, launch); });
+}
+
+ffi::Error BackwardWithoutBias(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
+                               Buffer bias, Buffer out, Buffer lse, Buffer dout, Result dquery,
+                               Result dkey, Result dvalue, Result delta,
+                               AttentionAttributes attributes) {
+  return Backward(context, {.target = "attention_bwd",
+                            .in = {.query = {"query", query},
+                                   .key = {"key", key},
+                                   .value = {"value", value},
+                                   .mask = {"mask", mask},
+                                   .bias = {"bias", bias},
+                                   .attributes = attributes},
+                            .out = {"out", out},
+                            .lse = {"lse", lse},
+                            .dout = {"dout", dout},
+                            .dquery = {"dquery", dquery},
+                            .dkey = {"dkey", dkey},
+                            .dvalue = {"dvalue", dvalue},
+                            .delta = {"delta", delta}});
+}
+
+XLA_FFI_DEFINE_HANDLER(kBackward, BackwardWithoutBias,
+                       ffi::Ffi::Bind()
+                           .Ctx<Place>()
+                           .Arg<Buffer>()  // query [*b k g t d]
+                           .Arg<Buffer>()  // key [*b k s d]
+                           .Arg<Buffer>()  // value [*b k s e]
+                           .Arg<Buffer>()  // mask, bool, dense over mask_axes
+                           .Arg<Buffer>()  // bias, any float, dense over bias_axes
+                           .Arg<Buffer>()  // out [*b k g t e]
+                           .Arg<Buffer>()  // lse [*b k g t], float32
+                           .Arg<Buffer>()  // dout [*b k g t e]
+                           .Ret<Buffer>()  // dquery [*b k g t d]
+                           .Ret<Buffer>()  // dkey [*b k s d]
+                           .Ret<Buffer>()  // dvalue [*b k s e]
+                           .Ret<Buffer>()  // delta [*b k g t], float32: scratch
+                           .Attrs<AttentionAttributes>(),
+                       kTraits);
+
+ffi::Error BackwardWithBias(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
+                            Buffer bias, Buffer out, Buffer lse, Buffer dout, Result dquery,
+                            Result dkey, Result dvalue, Result delta, Result dbias,
+                            AttentionAttributes attributes) {
+  return Backward(context, {.target = "attention_bias_bwd",
+                            .in = {.query = {"query", query},
+                                   .key = {"key", key},
+                                   .value = {"value", value},
+                                   .mask = {"mask", mask},
+                                   .bias = {"bias", bias},
+                                   .attributes = attributes},
+                            .out = {"out", out},
+                            .lse = {"lse", lse},
+                            .dout = {"dout", dout},
+                            .dquery = {"dquery", dquery},
+                            .dkey = {"dkey", dkey},
+                            .dvalue = {"dvalue", dvalue},
+                            .delta = {"delta", delta},
+                            .dbias = Operand{"dbias", dbias}});
+}
+
+XLA_FFI_DEFINE_HANDLER(kBiasBackward, BackwardWithBias,
+                       ffi::Ffi::Bind()
+                           .Ctx<Place>()
+                           .Arg<Buffer>()  // query [*b k g t d]
+                           .Arg<Buffer>()  // key [*b k s d]
+                           .Arg<Buffer>()  // value [*b k s e]
+                           .Arg<Buffer>()  // mask, bool, dense over mask_axes
+                           .Arg<Buffer>()  // bias, any float, dense over bias_axes
+                           .Arg<Buffer>()  // out [*b k g t e]
+                           .Arg<Buffer>()  // lse [*b k g t], float32
+                           .Arg<Buffer>()  // dout [*b k g t e]
+                           .Ret<Buffer>()  // dquery [*b k g t d]
+                           .Ret<Buffer>()  // dkey [*b k s d]
+                           .Ret<Buffer>()  // dvalue [*b k s e]
+                           .Ret<Buffer>()  // delta [*b k g t], float32: scratch
+                           .Ret<Buffer>()  // dbias [*b k g t s], float32
+                           .Attrs<AttentionAttributes>(),
+                       kTraits);
+
+}  // namespace
+
+std::span<const Target> AttentionTargets() {
+  static constexpr Target kTargets[] = {
+      {"attention_fwd", kForward},
+      {"attention_bwd", kBackward},
+      {"attention_bias_bwd", kBiasBackward},
+  };
+  return kTargets;
+}
+
+}  // namespace zenith

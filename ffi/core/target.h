@@ -1,0 +1,22 @@
+// The list of custom-call targets: one row for each, next to its handler; ffi/module.cc hands all
+// of them to Python.
+#pragma once
+
+#include <span>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace zenith {
+
+/// `name` is the stem: JAX knows the target as zenith_<name>_v<kernel version>.
+struct Target {
+  const char* name;
+  XLA_FFI_Handler* handler;
+};
+
+std::span<const Target> NormTargets();
+std::span<const Target> SoftmaxTargets();
+std::span<const Target> ActivationTargets();
+std::span<const Target> AttentionTargets();
+
+}  // namespace zenith

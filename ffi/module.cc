@@ -1,0 +1,83 @@
+// The Python modules zenith_jax._cpu and zenith_jax._cuda: the custom-call targets as capsules and
+// what Python must know of the build before it registers them. Used by zenith_jax/native.py only.
+#include <nanobind/nanobind.h>
+
+#include <initializer_list>
+#include <span>
+#include <string>
+
+#include "ffi/core/target.h"
+#include "xla/ffi/api/ffi.h"
+
+#ifdef ZENITH_BACKEND_CUDA
+#include <cuda_runtime_api.h>
+#define ZENITH_MODULE _cuda
+#else
+#define ZENITH_MODULE _cpu
+#endif
+
+namespace nb = nanobind;
+
+namespace zenith {
+namespace {
+
+nb::dict Targets() {
+  nb::dict capsules;
+  for (std::span<const Target> group :
+       {NormTargets(), SoftmaxTargets(), ActivationTargets(), AttentionTargets()}) {
+    for (const Target& target : group) {
+      const std::string name =
+          std::string("zenith_") + target.name + "_v" + std::to_string(ZENITH_KERNEL_VERSION);
+      capsules[name.c_str()] = nb::capsule(reinterpret_cast<void*>(target.handler));
+    }
+  }
+  return capsules;
+}
+
+#ifdef ZENITH_BACKEND_CUDA
+
+/// The newest CUDA that the driver runs, as CUDA writes it: 13000 is 13.0. 0 without a driver.
+int DriverVersion() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+/// Starts the driver, so the first call may take a second. Without a driver or a GPU there are no
+/// devices, and `error` says why.
+nb::dict DeviceInfo() {
+  nb::dict info;
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  (void)cudaGetLastError();  // an absent driver is an answer here, not an error to leave behind
+  nb::list devices;
+  for (int i = 0; error == cudaSuccess && i < count; ++i) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
+    nb::dict device;
+    device["name"] = nb::str(properties.name);
+    device["compute_capability"] = nb::make_tuple(properties.major, properties.minor);
+    device["memory_bytes"] = properties.totalGlobalMem;
+    devices.append(device);
+  }
+  info["devices"] = devices;
+  info["error"] =
+      error == cudaSuccess ? nb::object(nb::none()) : nb::str(cudaGetErrorString(error));
+  return info;
+}
+
+#endif
+
+}  // namespace
+}  // namespace zenith
+
+NB_MODULE(ZENITH_MODULE, m) {
+  m.attr("kernel_version") = ZENITH_KERNEL_VERSION;
+  m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.def("targets", &zenith::Targets, "Custom-call target name -> capsule of its XLA FFI handler.");
+#ifdef ZENITH_BACKEND_CUDA
+  m.attr("cuda_version") = CUDART_VERSION;
+  m.def("driver_version", &zenith::DriverVersion,
+        "Newest CUDA that the driver runs; 0: no driver.");
+  m.def("device_info", &zenith::DeviceInfo, "The CUDA devices, or why there are none.");
+#endif
+}
