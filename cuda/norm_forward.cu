@@ -1,0 +1,184 @@
+// Layer and RMS normalisation, forward; the contract is ffi/kernels/norm.h.
+#include "cuda/core/convert.cuh"
+#include "cuda/core/launch.h"
+#include "cuda/core/reduce.cuh"
+#include "cuda/core/rows.cuh"
+#include "cuda/core/vector.cuh"
+#include "ffi/kernels/norm.h"
+
+namespace zenith {
+namespace {
+
+/// y = (x - mean) * rstd * scale + bias for kSize neighbouring columns; bias may be null.
+template <typename T, typename P, int kSize>
+__device__ __forceinline__ void StoreNormalized(const Vector<T, kSize>& x, float mean, float rstd,
+                                                const P* gScale, const P* gBias, T* gY) {
+  float values[kSize], scale[kSize];
+  ToFloat(x, values);
+  ToFloat(LoadVector<kSize>(gScale), scale);
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) values[j] = (values[j] - mean) * rstd * scale[j];
+  if (gBias != nullptr) {
+    float bias[kSize];
+    ToFloat(LoadVector<kSize>(gBias), bias);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) values[j] += bias[j];
+  }
+  StoreVector(gY, FromFloat<T>(values));
+}
+
+/// x + residual, rounded to T.
+template <typename T, int kSize>
+__device__ __forceinline__ Vector<T, kSize> Sum(const Vector<T, kSize>& x,
+                                                const Vector<T, kSize>& residual) {
+  float x_values[kSize], residual_values[kSize];
+  ToFloat(x, x_values);
+  ToFloat(residual, residual_values);
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) x_values[j] += residual_values[j];
+  return FromFloat<T>(x_values);
+}
+
+/// One team per row, the row in registers: x (and residual) read once, y (and sum) written once;
+/// scale and bias come from the caches. The statistics are two passes over the registers.
+template <typename T, typename P, int kSize, int kVectors>
+__global__ void __launch_bounds__(kMaxBlockThreads)
+    norm_forward_kernel(NormForwardArgs args, int width) {
+  __shared__ TeamScratch<1> scratch;
+  Team team(width);
+  const int cols = static_cast<int>(args.cols);
+  const int64_t row = int64_t{blockIdx.x} * team.count() + team.index();
+  const RowSlice<kSize> slice{row < args.rows ? cols : 0, width, team.rank()};
+  const T* gX = static_cast<const T*>(args.x) + row * cols;
+  const P* gScale = static_cast<const P*>(args.scale);
+  const P* gBias = static_cast<const P*>(args.bias);
+  T* gY = static_cast<T*>(args.y) + row * cols;
+
+  Vector<T, kSize> x[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (slice.has(i)) x[i] = LoadVector<kSize>(gX + slice.col(i));
+  }
+  if (args.residual != nullptr) {
+    const T* gResidual = static_cast<const T*>(args.residual) + row * cols;
+    T* gSum = static_cast<T*>(args.sum) + row * cols;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (slice.has(i)) x[i] = Sum(x[i], LoadVector<kSize>(gResidual + slice.col(i)));
+    }
+    // A loop of its own: sum might be residual's buffer, so no load moves up across these stores.
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (slice.has(i)) StoreVector(gSum + slice.col(i), x[i]);
+    }
+  }
+
+  float mean = 0;  // stays 0 for kRms, whose formulas are kLayer's without it
+  if (args.kind == NormKind::kLayer) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!slice.has(i)) continue;
+      ForgetFloats(x[i]);
+      float values[kSize];
+      ToFloat(x[i], values);
+#pragma unroll
+      for (float value : values) sum += value;
+    }
+    mean = team.AllReduce<Add>(sum, scratch) / cols;
+  }
+
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (!slice.has(i)) continue;
+    ForgetFloats(x[i]);
+    float values[kSize];
+    ToFloat(x[i], values);
+#pragma unroll
+    for (float value : values) squares += (value - mean) * (value - mean);
+  }
+  const float rstd = rsqrtf(team.AllReduce<Add>(squares, scratch) / cols + args.eps);
+
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (!slice.has(i)) continue;
+    ForgetFloats(x[i]);
+    const int col = slice.col(i);
+    StoreNormalized(x[i], mean, rstd, gScale + col, gBias == nullptr ? gBias : gBias + col,
+                    gY + col);
+  }
+}
+
+/// Any number of columns: one team per row, which reads x three times (kRms: twice).
+template <typename T, typename P, int kSize>
+__global__ void __launch_bounds__(kMaxBlockThreads)
+    norm_forward_looped_kernel(NormForwardArgs args, int width) {
+  __shared__ TeamScratch<1> scratch;
+  Team team(width);
+  const int64_t row = int64_t{blockIdx.x} * team.count() + team.index();
+  const int64_t cols = row < args.rows ? args.cols : 0;
+  const int64_t first = team.rank() * kSize;
+  const int64_t step = int64_t{width} * kSize;
+  const T* gX = static_cast<const T*>(args.x) + row * args.cols;
+  const P* gScale = static_cast<const P*>(args.scale);
+  const P* gBias = static_cast<const P*>(args.bias);
+  T* gY = static_cast<T*>(args.y) + row * args.cols;
+
+  if (args.residual != nullptr) {
+    const T* gResidual = static_cast<const T*>(args.residual) + row * args.cols;
+    T* gSum = static_cast<T*>(args.sum) + row * args.cols;
+    for (int64_t col = first; col < cols; col += step) {
+      StoreVector(gSum + col, Sum(LoadVector<kSize>(gX + col), LoadVector<kSize>(gResidual + col)));
+    }
+    gX = gSum;  // no barrier: each thread reads back what it wrote itself
+  }
+
+  float mean = 0;
+  if (args.kind == NormKind::kLayer) {
+    float sum = 0;
+    for (int64_t col = first; col < cols; col += step) {
+      float values[kSize];
+      ToFloat(LoadVector<kSize>(gX + col), values);
+#pragma unroll
+      for (float value : values) sum += value;
+    }
+    mean = team.AllReduce<Add>(sum, scratch) / static_cast<float>(args.cols);
+  }
+
+  float squares = 0;
+  for (int64_t col = first; col < cols; col += step) {
+    float values[kSize];
+    ToFloat(LoadVector<kSize>(gX + col), values);
+#pragma unroll
+    for (float value : values) squares += (value - mean) * (value - mean);
+  }
+  const float variance = team.AllReduce<Add>(squares, scratch) / static_cast<float>(args.cols);
+  const float rstd = rsqrtf(variance + args.eps);
+
+  for (int64_t col = first; col < cols; col += step) {
+    StoreNormalized(LoadVector<kSize>(gX + col), mean, rstd, gScale + col,
+                    gBias == nullptr ? gBias : gBias + col, gY + col);
+  }
+}
+
+}  // namespace
+
+Status NormForward(const NormForwardArgs& args, const Launch& launch) {
+  if (args.rows == 0 || args.cols == 0) return {};
+  const bool aligned = AreAligned(args.x, args.residual, args.scale, args.bias, args.y, args.sum);
+  return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() -> Status {
+    return DispatchRow<T, 8>(args.cols, aligned, [&]<int kSize, int kVectors>(RowShape shape) {
+      if constexpr (kVectors == kLooped) {
+        norm_forward_looped_kernel<T, P, kSize>
+            <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
+      } else {
+        norm_forward_kernel<T, P, kSize, kVectors>
+            <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
+      }
+      return LastLaunch();
+    });
+  });
+}
+
+}  // namespace zenith
