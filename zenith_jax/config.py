@@ -1,0 +1,72 @@
+"""Configuration: one frozen `Config`, and the one table of environment variables.
+
+Read `config()`; change it with `configure(...)` for the process or `with configured(...)` for a block.
+Both act while a function is traced; a function that is compiled already does not change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+# variable -> (field of Config, parser)
+ENVIRONMENT = {
+    "ZENITH_DISABLE": ("enabled", lambda text: text not in ("1", "true", "yes")),
+    "ZENITH_PLATFORM": ("platform", lambda text: text or None),
+    "ZENITH_COST": ("use_cost", lambda text: text not in ("0", "false", "no")),
+    "ZENITH_LOG": ("log", lambda text: text),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """enabled: False makes `zenith.jit` plain `jax.jit`.
+    platform: "cpu" or "cuda", for which kernels are chosen while tracing; None is JAX's default backend.
+    use_cost: False fuses wherever a kernel is right, also where XLA is known to be faster (tests, benchmarks).
+    log: "" | "info" | "debug": what the logger `zenith_jax` says about each compiled function.
+    """
+
+    enabled: bool = True
+    platform: str | None = None
+    use_cost: bool = True
+    log: str = ""
+
+    @classmethod
+    def from_environment(cls, environ: dict[str, str] | os._Environ = os.environ) -> Config:
+        given = {
+            field: parse(environ[name])
+            for name, (field, parse) in ENVIRONMENT.items()
+            if name in environ
+        }
+        return cls(**given)
+
+
+_process = Config.from_environment()
+_local = threading.local()
+
+
+def config() -> Config:
+    """The configuration in force in this thread."""
+    return getattr(_local, "config", None) or _process
+
+
+def configure(**changes: Any) -> Config:
+    """Changes the configuration of the process and returns it."""
+    global _process
+    _process = dataclasses.replace(_process, **changes)
+    return _process
+
+
+@contextlib.contextmanager
+def configured(**changes: Any) -> Iterator[Config]:
+    """Changes the configuration of this thread for a `with` block."""
+    before = getattr(_local, "config", None)
+    _local.config = dataclasses.replace(config(), **changes)
+    try:
+        yield _local.config
+    finally:
+        _local.config = before

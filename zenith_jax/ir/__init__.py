@@ -1,0 +1,1 @@
+"""Jaxprs: reading, walking, rebuilding. Knows JAX and no op. Start at `graph.py`."""

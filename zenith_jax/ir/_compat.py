@@ -1,0 +1,210 @@
+"""Everything that differs between JAX versions, and every private name of JAX that Zenith uses.
+
+Supported: jax 0.10.2 to 0.12. What changed between them that matters here:
+  0.11  ClosedJaxpr and Jaxpr became one class; `j.jaxpr` returns `j` itself.
+  0.11  scan's params num_consts/num_carry became ft_in/ft_out (never read here: sub-jaxprs are swapped whole).
+"""
+
+from __future__ import annotations
+
+import functools as ft
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+import numpy as np
+from jax._src import core as _core
+from jax._src.custom_partitioning_sharding_rule import (
+    sdy_sharding_rule_to_mlir,
+    str_to_sdy_sharding_rule,
+)
+from jax._src.interpreters import ad as _ad
+from jax._src.source_info_util import user_frames as _user_frames
+from jax.interpreters import ad, batching, mlir
+
+ClosedJaxpr, Jaxpr = jec.ClosedJaxpr, jec.Jaxpr
+JaxprEqn, Literal, Var, DropVar = jec.JaxprEqn, jec.Literal, jec.Var, jec.DropVar
+Primitive = jec.Primitive
+MERGED = ClosedJaxpr is Jaxpr
+
+__all__ = [
+    "ad",
+    "batching",
+    "mlir",
+    "sharding_rule_attribute",
+]
+
+
+# --- jaxprs -----------------------------------------------------------------------------------------------------------
+
+
+def is_jaxpr(x: Any) -> bool:
+    return isinstance(x, (Jaxpr, ClosedJaxpr))
+
+
+def opened(jaxpr: Any) -> Jaxpr:
+    """The open jaxpr inside `jaxpr`."""
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) and not MERGED else jaxpr
+
+
+def constants(jaxpr: Any) -> Sequence[Any]:
+    """Values of `opened(jaxpr).constvars`; empty for an open jaxpr of 0.10 (whose constvars have no values)."""
+    return getattr(jaxpr, "consts", ())
+
+
+def rebuilt(
+    jaxpr: Any,
+    eqns: Sequence[JaxprEqn],
+    outvars: Sequence[Any],
+    constvars: Sequence[Any] | None = None,
+    consts: Sequence[Any] | None = None,
+) -> Any:
+    """`jaxpr` with other equations and outputs (and constants, when given), open or closed as it was."""
+    old = opened(jaxpr)
+    effects = _core.join_effects(*(e.effects for e in eqns)) if eqns else _core.no_effects
+    changes: dict[str, Any] = dict(
+        eqns=list(eqns), outvars=list(outvars), effects=effects, debug_info=old.debug_info
+    )
+    if constvars is None:
+        constvars, consts = old.constvars, constants(jaxpr)
+    changes["constvars"] = list(constvars)
+    if MERGED:
+        return old.replace(**changes, consts=list(consts or ()))
+    new = old.replace(**changes)
+    return ClosedJaxpr(new, list(consts or ())) if isinstance(jaxpr, ClosedJaxpr) else new
+
+
+def closed(jaxpr: Any) -> Any:
+    """`jaxpr` as something `jax.extend.core.jaxpr_as_fun` takes."""
+    return jaxpr if MERGED or isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def map_subjaxprs(params: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """Params of an equation with `function` applied to every jaxpr directly in them."""
+
+    def mapped(value: Any) -> Any:
+        if is_jaxpr(value):
+            return function(value)
+        if isinstance(value, tuple) and any(is_jaxpr(v) for v in value):
+            values = [function(v) if is_jaxpr(v) else v for v in value]
+            return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+        return value
+
+    return {name: mapped(value) for name, value in params.items()}
+
+
+def is_high(jaxpr: Any) -> bool:
+    """Whether the jaxpr holds hijax types or primitives, which Zenith leaves alone."""
+    return bool(getattr(opened(jaxpr), "is_high", False))
+
+
+def new_var(aval: Any) -> Var:
+    return Var(aval)
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """file:line of the user's code that made the equation, "" when unknown."""
+    return _frame_text(next(iter(_user_frames(eqn.source_info.traceback)), None))
+
+
+def _frame_text(frame: Any) -> str:
+    return f"{frame.file_name}:{frame.start_line}" if frame is not None else ""
+
+
+# --- types ------------------------------------------------------------------------------------------------------------
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Manual mesh axes along which `x` differs (inside `shard_map` with check_vma), else empty."""
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset(manual.varying) if manual is not None else frozenset()
+
+
+def vary_alike(operands: Iterable[Any]) -> list[Any]:
+    """Operands cast to vary over the union of their manual axes; transposing the cast inserts the psum."""
+    operands = list(operands)
+    union = frozenset().union(*map(varying_axes, operands)) if operands else frozenset()
+    if not union:
+        return operands
+
+    def cast(x: Any) -> Any:
+        missing = tuple(sorted(union - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return [cast(x) for x in operands]
+
+
+def shaped_like(aval: Any, shape: Sequence[int], dtype: Any, specs: Sequence[Any]) -> Any:
+    """An aval of `shape` and `dtype` in the mesh context of `aval`, sharded by `specs` (one a dimension)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*specs))
+    return aval.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def explicit_spec(aval: Any) -> tuple[Any, ...]:
+    """The mesh axes of each dimension of `aval` under Explicit sharding; Nones otherwise."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or sharding.mesh.empty:
+        return (None,) * aval.ndim
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (aval.ndim - len(spec))
+
+
+def partition_count(module_context: Any) -> int:
+    """Over how many devices the partitioner will split the module being lowered."""
+    context = module_context.axis_context
+    if hasattr(context, "mesh") and hasattr(context, "manual_axes"):  # inside shard_map
+        auto = [n for name, n in context.mesh.shape.items() if name not in context.manual_axes]
+        return int(np.prod(auto, dtype=np.int64))
+    return int(getattr(context, "num_devices", 1) or 1)
+
+
+def sharding_rule_attribute(
+    rule: str, replicated: Sequence[str], operand_types: Sequence[Any], result_types: Sequence[Any]
+) -> Any:
+    """The `sdy.sharding_rule` attribute of a custom call: rule "a b c, c -> a b c" in einsum-like notation."""
+    parsed = str_to_sdy_sharding_rule(rule, need_replication_factors=tuple(replicated))
+    return sdy_sharding_rule_to_mlir(parsed, list(operand_types), list(result_types))
+
+
+# --- differentiation inside a traced function -------------------------------------------------------------------------
+
+
+def install_linearize_hook(
+    fuse_primal: Callable[[Callable], Callable], is_active: Callable[[], bool], disabled: Callable
+) -> str | None:
+    """Makes reverse-mode differentiation fuse the primal before it is differentiated.
+
+    `jax.grad`, `jax.vjp`, `nnx.value_and_grad` and equinox's filters all reach `ad.linearize(..., is_vjp=True)`;
+    forward mode reaches `ad.jvp`, inside which nothing is fused. Both are module attributes that callers look up
+    at each call. Returns None, or why this JAX cannot be hooked.
+    """
+    plain_linearize, plain_jvp = _ad.linearize, _ad.jvp
+    if hasattr(plain_linearize, "__zenith__"):
+        return None
+
+    @ft.wraps(plain_linearize)
+    def linearize(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("is_vjp") or not is_active():
+            return plain_linearize(function, *args, **kwargs)
+        return plain_linearize(fuse_primal(function), *args, **kwargs)
+
+    @ft.wraps(plain_jvp)
+    def jvp(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        if not is_active():
+            return plain_jvp(function, *args, **kwargs)
+        return plain_jvp(disabled(function), *args, **kwargs)
+
+    linearize.__zenith__ = jvp.__zenith__ = True  # pyright: ignore[reportFunctionMemberAccess]
+    _ad.linearize, _ad.jvp = linearize, jvp
+    return None
+
+
+def warn_hook_missing(reason: str) -> None:
+    warnings.warn(
+        f"zenith: jax.grad inside a decorated function is not fused with jax {jax.__version__}: {reason}. "
+        "Write jax.grad(zenith.fuse(loss)) instead, which needs no hook.",
+        stacklevel=2,
+    )

@@ -1,0 +1,18 @@
+"""The ops: plain differentiable JAX functions, each on a kernel of ours. One file an op."""
+
+from zenith_jax.ops import _lower as _lower  # registers the lowerings
+from zenith_jax.ops.activation import gelu, silu
+from zenith_jax.ops.attention import attention
+from zenith_jax.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from zenith_jax.ops.softmax import softmax
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "gelu",
+    "layer_norm",
+    "rms_norm",
+    "silu",
+    "softmax",
+]

@@ -1,0 +1,352 @@
+"""The contract of an op: what a kernel is, and the two primitives through which JAX sees it.
+
+A `Kernel` is one custom call: a signature, a reference in jnp, and what it can run on. Everything else is derived:
+
+- shapes and errors, vmap and the sharding rule from the signature `"*b r d, d -> *b r d"`;
+- the lowering where no kernel runs, forward-mode and higher derivatives from the reference;
+- reverse mode from `backward`, which calls the backward kernel.
+
+Signatures are written in canonical shapes. `*b` stands for the batch dimensions, at least two of them (one more with
+each vmap), over which the kernel is independent; the other letters are single dimensions. An operand without `*b` is
+shared by the whole batch and has rank 1. An operand marked `?` may be absent (shape (0,)) and may have size 1 along
+any dimension; it is broadcast.
+
+Derivatives: `call_p`'s JVP binds `tangent_p`, a primitive linear in the tangents whose lowering is the reference's JVP
+and whose transpose is the fused backward. So jvp, grad, hessian and any nesting of them work, and a reverse-mode pass
+holds one fused forward and one fused backward call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from zenith_jax.errors import Refusal, ShapeError
+from zenith_jax.ir import _compat
+from zenith_jax.ir._compat import Primitive, ad, batching
+
+KERNEL_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One operand or result of a signature."""
+
+    axes: tuple[str, ...]  # letters after the batch dimensions
+    batched: bool
+    optional: bool = False  # may be absent, or of size 1 along any dimension
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        words = text.replace("?", "? ").split()
+        return cls(
+            axes=tuple(w for w in words if w not in ("?", "*b")),
+            batched="*b" in words,
+            optional="?" in words,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """`"*b r d, d -> *b r d"`."""
+
+    text: str
+    operands: tuple[Spec, ...]
+    results: tuple[Spec, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Signature:
+        operands, results = (
+            tuple(Spec.parse(part) for part in side.split(",")) for side in text.split("->")
+        )
+        return cls(text, operands, results)
+
+    def batch_rank(self, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Number of batch dimensions, read off the first operand."""
+        return len(shapes[0]) - len(self.operands[0].axes)
+
+    def bind_sizes(self, name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], dict[str, int]]:
+        """Batch sizes and the size of each letter. Raises ShapeError where shapes contradict the signature."""
+        rank = self.batch_rank(shapes)
+        batch: tuple[int, ...] = tuple(shapes[0][:rank])
+        sizes: dict[str, int] = {}
+        for index, (spec, shape) in enumerate(zip(self.operands, shapes, strict=True)):
+            if spec.optional and tuple(shape) == (0,):
+                continue
+            expected_rank = rank * spec.batched + len(spec.axes)
+            if len(shape) != expected_rank:
+                raise ShapeError(
+                    f"{name}: operand {index} must have rank {expected_rank} ({self.text!r}), got shape {shape}"
+                )
+            expected = (*(batch if spec.batched else ()), *(sizes.get(a, -1) for a in spec.axes))
+            for axis, (size, want) in enumerate(zip(shape, expected, strict=True)):
+                if want == -1:
+                    sizes[spec.axes[axis - rank * spec.batched]] = size
+                elif size != want and not (spec.optional and size == 1):
+                    raise ShapeError(
+                        f"{name}: operand {index} must have size {want} along axis {axis} "
+                        f"({self.text!r}), got shape {shape}"
+                    )
+        return batch, sizes
+
+    def result_shapes(self, name: str, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        batch, sizes = self.bind_sizes(name, shapes)
+        return [
+            (*(batch if spec.batched else ()), *(sizes[a] for a in spec.axes)) for spec in self.results
+        ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """One custom call and everything that JAX must know of it. Attributes are static keyword arguments.
+
+    reference: (*operands, **attributes) -> tuple of results, in jnp; float32 inside for narrower dtypes.
+    result_dtypes: for each result the index of the operand whose dtype it has, or a dtype.
+    visible: the first results, those that callers see; cotangents reach only these.
+    backward: (operands, results, cotangents, needed, **attributes) -> {operand index: cotangent}.
+    ffi_attributes: (operand avals, **attributes) -> attributes of the custom call; handlers check every size.
+    layouts: (batch rank, **attributes) -> per operand and result a major-to-minor order or None for row-major.
+    supports: (operand avals, platform, **attributes) -> why the kernel cannot run, or None.
+    """
+
+    name: str
+    signature: Signature
+    reference: Callable[..., tuple[Any, ...]]
+    result_dtypes: tuple[Any, ...]
+    visible: int = 1
+    backward: Callable[..., dict[int, Any]] | None = None
+    ffi_attributes: Callable[..., dict[str, Any]] = lambda avals, **attributes: attributes
+    layouts: Callable[..., tuple[list, list]] | None = None
+    supports: Callable[..., Refusal | None] = lambda avals, platform, **attributes: None
+
+    def __call__(self, *operands: Any, **attributes: Any) -> list[Any]:
+        """All results, hidden ones too."""
+        frozen = tuple(sorted(attributes.items()))
+        return call_p.bind(*_compat.vary_alike(operands), kernel=self, attributes=frozen)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def visible_reference(self, *operands: Any, **attributes: Any) -> tuple[Any, ...]:
+        return tuple(self.reference(*operands, **attributes))[: self.visible]
+
+
+def kernel(name: str, signature: str, result_dtypes: Sequence[Any], **rest: Any) -> Callable[[Callable], Kernel]:
+    """Decorates a reference: @kernel("softmax_fwd", "*b d -> *b d", (0,), backward=...)."""
+
+    def wrap(reference: Callable) -> Kernel:
+        return Kernel(name, Signature.parse(signature), reference, tuple(result_dtypes), **rest)
+
+    return wrap
+
+
+def absent(dtype: Any = jnp.float32) -> jax.Array:
+    """What stands for an optional operand that is not given."""
+    return jnp.zeros((0,), dtype)
+
+
+def is_absent(x: Any) -> bool:
+    return tuple(x.shape) == (0,)
+
+
+# --- call_p: (*operands) -> results -----------------------------------------------------------------------------------
+
+call_p = Primitive("zenith_call")
+call_p.multiple_results = True
+
+
+def _result_dtype(dtype: Any, avals: Sequence[Any]) -> Any:
+    return avals[dtype].dtype if isinstance(dtype, int) else dtype
+
+
+def _call_abstract(*avals: Any, kernel: Kernel, attributes: tuple) -> list[Any]:
+    del attributes
+    shapes = [a.shape for a in avals]
+    rank = kernel.signature.batch_rank(shapes)
+    batch_spec = _compat.explicit_spec(avals[0])[:rank]
+    return [
+        _compat.shaped_like(
+            avals[0],
+            shape,
+            _result_dtype(dtype, avals),
+            (*(batch_spec if spec.batched else ()), *(None for _ in spec.axes)),
+        )
+        for shape, dtype, spec in zip(
+            kernel.signature.result_shapes(kernel.name, shapes),
+            kernel.result_dtypes,
+            kernel.signature.results,
+            strict=True,
+        )
+    ]
+
+
+def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attributes: tuple):
+    results = call_p.bind(*primals, kernel=kernel, attributes=attributes)
+    live = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
+    if not live:
+        return results, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
+    live_tangents = [ad.instantiate_zeros(tangents[i]) for i in live]
+    if kernel.backward is None:
+        return results, list(_reference_jvp(kernel, attributes, live, primals, live_tangents, visible=False))
+    # Named so that a remat policy can save them: the output and the log-sum-exp together; one alone still recomputes.
+    results = [checkpoint_name(r, f"zenith_{kernel.name}") for r in results]
+    visible = tangent_p.bind(
+        *primals, *results, *live_tangents, kernel=kernel, attributes=attributes, live=live
+    )
+    hidden = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results[kernel.visible :]]
+    return results, [*visible, *hidden]
+
+
+def _reference_jvp(
+    kernel: Kernel, attributes: tuple, live: Sequence[int], operands: Sequence, tangents: Sequence, *, visible: bool
+) -> Sequence[Any]:
+    """Tangents of the reference's results along `tangents` of the `live` operands."""
+    function = kernel.visible_reference if visible else kernel.reference
+
+    def of_live(*values: Any) -> tuple[Any, ...]:
+        full = list(operands)
+        for i, value in zip(live, values, strict=True):
+            full[i] = value
+        return tuple(function(*full, **dict(attributes)))
+
+    return jax.jvp(of_live, tuple(operands[i] for i in live), tuple(tangents))[1]
+
+
+def _call_batch(args: Sequence, dims: Sequence, *, kernel: Kernel, attributes: tuple):
+    moved = _batch_to_front(kernel.signature.operands, args, dims)
+    if moved is None:
+        function = lambda *operands: kernel.reference(*operands, **dict(attributes))  # noqa: E731
+        return jax.vmap(function, in_axes=tuple(dims))(*args), (0,) * len(kernel.signature.results)
+    results = call_p.bind(*moved, kernel=kernel, attributes=attributes)
+    return results, (0,) * len(results)
+
+
+def _batch_to_front(specs: Sequence[Spec], args: Sequence, dims: Sequence) -> list[Any] | None:
+    """Operands with the mapped dimension as one more leading batch dimension.
+
+    None if an operand that the batch shares is itself mapped: no kernel takes one such operand per batch entry.
+    """
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    moved = []
+    for spec, x, dim in zip(specs, args, dims, strict=True):
+        if not spec.batched or (spec.optional and dim is None and is_absent(x)):
+            if dim is not None:
+                return None
+            moved.append(x)
+        elif dim is not None:
+            moved.append(jnp.moveaxis(x, dim, 0))
+        elif spec.optional:
+            moved.append(x[None])
+        else:
+            moved.append(jnp.broadcast_to(x, (size, *x.shape)))
+    return moved
+
+
+call_p.def_abstract_eval(_call_abstract)
+ad.primitive_jvps[call_p] = _call_jvp
+batching.primitive_batchers[call_p] = _call_batch
+
+
+# --- tangent_p: (*operands, *results, *tangents of the live operands) -> tangents of the visible results --------------
+
+tangent_p = Primitive("zenith_tangent")
+tangent_p.multiple_results = True
+
+
+def _split(kernel: Kernel, args: Sequence) -> tuple[Sequence, Sequence, Sequence]:
+    operands = len(kernel.signature.operands)
+    results = operands + len(kernel.signature.results)
+    return args[:operands], args[operands:results], args[results:]
+
+
+def tangents_of(*args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...]) -> Sequence[Any]:
+    """What `tangent_p` computes, by the reference."""
+    operands, _, tangents = _split(kernel, args)
+    return _reference_jvp(kernel, attributes, live, operands, tangents, visible=True)
+
+
+def _tangent_abstract(*avals: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...]) -> list[Any]:
+    del attributes, live
+    return list(_split(kernel, avals)[1][: kernel.visible])
+
+
+def _tangent_jvp(primals: Sequence, tangents: Sequence, **params: Any):
+    moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+    def of_moving(*values: Any) -> Sequence[Any]:
+        full = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            full[i] = value
+        return tangents_of(*full, **params)
+
+    values = tuple(primals[i] for i in moving)
+    directions = tuple(ad.instantiate_zeros(tangents[i]) for i in moving)
+    return jax.jvp(of_moving, values, directions)
+
+
+def _tangent_transpose(cotangents: Sequence, *args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...]):
+    operands, results, tangents = _split(kernel, args)
+    needed = tuple(i for i, t in zip(live, tangents, strict=True) if ad.is_undefined_primal(t))
+    assert kernel.backward is not None
+    found = kernel.backward(
+        operands, results, [ad.instantiate_zeros(c) for c in cotangents], needed, **dict(attributes)
+    )
+    return [None] * (len(operands) + len(results)) + [found.get(i) for i in live]
+
+
+def _tangent_batch(args: Sequence, dims: Sequence, *, kernel: Kernel, attributes: tuple, live: tuple[int, ...]):
+    signature = kernel.signature
+    specs = [*signature.operands, *signature.results, *(signature.operands[i] for i in live)]
+    params = dict(kernel=kernel, attributes=attributes, live=live)
+    moved = _batch_to_front(specs, args, dims)
+    if moved is None:
+        out = jax.vmap(ft.partial(tangents_of, **params), in_axes=tuple(dims))(*args)
+    else:
+        out = tangent_p.bind(*moved, **params)
+    return out, (0,) * len(out)
+
+
+tangent_p.def_abstract_eval(_tangent_abstract)
+ad.primitive_jvps[tangent_p] = _tangent_jvp
+ad.primitive_transposes[tangent_p] = _tangent_transpose
+batching.primitive_batchers[tangent_p] = _tangent_batch
+
+
+@ft.lru_cache(maxsize=1024)
+def _compiled(primitive: Any, params: tuple) -> Callable:
+    return jax.jit(ft.partial(primitive.bind, **dict(params)))
+
+
+for _primitive in (call_p, tangent_p):
+    _primitive.def_impl(
+        lambda *args, _primitive=_primitive, **params: _compiled(_primitive, tuple(params.items()))(*args)
+    )
+
+
+# --- canonical shapes -------------------------------------------------------------------------------------------------
+
+
+def widened(x: Any) -> Any:
+    """x in the dtype that references compute in: float32, or float64 for a float64 input."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def as_batches(x: Any, inner: int) -> Any:
+    """x with at least two batch dimensions before its last `inner` dimensions."""
+    missing = max(0, 2 + inner - x.ndim)
+    return x.reshape((1,) * missing + x.shape) if missing else x
+
+
+def check_kernel_dtype(name: str, dtype: Any) -> Refusal | None:
+    """Refusal for a dtype that no kernel computes in."""
+    if np.dtype(dtype) in map(np.dtype, KERNEL_DTYPES):
+        return None
+    return Refusal("{name} has no kernel for {dtype}", dict(name=name, dtype=np.dtype(dtype).name),
+                   "float32, float16 and bfloat16 have one")
