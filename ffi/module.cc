@@ -13,6 +13,7 @@
 #include <cuda_runtime_api.h>
 #define ZENITH_MODULE _cuda
 #else
+#include "ffi/cpu/dispatch.h"
 #define ZENITH_MODULE _cpu
 #endif
 
@@ -74,7 +75,13 @@ NB_MODULE(ZENITH_MODULE, m) {
   m.attr("kernel_version") = ZENITH_KERNEL_VERSION;
   m.attr("ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.def("targets", &zenith::Targets, "Custom-call target name -> capsule of its XLA FFI handler.");
-#ifdef ZENITH_BACKEND_CUDA
+#ifndef ZENITH_BACKEND_CUDA
+  nb::list instruction_sets;
+  for (const zenith::CpuKernels* kernels : zenith::RunnableCpuKernels().tables) {
+    if (kernels != nullptr) instruction_sets.append(kernels->isa);
+  }
+  m.attr("instruction_sets") = nb::tuple(instruction_sets);  // the best first, which is used
+#else
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("driver_version", &zenith::DriverVersion,
         "Newest CUDA that the driver runs; 0: no driver.");

@@ -1,0 +1,50 @@
+"""The command `zenith`: one subcommand for each row of COMMANDS."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """add_arguments(parser) declares the options; run(arguments) returns the exit code.
+
+    Both import what they need themselves, so that `zenith --help` is quick.
+    """
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from zenith_jax import doctor
+
+    return doctor.main(as_json=arguments.json)
+
+
+COMMANDS = {
+    "doctor": Command("what is installed, built and found, and how to fix what is missing", _doctor_arguments, _doctor),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `zenith ARGV`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="zenith", description="Hand-tuned kernels for the JAX model you already have."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        command.add_arguments(subparser)
+    arguments = parser.parse_args(argv)
+    return COMMANDS[arguments.command].run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
