@@ -20,6 +20,7 @@ import warnings
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from zenith_jax import native
@@ -74,7 +75,7 @@ def show(report: list[Finding], console: Console | None = None) -> None:
         for finding in report:
             if finding.section == section:
                 state = f"[{colour[finding.state]}]{finding.state}[/]"
-                table.add_row(f"  {finding.name}", state, finding.detail)
+                table.add_row(f"  {finding.name}", state, escape(finding.detail))
         console.print(table)
     advice = [f for f in report if f.advice]
     if advice:
