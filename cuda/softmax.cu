@@ -1,6 +1,7 @@
 // Softmax by rows, forward and backward; the contract is ffi/kernels/softmax.h.
 #include "cuda/core/convert.cuh"
 #include "cuda/core/launch.h"
+#include "cuda/core/math.cuh"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/rows.cuh"
 #include "cuda/core/vector.cuh"
@@ -8,17 +9,6 @@
 
 namespace zenith {
 namespace {
-
-/// exp(x), as precise as T needs: __expf errs by up to |x| * 2^-23 relative, far below half a unit
-/// of the 16-bit types wherever the result is not flushed to zero.
-template <typename T>
-__device__ __forceinline__ float Exp(float x) {
-  if constexpr (sizeof(T) == 2) {
-    return __expf(x);
-  } else {
-    return expf(x);
-  }
-}
 
 /// One team per row, the row in registers: x is read once, y written once. kSize elements move
 /// together; a thread holds up to kVectors such vectors. exp is computed twice rather than kept:

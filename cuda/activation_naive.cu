@@ -1,0 +1,77 @@
+// Oracle of activation.cu: the formulas of ffi/kernels/activation.h, one thread per element.
+#include "cuda/core/convert.cuh"
+#include "cuda/core/launch.h"
+#include "cuda/naive.h"
+
+namespace zenith::naive {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr double kSqrtHalf = 0.70710678118654752440;
+constexpr double kSqrtTwoOverPi = 0.79788456080286535588;
+constexpr double kInverseSqrtTwoPi = 0.39894228040143267794;
+
+/// f(x) and f'(x); at +-infinity their limits.
+struct Point {
+  double value, derivative;
+};
+
+__device__ Point Evaluate(Activation kind, double x) {
+  if (isinf(x)) return x > 0 ? Point{x, 1} : Point{0, 0};
+  switch (kind) {
+    case Activation::kGeluErf: {
+      const double cumulative = erfc(-x * kSqrtHalf) / 2;
+      return {x * cumulative, cumulative + x * kInverseSqrtTwoPi * exp(-x * x / 2)};
+    }
+    case Activation::kGeluTanh: {
+      const double t = tanh(kSqrtTwoOverPi * (x + 0.044715 * x * x * x));
+      const double slope = kSqrtTwoOverPi * (1 + 3 * 0.044715 * x * x);
+      return {x / 2 * (1 + t), (1 + t) / 2 + x / 2 * (1 - t * t) * slope};
+    }
+    case Activation::kSilu: {
+      const double sigmoid = 1 / (1 + exp(-x));
+      return {x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))};
+    }
+  }
+  return {};
+}
+
+template <typename T>
+__global__ void activation_forward_kernel(ActivationForwardArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= args.size) return;
+  const double x = ToFloat(static_cast<const T*>(args.x)[i]);
+  static_cast<T*>(args.y)[i] = FromFloat<T>(static_cast<float>(Evaluate(args.kind, x).value));
+}
+
+template <typename T>
+__global__ void activation_backward_kernel(ActivationBackwardArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= args.size) return;
+  const double x = ToFloat(static_cast<const T*>(args.x)[i]);
+  const double dy = ToFloat(static_cast<const T*>(args.dy)[i]);
+  static_cast<T*>(args.dx)[i] =
+      FromFloat<T>(static_cast<float>(dy * Evaluate(args.kind, x).derivative));
+}
+
+unsigned Blocks(int64_t size) { return static_cast<unsigned>((size + kThreads - 1) / kThreads); }
+
+}  // namespace
+
+Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch) {
+  if (args.size == 0) return {};
+  return DispatchDType(args.dtype, [&]<typename T>() {
+    activation_forward_kernel<T><<<Blocks(args.size), kThreads, 0, launch.stream>>>(args);
+    return LastLaunch();
+  });
+}
+
+Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch) {
+  if (args.size == 0) return {};
+  return DispatchDType(args.dtype, [&]<typename T>() {
+    activation_backward_kernel<T><<<Blocks(args.size), kThreads, 0, launch.stream>>>(args);
+    return LastLaunch();
+  });
+}
+
+}  // namespace zenith::naive

@@ -1,0 +1,18 @@
+// The same contracts computed the obvious way: one thread per row (or group, or element), float64
+// inside, no shared memory. Oracles for the tests of the fast kernels; production calls none.
+#pragma once
+
+#include "ffi/kernels/activation.h"
+#include "ffi/kernels/norm.h"
+#include "ffi/kernels/softmax.h"
+
+namespace zenith::naive {
+
+Status NormForward(const NormForwardArgs& args, const Launch& launch);
+Status NormBackward(const NormBackwardArgs& args, const Launch& launch);
+Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch);
+Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch);
+Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch);
+Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch);
+
+}  // namespace zenith::naive
