@@ -1,0 +1,141 @@
+// Elementwise activations: x read once, y written once. See ffi/kernels/activation.h.
+#pragma once
+
+#include "ffi/cpu/math.h"
+#include "ffi/cpu/parallel.h"
+#include "ffi/kernels/activation.h"
+
+namespace zenith::ZENITH_ISA {
+
+/// The standard normal distribution at a >= 0, as factors, which underflow only when multiplied
+/// out.
+struct NormalTail {
+  F32 ratio;    // (1 - Phi(a)) / density, in (0, 1/2]
+  F32 density;  // exp(-a^2 / 2)
+  F32 tail() const { return ratio * density; }
+};
+ZENITH_INLINE NormalTail UpperTail(F32 a) {
+  // a^2 / 2 in two floats: at a = 6 the rounding of one would cost 18 ulp. The upper 12 bits of a
+  // have an exact square.
+  const F32 high = (F32)((I32)a & ~0xfff);
+  const F32 density = Exp(high * high * -0.5f, (high - a) * (high + a) * 0.5f);
+  // erfcx(a / sqrt 2) / 2 = t * polynomial(t), t = 1 / (1 + a / 4), relative error 1e-8.
+  const F32 t = Reciprocal(Fma(a, 0.25f, Splat(1.0f)));
+  F32 p = Splat(0.017673869543388496f);
+  p = Fma(p, t, Splat(-0.0688619242111722f));
+  p = Fma(p, t, Splat(0.06625996378609772f));
+  p = Fma(p, t, Splat(0.008454557023577884f));
+  p = Fma(p, t, Splat(0.02979888894005376f));
+  p = Fma(p, t, Splat(0.07720193768029682f));
+  p = Fma(p, t, Splat(0.07537830897833506f));
+  p = Fma(p, t, Splat(0.09476504277938784f));
+  p = Fma(p, t, Splat(0.09958649649167564f));
+  p = Fma(p, t, Splat(0.09974286396140501f));
+  return {p * t, density};
+}
+
+/// 2 sqrt(2 / pi) (x + 0.044715 x^3), so that gelu(tanh) is x * Sigmoid of it, and its derivative.
+inline constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
+inline constexpr float kCubic = 0.044715f;
+
+/// Beyond +-16 the normal tail is 0 in float32, and beyond +-128 so are the other activations'
+/// tails. Clamping there keeps inf * 0 out of the formulas.
+template <Activation kKind>
+inline constexpr float kSaturated = kKind == Activation::kGeluErf ? 16.0f : 128.0f;
+
+template <Activation kKind>
+ZENITH_INLINE F32 Value(F32 x) {
+  if constexpr (kKind == Activation::kGeluErf) {
+    // x * Phi(x), without the cancellation of 1 + erf in the lower tail.
+    const F32 a = Min(Splat(kSaturated<kKind>), Abs(x));
+    const NormalTail normal = UpperTail(a);
+    return Max(F32{}, x) - a * normal.ratio * normal.density;
+  } else {
+    x = Max(Splat(-kSaturated<kKind>), x);
+    F32 u = x;
+    if constexpr (kKind == Activation::kGeluTanh) {
+      u = x * Fma(x * x, kCubic * kTwoSqrt2OverPi, Splat(kTwoSqrt2OverPi));
+    }
+    const SigmoidFactors s = Sigmoid(u);
+    return x * s.large * s.small;
+  }
+}
+
+template <Activation kKind>
+ZENITH_INLINE F32 Derivative(F32 x) {
+  x = Min(Splat(kSaturated<kKind>), Max(Splat(-kSaturated<kKind>), x));
+  if constexpr (kKind == Activation::kGeluErf) {
+    // Phi(x) + x phi(x)
+    const NormalTail normal = UpperTail(Abs(x));
+    const F32 phi = Select(x > 0.0f, 1.0f - normal.tail(), normal.tail());
+    return Fma(x * 0.3989422804014327f, normal.density, phi);
+  } else {
+    // d/dx x s(u) = s + x s (1 - s) u'
+    F32 u = x, slope = x;
+    if constexpr (kKind == Activation::kGeluTanh) {
+      const F32 square = x * x;
+      u = x * Fma(square, kCubic * kTwoSqrt2OverPi, Splat(kTwoSqrt2OverPi));
+      slope = x * Fma(square, 3.0f * kCubic * kTwoSqrt2OverPi, Splat(kTwoSqrt2OverPi));
+    }
+    const F32 s = Sigmoid(u).value();
+    return Fma(slope * s, 1.0f - s, s);
+  }
+}
+
+/// Calls body with the kind as a compile-time constant.
+template <Activation kKind>
+struct ActivationConstant {
+  static constexpr Activation kValue = kKind;
+};
+template <typename Body>
+void WithActivation(Activation kind, Body body) {
+  switch (kind) {
+    case Activation::kGeluErf:
+      return body(ActivationConstant<Activation::kGeluErf>{});
+    case Activation::kGeluTanh:
+      return body(ActivationConstant<Activation::kGeluTanh>{});
+    case Activation::kSilu:
+      return body(ActivationConstant<Activation::kSilu>{});
+  }
+}
+
+template <Activation kKind, typename T>
+ZENITH_NOINLINE void ActivationRange(int64_t size, const T* x, T* y) {
+  ForVectors(size,
+             [&](int64_t i, auto part) { Store(y + i, Value<kKind>(Load(x + i, part)), part); });
+}
+template <Activation kKind, typename T>
+ZENITH_NOINLINE void ActivationBackwardRange(int64_t size, const T* x, const T* dy, T* dx) {
+  ForVectors(size, [&](int64_t i, auto part) {
+    Store(dx + i, Load(dy + i, part) * Derivative<kKind>(Load(x + i, part)), part);
+  });
+}
+
+inline Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch) {
+  WithStorage(args.dtype, [&]<typename T>(T) {
+    WithActivation(args.kind, [&]<typename Kind>(Kind) {
+      const T* const x = static_cast<const T*>(args.x);
+      T* const y = static_cast<T*>(args.y);
+      ForRows(launch, args.size, 1, [=](int64_t first, int64_t last) {
+        ActivationRange<Kind::kValue>(last - first, x + first, y + first);
+      });
+    });
+  });
+  return {};
+}
+
+inline Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch) {
+  WithStorage(args.dtype, [&]<typename T>(T) {
+    WithActivation(args.kind, [&]<typename Kind>(Kind) {
+      const T* const x = static_cast<const T*>(args.x);
+      const T* const dy = static_cast<const T*>(args.dy);
+      T* const dx = static_cast<T*>(args.dx);
+      ForRows(launch, args.size, 1, [=](int64_t first, int64_t last) {
+        ActivationBackwardRange<Kind::kValue>(last - first, x + first, dy + first, dx + first);
+      });
+    });
+  });
+  return {};
+}
+
+}  // namespace zenith::ZENITH_ISA

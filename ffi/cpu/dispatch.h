@@ -1,0 +1,29 @@
+// The CPU kernels of one instruction set, as a table.
+#pragma once
+
+#include "ffi/kernels/activation.h"
+#include "ffi/kernels/attention.h"
+#include "ffi/kernels/norm.h"
+#include "ffi/kernels/softmax.h"
+
+namespace zenith {
+
+struct CpuKernels {
+  const char* isa;
+  Status (*activation_forward)(const ActivationForwardArgs&, const Launch&);
+  Status (*activation_backward)(const ActivationBackwardArgs&, const Launch&);
+  Status (*softmax_forward)(const SoftmaxForwardArgs&, const Launch&);
+  Status (*softmax_backward)(const SoftmaxBackwardArgs&, const Launch&);
+  Status (*norm_forward)(const NormForwardArgs&, const Launch&);
+  Status (*norm_backward)(const NormBackwardArgs&, const Launch&);
+  Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);
+  Status (*attention_backward)(const AttentionBackwardArgs&, const Launch&);
+};
+
+/// The tables this machine can run, best first; null beyond the last. Picked once, thread-safe.
+struct CpuKernelChoice {
+  const CpuKernels* tables[4];
+};
+const CpuKernelChoice& RunnableCpuKernels();
+
+}  // namespace zenith

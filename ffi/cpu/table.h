@@ -1,0 +1,22 @@
+// Instantiates every CPU kernel for the instruction set that the including isa_*.cc names.
+#pragma once
+
+#include "ffi/cpu/activation.h"
+#include "ffi/cpu/attention.h"
+#include "ffi/cpu/dispatch.h"
+#include "ffi/cpu/norm.h"
+#include "ffi/cpu/softmax.h"
+
+#define ZENITH_STRING_(x) #x
+#define ZENITH_STRING(x) ZENITH_STRING_(x)
+
+namespace zenith::ZENITH_ISA {
+
+extern const CpuKernels kKernels;
+const CpuKernels kKernels = {
+    ZENITH_STRING(ZENITH_ISA), ActivationForward, ActivationBackward, SoftmaxForward,
+    SoftmaxBackward,           NormForward,       NormBackward,       AttentionForward,
+    AttentionBackward,
+};
+
+}  // namespace zenith::ZENITH_ISA
