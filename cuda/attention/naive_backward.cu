@@ -31,7 +31,7 @@ struct Head {
 template <typename T>
 __device__ float Dot(const T* a, const T* b, int64_t size) {
   float sum = 0;
-  for (int64_t d = 0; d < size; ++d) sum += static_cast<float>(a[d]) * static_cast<float>(b[d]);
+  for (int64_t d = 0; d < size; ++d) sum += ToFloat(a[d]) * ToFloat(b[d]);
   return sum;
 }
 
@@ -63,7 +63,7 @@ __device__ void Accumulate(float (&acc)[kFeaturesPerLane], float weight, const T
                            int64_t first, int64_t size) {
   for (int i = 0; i < kFeaturesPerLane; ++i) {
     const int64_t d = first + i * kWarpSize + threadIdx.x;
-    if (d < size) acc[i] += weight * static_cast<float>(row[d]);
+    if (d < size) acc[i] += weight * ToFloat(row[d]);
   }
 }
 
@@ -72,7 +72,7 @@ __device__ void Store(T* row, const float (&acc)[kFeaturesPerLane], float factor
                       int64_t size) {
   for (int i = 0; i < kFeaturesPerLane; ++i) {
     const int64_t d = first + i * kWarpSize + threadIdx.x;
-    if (d < size) row[d] = static_cast<T>(factor * acc[i]);
+    if (d < size) row[d] = FromFloat<T>(factor * acc[i]);
   }
 }
 
@@ -173,8 +173,8 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
       RowPointer(static_cast<const T*>(args.dout), args.out_strides, head.batch, head.head, t);
   float sum = 0;
   for (int64_t e = threadIdx.x; e < args.v_dim; e += kWarpSize)
-    sum += static_cast<float>(out[e]) * static_cast<float>(dout[e]);
-  sum = WarpSum(sum);
+    sum += ToFloat(out[e]) * ToFloat(dout[e]);
+  sum = WarpAllReduce<Add>(sum);
   if (threadIdx.x == 0) args.delta[row] = sum;
 }
 
@@ -189,8 +189,8 @@ constexpr dim3 kBlock(kWarpSize, kWarpsPerBlock);
 Status RowDelta(const AttentionBackwardArgs& args, const Launch& launch) {
   const int64_t rows = args.batch * args.kv_heads * args.groups * args.q_len;
   if (rows == 0) return {};
-  return WithType(args.dtype, [&](auto type) {
-    attention_delta_kernel<decltype(type)><<<BlocksFor(rows), kBlock, 0, launch.stream>>>(args);
+  return DispatchDType(args.dtype, [&]<typename T>() {
+    attention_delta_kernel<T><<<BlocksFor(rows), kBlock, 0, launch.stream>>>(args);
     return LastLaunch();
   });
 }
@@ -198,8 +198,7 @@ Status RowDelta(const AttentionBackwardArgs& args, const Launch& launch) {
 Status NaiveBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   const int64_t queries = args.batch * args.kv_heads * args.groups * args.q_len;
   const int64_t keys = args.batch * args.kv_heads * args.kv_len;
-  return WithType(args.dtype, [&](auto type) {
-    using T = decltype(type);
+  return DispatchDType(args.dtype, [&]<typename T>() {
     if (queries > 0)
       attention_naive_dquery_kernel<T><<<BlocksFor(queries), kBlock, 0, launch.stream>>>(args);
     if (keys > 0)

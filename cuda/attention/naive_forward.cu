@@ -17,8 +17,8 @@ __device__ void WriteMean(const AttentionForwardArgs& args, const T* value, T* o
   for (int64_t e = lane; e < args.v_dim; e += kWarpSize) {
     float sum = 0;
     for (int64_t s = 0; s < args.kv_len; ++s)
-      sum += static_cast<float>(value[s * args.value_strides.length + e]);
-    out[e] = static_cast<T>(sum / static_cast<float>(args.kv_len));  // NaN without keys: 0 / 0
+      sum += ToFloat(value[s * args.value_strides.length + e]);
+    out[e] = FromFloat<T>(sum / static_cast<float>(args.kv_len));  // NaN without keys: 0 / 0
   }
 }
 
@@ -55,16 +55,15 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
       if (s < keys.end && (!args.mask || args.mask[mask_row + s * args.mask_strides.key])) {
         float dot = 0;
         const T* key_row = key + s * args.key_strides.length;
-        for (int64_t d = 0; d < args.qk_dim; ++d)
-          dot += static_cast<float>(query[d]) * static_cast<float>(key_row[d]);
+        for (int64_t d = 0; d < args.qk_dim; ++d) dot += ToFloat(query[d]) * ToFloat(key_row[d]);
         logit = args.scale * dot;
         if (args.bias) logit += LoadBias(args, bias_row + s * args.bias_strides.key);
       }
-      const float new_max = fmaxf(max, WarpMax(logit));
+      const float new_max = fmaxf(max, WarpAllReduce<Max>(logit));
       const float shift = new_max == -INFINITY ? 0.f : new_max;  // -inf - -inf would be NaN
       const float weight = expf(logit - shift), decay = expf(max - shift);
       max = new_max;
-      sum = sum * decay + WarpSum(weight);
+      sum = sum * decay + WarpAllReduce<Add>(weight);
       for (float& a : acc) a *= decay;
       const int valid = static_cast<int>(min(int64_t{kWarpSize}, keys.end - s0));
       for (int j = 0; j < valid; ++j) {
@@ -73,13 +72,13 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
         const T* value_row = value + (s0 + j) * args.value_strides.length;
         for (int i = 0; i < kFeaturesPerLane; ++i) {
           const int64_t e = first_feature + i * kWarpSize + lane;
-          if (e < args.v_dim) acc[i] += w * static_cast<float>(value_row[e]);
+          if (e < args.v_dim) acc[i] += w * ToFloat(value_row[e]);
         }
       }
     }
     for (int i = 0; i < kFeaturesPerLane; ++i) {
       const int64_t e = first_feature + i * kWarpSize + lane;
-      if (e < args.v_dim) out[e] = static_cast<T>(acc[i] / sum);  // NaN for a dead row: 0 / 0
+      if (e < args.v_dim) out[e] = FromFloat<T>(acc[i] / sum);  // NaN for a dead row: 0 / 0
     }
     first_feature += kFeaturesPerPass;
   } while (first_feature < args.v_dim);
@@ -94,9 +93,9 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
 Status NaiveForward(const AttentionForwardArgs& args, const Launch& launch) {
   const int64_t rows = args.batch * args.kv_heads * args.groups * args.q_len;
   if (rows == 0) return {};
-  return WithType(args.dtype, [&](auto type) {
+  return DispatchDType(args.dtype, [&]<typename T>() {
     const auto blocks = static_cast<unsigned>((rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
-    attention_naive_forward_kernel<decltype(type)>
+    attention_naive_forward_kernel<T>
         <<<blocks, dim3(kWarpSize, kWarpsPerBlock), 0, launch.stream>>>(args);
     return LastLaunch();
   });

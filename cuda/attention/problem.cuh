@@ -2,32 +2,16 @@
 // what a mask or bias says. Axes as in ffi/kernels/attention.h: t query, s key.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/core/convert.cuh"
+#include "cuda/core/reduce.cuh"
 #include "ffi/kernels/attention.h"
 
 namespace zenith::attention {
 
-inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
-
-/// Calls `f` with a value of the C++ type that `dtype` names.
-template <typename F>
-Status WithType(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(float{});
-    case DType::kF16:
-      return f(__half{});
-    case DType::kBF16:
-      return f(__nv_bfloat16{});
-  }
-  return Status{"attention: dtype must be float32, float16 or bfloat16"};
-}
 
 /// Half-open interval of rows or keys.
 struct Range {
@@ -75,23 +59,12 @@ __host__ __device__ inline int64_t ScoreOffset(const ScoreStrides& strides, cons
 __device__ inline float LoadBias(const AttentionProblem& p, int64_t offset) {
   switch (p.bias_dtype) {
     case DType::kF16:
-      return static_cast<float>(static_cast<const __half*>(p.bias)[offset]);
+      return ToFloat(static_cast<const __half*>(p.bias)[offset]);
     case DType::kBF16:
-      return static_cast<float>(static_cast<const __nv_bfloat16*>(p.bias)[offset]);
+      return ToFloat(static_cast<const __nv_bfloat16*>(p.bias)[offset]);
     default:
       return static_cast<const float*>(p.bias)[offset];
   }
-}
-
-__device__ inline float WarpSum(float x) {
-  for (int step = kWarpSize / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
-  return x;
-}
-
-__device__ inline float WarpMax(float x) {
-  for (int step = kWarpSize / 2; step > 0; step /= 2)
-    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
-  return x;
 }
 
 }  // namespace zenith::attention

@@ -1,0 +1,354 @@
+// Attention backward on tensor cores, float16 and bfloat16, deterministic: one kernel template that
+// walks the score matrix by rows (dquery) or by columns (dkey, dvalue), recomputing it each time.
+//
+// A block owns a stationary tile of rows and streams over the other axis:
+//               rows  stationary     streamed       results
+//   kQuery      t     query, dout    key, value     dquery = scale * dlogits . key, dbias
+//   kKeyValue   s     key, value     query, dout    dkey = scale * dlogits^T . query, dvalue = p^T
+//   . dout kKey        s     key, value     query, dout    dkey alone    } where the registers do
+//   not kValue      s     key            query, dout    dvalue alone  } hold both accumulators
+// Both products of scores are taken with the stationary rows as M, so p and dlogits, packed, are
+// the A operand of the products that follow: nothing but the streamed tiles goes through shared
+// memory. Seven products instead of the five with atomics: the price of bit-reproducible gradients.
+#pragma once
+
+#include "cuda/attention/kernels.h"
+#include "cuda/attention/tile.cuh"
+
+namespace zenith::attention {
+
+enum class Gradient { kQuery, kKeyValue, kKey, kValue };
+
+template <Gradient kGradient_, int kDim_, int kWarps, int kRowTiles_, int kCols_, int kBlocksPerSm_>
+struct BackwardConfig {
+  static constexpr Gradient kGradient = kGradient_;
+  static constexpr bool kByQuery = kGradient == Gradient::kQuery;
+  static constexpr bool kLogits = kGradient != Gradient::kValue;  // dquery or dkey is wanted
+  static constexpr bool kWeights =
+      kGradient == Gradient::kKeyValue || kGradient == Gradient::kValue;
+
+  static constexpr int kDim = kDim_;            // features, padded
+  static constexpr int kRowTiles = kRowTiles_;  // tiles of 16 stationary rows per warp
+  static constexpr int kCols = kCols_;          // streamed rows per tile
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kRows = 16 * kRowTiles * kWarps;
+  static constexpr int kStages = 2;
+  static constexpr int kStationaryBytes = kRows * kDim * 2;
+  static constexpr int kStreamedBytes = kCols * kDim * 2;
+  static constexpr int kTilesBytes =
+      (kLogits ? 2 : 1) * kStationaryBytes + kStages * 2 * kStreamedBytes;
+  static constexpr int kSharedBytes = kTilesBytes + kStages * kCols * int{sizeof(float2)};
+};
+
+/// lse in units of log2, and delta. A query without an allowed key, or past the end, gets +inf:
+/// then p = 2^-inf = 0 for every key.
+__device__ __forceinline__ float2 QueryStatistics(const float* lse, const float* delta, int t,
+                                                  int q_len) {
+  if (t >= q_len) return {INFINITY, 0};
+  const float x = lse[t];
+  return {x == -INFINITY ? INFINITY : kLog2E * x, delta[t]};
+}
+
+/// What the queries without an allowed key give to every key of the head, allowed or not: the mean
+/// (or NaN) of dout over them, in `sum[e]`. False if there is none. The whole block.
+template <typename T>
+__device__ bool DeadRows(const AttentionBackwardArgs& args, const HeadIndex& first_head,
+                         const T* dout, float* sum) {
+  const int64_t first_row =
+      (first_head.batch * args.kv_heads * args.groups + first_head.head) * args.q_len;
+  const int64_t rows = args.groups * args.q_len;  // heads of a group are neighbours in lse
+  bool dead = false;
+#pragma unroll 8
+  for (int64_t row = threadIdx.x; row < rows; row += blockDim.x)
+    dead |= args.lse[first_row + row] == -INFINITY;
+  if (!__syncthreads_or(dead)) return false;
+  const float weight =
+      args.masked_row == MaskedRow::kMean ? 1.f / static_cast<float>(args.kv_len) : NAN;
+  for (int e = threadIdx.x; e < args.v_dim; e += blockDim.x) {
+    float total = 0;
+    for (int64_t group = 0; group < args.groups; ++group)
+#pragma unroll 8
+      for (int64_t t = 0; t < args.q_len; ++t)
+        if (args.lse[first_row + group * args.q_len + t] == -INFINITY)
+          total += ToFloat(dout[group * args.out_strides.head + t * args.out_strides.length + e]);
+    sum[e] = total * weight;
+  }
+  __syncthreads();
+  return true;
+}
+
+/// kModified: there is a mask, a bias or a wanted dbias.
+template <typename T, typename Config, bool kModified>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    attention_backward_kernel(const __grid_constant__ AttentionBackwardArgs args,
+                              const bool may_have_dead_rows) {
+  constexpr int kDim = Config::kDim, kCols = Config::kCols, kRows = Config::kRows;
+  constexpr int kRowTiles = Config::kRowTiles, kThreads = Config::kThreads;
+  constexpr bool kByQuery = Config::kByQuery;
+  using Layout = TileLayout<kDim>;
+  extern __shared__ __align__(kTileAlignment) unsigned char shared[];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
+  const int qk_dim = static_cast<int>(args.qk_dim), v_dim = static_cast<int>(args.v_dim);
+
+  // Under a causal mask, late queries and early keys have the most work; they start first.
+  const int row_tiles = ((kByQuery ? q_len : kv_len) + kRows - 1) / kRows;
+  const int tile = blockIdx.x % row_tiles;
+  const int row0 = (kByQuery ? row_tiles - 1 - tile : tile) * kRows;
+  const int warp_row = warp * 16 * kRowTiles, warp_row0 = row0 + warp_row;
+  const int rows = kByQuery ? q_len : kv_len, cols = kByQuery ? kv_len : q_len;
+  HeadIndex head;  // of the queries; when walking by keys, the first of its group
+  if constexpr (kByQuery) {
+    head = HeadIndex::Of(args, blockIdx.x / row_tiles);
+  } else {
+    const int64_t index = blockIdx.x / row_tiles;
+    const int64_t kv_head = index % args.kv_heads;
+    head = {index / args.kv_heads, kv_head * args.groups, kv_head, 0};
+  }
+
+  const T* query =
+      RowPointer(static_cast<const T*>(args.query), args.query_strides, head.batch, head.head, 0);
+  const T* dout =
+      RowPointer(static_cast<const T*>(args.dout), args.out_strides, head.batch, head.head, 0);
+  const T* key =
+      RowPointer(static_cast<const T*>(args.key), args.key_strides, head.batch, head.kv_head, 0);
+  const T* value = RowPointer(static_cast<const T*>(args.value), args.value_strides, head.batch,
+                              head.kv_head, 0);
+  const int64_t first_row = (head.batch * args.kv_heads * args.groups + head.head) * args.q_len;
+  const float *lse = args.lse + first_row, *delta = args.delta + first_row;
+  int64_t mask_offset = ScoreOffset(args.mask_strides, head);
+  int64_t bias_offset = ScoreOffset(args.bias_strides, head);
+
+  const uint32_t shared_address = SharedAddress(shared);
+  const uint32_t stages = shared_address + (Config::kLogits ? 2 : 1) * Config::kStationaryBytes;
+  float2* statistics = reinterpret_cast<float2*>(shared + Config::kTilesBytes);
+
+  // Streamed rows: `cols_begin` to `cols_end`, for each query head of the group when walking by
+  // keys. A dense dbias has zeros outside the band to be written: then nothing is skipped.
+  const Band band(args);
+  const int row_count = min(kRows, rows - row0);
+  const bool whole_range = kModified && kByQuery && args.dbias;
+  const int cols_begin =
+      whole_range ? 0 : (kByQuery ? band.KeysBegin(row0) : band.QueriesBegin(row0)) / kCols * kCols;
+  const int cols_end = whole_range ? cols
+                       : kByQuery  ? band.KeysEnd(row0, row_count, kv_len)
+                                   : band.QueriesEnd(row0, row_count, q_len);
+  const int col_tiles = cols_end > cols_begin ? (cols_end - cols_begin + kCols - 1) / kCols : 0;
+  const int64_t iterations = col_tiles * (kByQuery ? int64_t{1} : args.groups);
+
+  const auto load_streamed = [&](int col0, int64_t group, int stage) {
+    const uint32_t tile = stages + stage * 2 * Config::kStreamedBytes;
+    const T* first = kByQuery ? key : query + group * args.query_strides.head;
+    const T* second = kByQuery ? value : dout + group * args.out_strides.head;
+    const int64_t first_stride = kByQuery ? args.key_strides.length : args.query_strides.length;
+    const int64_t second_stride = kByQuery ? args.value_strides.length : args.out_strides.length;
+    LoadTile<kCols, kDim, kThreads>(tile, first + col0 * first_stride, first_stride, cols - col0,
+                                    qk_dim);
+    LoadTile<kCols, kDim, kThreads>(tile + Config::kStreamedBytes, second + col0 * second_stride,
+                                    second_stride, cols - col0, v_dim);
+  };
+  const auto column_statistics = [&](int col0, int64_t group) {
+    return QueryStatistics(lse + group * args.q_len, delta + group * args.q_len,
+                           col0 + static_cast<int>(threadIdx.x), q_len);
+  };
+
+  const int64_t first_stride = kByQuery ? args.query_strides.length : args.key_strides.length;
+  const int64_t second_stride = kByQuery ? args.out_strides.length : args.value_strides.length;
+  LoadTile<kRows, kDim, kThreads>(shared_address, (kByQuery ? query : key) + row0 * first_stride,
+                                  first_stride, rows - row0, qk_dim);
+  if constexpr (Config::kLogits)
+    LoadTile<kRows, kDim, kThreads>(shared_address + Config::kStationaryBytes,
+                                    (kByQuery ? dout : value) + row0 * second_stride, second_stride,
+                                    rows - row0, v_dim);
+  if (iterations > 0) load_streamed(cols_begin, 0, 0);
+  CpAsyncCommit();
+  float2 row_statistics[kRowTiles][2];
+  if constexpr (kByQuery) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        row_statistics[r][half] =
+            QueryStatistics(lse, delta, warp_row0 + 16 * r + 8 * half + lane / 4, q_len);
+  } else if (iterations > 0 && threadIdx.x < kCols) {
+    statistics[threadIdx.x] = column_statistics(cols_begin, 0);
+  }
+
+  const uint32_t lane_row =
+      shared_address + warp_row * Layout::kRowBytes + Layout::LaneOffset(lane);
+  const float scale_log2 = args.scale * kLog2E;
+  float acc[Config::kLogits ? kRowTiles : 1][kDim / 8][4] = {};         // dquery or dkey
+  float acc_value[Config::kWeights ? kRowTiles : 1][kDim / 8][4] = {};  // dvalue
+
+  int col0 = cols_begin, stage = 0;
+  int64_t group = 0;
+  for (int64_t iteration = 0; iteration < iterations; ++iteration, stage ^= 1) {
+    CpAsyncWait<0>();
+    __syncthreads();  // this stage is complete, and nobody reads the other one any more
+    const bool last_of_group = col0 + kCols >= cols_end;
+    const int next_col0 = last_of_group ? cols_begin : col0 + kCols;
+    const int64_t next_group = group + last_of_group;
+    float2 next_statistics;
+    if (iteration + 1 < iterations) {
+      load_streamed(next_col0, next_group, stage ^ 1);
+      if (!kByQuery && threadIdx.x < kCols)
+        next_statistics = column_statistics(next_col0, next_group);
+    }
+    CpAsyncCommit();
+
+    const bool any = kByQuery ? band.HoldsAny(warp_row0, 16 * kRowTiles, col0, kCols)
+                              : band.HoldsAny(col0, kCols, warp_row0, 16 * kRowTiles);
+    if (any || whole_range) {
+      const uint32_t first = stages + stage * 2 * Config::kStreamedBytes;
+      const uint32_t second = first + Config::kStreamedBytes;
+      float p[kRowTiles][kCols / 8][4];
+      MultiplyByRows<T, kDim, kRowTiles, kCols>(p, lane_row,
+                                                first + Layout::LaneOffsetByColumn(lane));
+      float dlogits[Config::kLogits ? kRowTiles : 1][kCols / 8][4];
+      if constexpr (Config::kLogits)
+        MultiplyByRows<T, kDim, kRowTiles, kCols>(dlogits, lane_row + Config::kStationaryBytes,
+                                                  second + Layout::LaneOffsetByColumn(lane));
+      // Past the last query p vanishes by its statistics; past the last key it must be masked.
+      const bool whole =
+          kByQuery ? col0 + kCols <= kv_len && band.HoldsAll(warp_row0, 16 * kRowTiles, col0, kCols)
+                   : band.HoldsAll(col0, kCols, warp_row0, 16 * kRowTiles);
+#pragma unroll
+      for (int n = 0; n < kCols / 8; ++n) {
+        const int col = 8 * n + lane % 4 * 2;
+        float4 pair = {};
+        if constexpr (!kByQuery)
+          pair = *reinterpret_cast<const float4*>(&statistics[stage * kCols + col]);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 statistic = kByQuery     ? row_statistics[r][i / 2]
+                                     : i % 2 == 0 ? float2{pair.x, pair.y}
+                                                  : float2{pair.z, pair.w};
+            const int row = warp_row0 + 16 * r + lane / 4 + i / 2 * 8;
+            const int t = kByQuery ? row : col0 + col + i % 2;
+            const int s = kByQuery ? col0 + col + i % 2 : row;
+            bool allowed = whole || ((!kByQuery || s < kv_len) && band.Holds(t, s));
+            float logit = p[r][n][i] * scale_log2;
+            if constexpr (kModified) {
+              const bool inside = t < q_len && s < kv_len;
+              allowed = allowed && inside;
+              if (allowed && args.mask)
+                allowed = args.mask[mask_offset + t * args.mask_strides.query +
+                                    s * args.mask_strides.key];
+              if (allowed && args.bias)
+                logit += kLog2E * LoadBias(args, bias_offset + t * args.bias_strides.query +
+                                                     s * args.bias_strides.key);
+            }
+            p[r][n][i] = allowed ? Exp2(logit - statistic.x) : 0.f;
+            if constexpr (Config::kLogits) {
+              float& dlogit = dlogits[r][n][i];
+              dlogit = allowed ? p[r][n][i] * (dlogit - statistic.y) : 0.f;
+              if constexpr (kModified && kByQuery)
+                if (args.dbias && t < q_len && s < kv_len)
+                  args.dbias[(first_row + t) * args.kv_len + s] = dlogit;
+            }
+          }
+      }
+      if constexpr (Config::kWeights)
+        AccumulateWeighted<T, kDim, kRowTiles, kCols>(acc_value, p,
+                                                      second + Layout::LaneOffset(lane));
+      if constexpr (Config::kLogits)
+        AccumulateWeighted<T, kDim, kRowTiles, kCols>(acc, dlogits,
+                                                      first + Layout::LaneOffset(lane));
+    }
+    if (!kByQuery && iteration + 1 < iterations && threadIdx.x < kCols)
+      statistics[(stage ^ 1) * kCols + threadIdx.x] = next_statistics;
+    if (next_group != group) {
+      mask_offset += args.mask_strides.group;
+      bias_offset += args.bias_strides.group;
+    }
+    col0 = next_col0;
+    group = next_group;
+  }
+  CpAsyncWait<0>();  // without iterations the stationary tiles may still be on their way
+  __syncthreads();
+
+  [[maybe_unused]] float poison = 0;  // NaN if a dead row reaches the whole of dkey
+  if constexpr (!kByQuery) {
+    float* dead_sum = reinterpret_cast<float*>(shared + (stages - shared_address));
+    if (may_have_dead_rows && DeadRows(args, head, dout, dead_sum)) {
+      if (args.masked_row == MaskedRow::kNan) poison = NAN;
+      if constexpr (Config::kWeights)
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+          for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int e = 8 * n + lane % 4 * 2 + i % 2;
+              if (e < v_dim) acc_value[r][n][i] += dead_sum[e];
+            }
+    }
+  }
+
+  unsigned char* staging = shared + warp_row * Layout::kRowBytes;
+  const int64_t warp_rows = rows - warp_row0;
+  if constexpr (Config::kLogits) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float factor = args.scale + poison;
+          if constexpr (kByQuery)
+            if (args.masked_row == MaskedRow::kNan && row_statistics[r][i / 2].x == INFINITY)
+              factor = NAN;
+          acc[r][n][i] *= factor;
+        }
+    T* target = kByQuery ? RowPointer(static_cast<T*>(args.dquery), args.query_strides, head.batch,
+                                      head.head, warp_row0)
+                         : RowPointer(static_cast<T*>(args.dkey), args.key_strides, head.batch,
+                                      head.kv_head, warp_row0);
+    StoreRows<T, kDim, kRowTiles>(acc, staging, target, first_stride, warp_rows, qk_dim);
+  }
+  if constexpr (Config::kWeights) {
+    T* target = RowPointer(static_cast<T*>(args.dvalue), args.value_strides, head.batch,
+                           head.kv_head, warp_row0);
+    StoreRows<T, kDim, kRowTiles>(acc_value, staging, target, second_stride, warp_rows, v_dim);
+  }
+}
+
+/// Whether some query may have no allowed key. Without mask and bias the band alone decides: the
+/// first query must not look before the keys, the last not behind them.
+inline bool MayHaveDeadRows(const AttentionProblem& p) {
+  return p.mask || p.bias || p.kv_len == 0 || p.left + p.right < 0 || p.right < 0 ||
+         p.q_len - 1 - p.left >= p.kv_len;
+}
+
+template <typename T, typename Config, bool kModified>
+Status LaunchBackward(const AttentionBackwardArgs& args, const Launch& launch) {
+  const auto kernel = attention_backward_kernel<T, Config, kModified>;
+  static_assert(Config::kSharedBytes <= SharedBytesLimit(Config::kDim));
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  if (error != cudaSuccess) return Status{cudaGetErrorString(error)};
+  const int64_t heads = args.kv_heads * (Config::kByQuery ? args.groups : 1);
+  const int64_t rows = Config::kByQuery ? args.q_len : args.kv_len;
+  const auto blocks =
+      static_cast<unsigned>(args.batch * heads * ((rows + Config::kRows - 1) / Config::kRows));
+  if (blocks == 0) return {};
+  kernel<<<blocks, Config::kThreads, Config::kSharedBytes, launch.stream>>>(args,
+                                                                            MayHaveDeadRows(args));
+  return LastLaunch();
+}
+
+template <typename Config>
+Status BackwardWithConfig(const AttentionBackwardArgs& args, const Launch& launch) {
+  const bool modified = args.mask || args.bias || (Config::kByQuery && args.dbias);
+  const auto with_type = [&]<typename T>() {
+    return modified ? LaunchBackward<T, Config, true>(args, launch)
+                    : LaunchBackward<T, Config, false>(args, launch);
+  };
+  return args.dtype == DType::kF16 ? with_type.template operator()<__half>()
+                                   : with_type.template operator()<__nv_bfloat16>();
+}
+
+}  // namespace zenith::attention
