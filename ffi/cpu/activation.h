@@ -77,8 +77,8 @@ ZENITH_INLINE F32 Derivative(F32 x) {
       u = x * Fma(square, kCubic * kTwoSqrt2OverPi, Splat(kTwoSqrt2OverPi));
       slope = x * Fma(square, 3.0f * kCubic * kTwoSqrt2OverPi, Splat(kTwoSqrt2OverPi));
     }
-    const F32 s = Sigmoid(u).value();
-    return Fma(slope * s, 1.0f - s, s);
+    const SigmoidFactors s = Sigmoid(u);
+    return Fma(slope * s.value(), s.complement(), s.value());
   }
 }
 

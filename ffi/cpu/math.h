@@ -60,11 +60,15 @@ ZENITH_INLINE F32 Exp(F32 x) { return Exp(x, F32{}); }
 /// 1 / (1 + exp(-x)) as a product, which underflows only when multiplied out.
 struct SigmoidFactors {
   F32 large, small;  // large in [1/2, 1]
+  F32 opposite;      // `small` of Sigmoid(-x)
   F32 value() const { return large * small; }
+  /// 1 - value, without its cancellation.
+  F32 complement() const { return large * opposite; }
 };
 ZENITH_INLINE SigmoidFactors Sigmoid(F32 x) {
   const F32 e = Exp(-Abs(x));  // never overflows: exp(x) / (1 + exp(x)) for x < 0
-  return {Reciprocal(1.0f + e), Select(x < 0.0f, e, Splat(1.0f))};
+  const F32 one = Splat(1.0f);
+  return {Reciprocal(one + e), Select(x < 0.0f, e, one), Select(x < 0.0f, one, e)};
 }
 
 }  // namespace zenith::ZENITH_ISA
