@@ -195,7 +195,9 @@ def _driver_version() -> str:
 def _driver() -> Finding:
     version = _driver_version()
     if not version:
-        return Finding("found", "NVIDIA driver", "absent", "no GPU, or no driver for it; the CPU kernels do not need one")
+        return Finding(
+            "found", "NVIDIA driver", "absent", "no GPU, or no driver for it; the CPU kernels do not need one"
+        )
     return Finding("found", "NVIDIA driver", "ok", version)
 
 
