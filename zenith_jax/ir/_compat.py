@@ -29,12 +29,7 @@ JaxprEqn, Literal, Var, DropVar = jec.JaxprEqn, jec.Literal, jec.Var, jec.DropVa
 Primitive = jec.Primitive
 MERGED = ClosedJaxpr is Jaxpr
 
-__all__ = [
-    "ad",
-    "batching",
-    "mlir",
-    "sharding_rule_attribute",
-]
+__all__ = ["ad", "batching", "mlir"]
 
 
 # --- jaxprs -----------------------------------------------------------------------------------------------------------
@@ -141,6 +136,18 @@ def shaped_like(aval: Any, shape: Sequence[int], dtype: Any, specs: Sequence[Any
     mesh = jax.sharding.get_abstract_mesh()
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*specs))
     return aval.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """What `jax.make_jaxpr` takes for an argument of type `aval`, its sharding and manual axes included."""
+    more: dict[str, Any] = {}
+    sharding = getattr(aval, "sharding", None)
+    if sharding is not None and not sharding.mesh.empty:
+        more["sharding"] = sharding
+        manual = getattr(aval, "manual_axis_type", None)
+        if manual is not None:
+            more["manual_axis_type"] = manual
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, **more)
 
 
 def explicit_spec(aval: Any) -> tuple[Any, ...]:

@@ -1,0 +1,26 @@
+"""Zenith: the parts of a JAX function that hand-written kernels compute faster run in those kernels.
+
+>>> import zenith_jax as zenith
+>>> @zenith.jit
+... def train_step(state, batch): ...
+"""
+
+from zenith_jax import ops
+from zenith_jax.api import explain, fuse, jit
+from zenith_jax.config import Config, config, configure, configured
+from zenith_jax.report import Report, Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "Report",
+    "Site",
+    "config",
+    "configure",
+    "configured",
+    "explain",
+    "fuse",
+    "jit",
+    "ops",
+]

@@ -1,0 +1,12 @@
+"""Matchers: one file a pattern. Each looks at one equation of a graph and returns a Match, a Refusal, or None.
+
+None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
+`MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it.
+"""
+
+from zenith_jax.passes.match import activation, attention, norm, softmax
+from zenith_jax.passes.match._match import Match
+
+MATCHERS = (attention.match, norm.match, activation.match, softmax.match)
+
+__all__ = ["MATCHERS", "Match"]

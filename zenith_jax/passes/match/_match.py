@@ -1,0 +1,59 @@
+"""What a matcher finds, and how an array is brought into an op's canonical shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from zenith_jax.ir._compat import JaxprEqn, Var
+from zenith_jax.ir.graph import Atom
+from zenith_jax.ir.term import Axis, Term
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Match:
+    """A subgraph that is an op.
+
+    emit(*values of `leaves`, **static) computes `results`; it is a module-level function, so that its trace can be
+    cached by (emit, static, avals). inner: the equations that the op replaces. cost: flops and bytes of the fused op,
+    and the bytes that unfused code moves besides.
+    """
+
+    op: str
+    root: JaxprEqn
+    results: tuple[Var, ...]
+    inner: tuple[JaxprEqn, ...]
+    leaves: tuple[Atom, ...]
+    emit: Callable[..., Sequence[Any]]
+    static: tuple[tuple[str, Any], ...]
+    detail: str = ""
+    # The cases the cost model chooses by: shapes, dtype, flags. See passes/choose.py.
+    case: tuple[tuple[str, Any], ...] = ()
+
+
+Order = tuple[int, ...]
+
+
+def order_of(term: Term, axes: Sequence[Axis | None]) -> Order | None:
+    """For each of `axes` the dimension of `term.atom` that it is, or -1; None if the term has other axes too."""
+    if not term.axis_set <= {a for a in axes if a is not None}:
+        return None
+    return tuple(-1 if a is None or a not in term.axes else term.axes.index(a) for a in axes)
+
+
+def arranged(x: Any, order: Order) -> Any:
+    """x with dimension order[i] as dimension i, size 1 where that is -1. Dimensions not named have size 1."""
+    named = [d for d in order if d >= 0]
+    unnamed = [d for d in range(x.ndim) if d not in named]
+    shape = [1 if d < 0 else x.shape[d] for d in order]
+    return jnp.transpose(x, (*named, *unnamed)).reshape(shape)
+
+
+def restored(y: Any, order: Order, shape: Sequence[int], dtype: Any) -> Any:
+    """The inverse: y's dimension i is dimension order[i] of the result, which has `shape` and `dtype`."""
+    named = sorted((d, i) for i, d in enumerate(order) if d >= 0)
+    unnamed = [i for i, d in enumerate(order) if d < 0]
+    return jnp.transpose(y, (*(i for _, i in named), *unnamed)).reshape(shape).astype(dtype)

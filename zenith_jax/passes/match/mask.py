@@ -1,0 +1,170 @@
+"""Boolean masks over (query, key) positions: the band that is proved, and the tensors that remain.
+
+A comparison of two positions (iota plus a constant) bounds s - t on one side; conjunctions intersect. What cannot be
+read so stays a tensor, which the kernel reads, in the shape that the user's program has it before broadcasting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from zenith_jax.errors import Refusal, refuse
+from zenith_jax.ir.term import Axis, Term, Terms
+from zenith_jax.ops.attention import UNBOUNDED
+
+# a compared with b, written as a bound on a - b: (sign, offset): sign * (a - b) + offset >= 0
+_COMPARISONS = {"ge": (1, 0), "gt": (1, -1), "le": (-1, 0), "lt": (-1, -1)}
+_NEGATED = {"ge": "lt", "gt": "le", "le": "gt", "lt": "ge"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskForm:
+    """allowed = -left <= s - t <= right, and all `tensors` (of which the marked ones are negated)."""
+
+    left: int = UNBOUNDED
+    right: int = UNBOUNDED
+    query_axis: Axis | None = None  # t, once a band has shown which axis it is
+    tensors: tuple[tuple[Term, bool], ...] = ()
+
+    @property
+    def is_band(self) -> bool:
+        return self.left < UNBOUNDED or self.right < UNBOUNDED
+
+    def has_empty_rows(self, t: int, s: int) -> bool:
+        """Whether some query sees no key by the band alone: tensors are not looked at."""
+        return self.right < 0 or t - 1 - min(self.left, t) > s - 1 or self.left < -(s - 1)
+
+    def __and__(self, other: MaskForm) -> MaskForm | Refusal:
+        axes = {a for a in (self.query_axis, other.query_axis) if a is not None}
+        if len(axes) > 1:
+            return refuse("the mask compares the key position with two different axes")
+        return MaskForm(
+            min(self.left, other.left),
+            min(self.right, other.right),
+            next(iter(axes), None),
+            self.tensors + tuple(t for t in other.tensors if t not in self.tensors),
+        )
+
+
+def mask_form(terms: Terms, mask: Term, key_axis: Axis, negated: bool = False) -> MaskForm | Refusal:
+    """Reads a boolean term; `negated` reads its complement."""
+    mask = _peeled(terms, mask)
+    value = terms.graph.constant(mask.atom)
+    if value is not None:
+        return MaskForm() if bool(value) != negated else refuse("the mask forbids everything")
+    eqn = terms.producer(mask)
+    name = eqn.primitive.name if eqn is not None else ""
+    if eqn is not None and name == "not":
+        return mask_form(terms, terms.operands(mask, eqn)[0], key_axis, not negated)
+    if eqn is not None and name == ("or" if negated else "and"):
+        first, second = (mask_form(terms, t, key_axis, negated) for t in terms.operands(mask, eqn))
+        if isinstance(first, Refusal) or isinstance(second, Refusal):
+            return first if isinstance(first, Refusal) else second
+        return first & second
+    if eqn is not None and name == "select_n":
+        chosen = _select_form(terms, mask, eqn, key_axis, negated)
+        if chosen is not None:
+            return chosen
+    if eqn is not None and name in _COMPARISONS:
+        band = _band(terms, mask, _NEGATED[name] if negated else name, eqn, key_axis)
+        if band is not None:
+            return band
+    return MaskForm(tensors=((mask, negated),))
+
+
+def _peeled(terms: Terms, mask: Term) -> Term:
+    """Below views, and below the round trip of a boolean through numbers: (m.astype(f32) != 0), m.astype(f32) > 0."""
+    while True:
+        mask = terms.peel(mask)
+        eqn = terms.producer(mask, "convert_element_type", "ne", "gt")
+        if eqn is None:
+            return mask
+        operands = terms.operands(mask, eqn)
+        if eqn.primitive.name != "convert_element_type" and terms.constant(operands[1]) != 0:
+            return mask
+        number = terms.peel(operands[0])
+        if number.dtype == bool:
+            if eqn.primitive.name != "convert_element_type":
+                return mask
+            mask = number
+            continue
+        cast = terms.producer(number, "convert_element_type")
+        if cast is None or cast.invars[0].aval.dtype != bool:
+            return mask
+        mask = terms.operands(number, cast)[0]
+
+
+def _select_form(terms: Terms, mask: Term, eqn: Any, key_axis: Axis, negated: bool) -> MaskForm | Refusal | None:
+    """select_n(p, False, x) = p and x; select_n(p, x, False) = not p and x (tril and triu are written so)."""
+    which, if_false, if_true = terms.operands(mask, eqn)
+    when_false, when_true = (terms.graph.constant(t.atom) for t in (if_false, if_true))
+    if when_false is not None and when_true is not None and bool(when_false) != bool(when_true):
+        return mask_form(terms, which, key_axis, negated != bool(when_false))
+    if negated:
+        return None
+    for constant, other, flip in ((when_false, if_true, False), (when_true, if_false, True)):
+        if constant is not None and not bool(constant):
+            first, second = mask_form(terms, which, key_axis, flip), mask_form(terms, other, key_axis)
+            if isinstance(first, Refusal) or isinstance(second, Refusal):
+                return first if isinstance(first, Refusal) else second
+            return first & second
+    return None
+
+
+def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -> MaskForm | None:
+    """The bound on s - t that a comparison of positions is."""
+    sides = [_affine(terms, t) for t in terms.operands(mask, eqn)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    (offset_a, a), (offset_b, b) = sides
+    coefficients = {axis: a.get(axis, 0) - b.get(axis, 0) for axis in {*a, *b}}
+    coefficients = {axis: c for axis, c in coefficients.items() if c}
+    query = [axis for axis in coefficients if axis is not key_axis]
+    if len(query) != 1 or len(coefficients) != 2 or coefficients[query[0]] != -coefficients[key_axis]:
+        return None
+    if abs(coefficients[key_axis]) != 1:
+        return None
+    sign, extra = _COMPARISONS[comparison]
+    # sign * (c_s * (s - t) + offset) + extra >= 0
+    slope = sign * coefficients[key_axis]
+    bound = sign * (offset_a - offset_b) + extra
+    if slope > 0:  # s - t >= -bound
+        return MaskForm(left=bound, query_axis=query[0])
+    return MaskForm(right=bound, query_axis=query[0])
+
+
+def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
+    """An integer-valued term as constant + sum of coefficient * axis position."""
+    term = _peeled_number(terms, term)
+    value = terms.constant(term)
+    if value is not None:
+        return (int(value), {}) if value == int(value) else None
+    eqn = terms.producer(term, "iota", "add", "sub")
+    if eqn is None:
+        return None
+    if eqn.primitive.name == "iota":
+        axis = term.axes[eqn.params["dimension"]]
+        return 0, ({} if axis is None else {axis: 1})
+    sides = [_affine(terms, t) for t in terms.operands(term, eqn)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    sign = 1 if eqn.primitive.name == "add" else -1
+    (offset_a, a), (offset_b, b) = sides
+    return offset_a + sign * offset_b, {x: a.get(x, 0) + sign * b.get(x, 0) for x in {*a, *b}}
+
+
+def _peeled_number(terms: Terms, term: Term) -> Term:
+    """Below views and casts between number types, which keep positions (below 2^24 in float32)."""
+    while True:
+        term = terms.peel(term)
+        eqn = terms.producer(term, "convert_element_type")
+        if eqn is None or eqn.invars[0].aval.dtype == bool:
+            return term
+        narrow = {"float16": 2**11, "bfloat16": 2**8, "int8": 2**7, "uint8": 2**8}
+        limit = narrow.get(term.dtype.name, 2**24)
+        if any(a is not None and a.size > limit for a in term.axes):
+            return term
+        term = terms.operands(term, eqn)[0]
+
+

@@ -1,0 +1,196 @@
+"""jaxpr -> jaxpr: finds sites, chooses, and puts ops in their place. Recursive into control flow.
+
+`rewrite(jaxpr, context)` is pure. It returns the same jaxpr where nothing was fused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools as ft
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+
+from zenith_jax.errors import Refusal
+from zenith_jax.ir import _compat
+from zenith_jax.ir._compat import JaxprEqn, Literal, Var
+from zenith_jax.ir.graph import Graph
+from zenith_jax.passes.choose import declined
+from zenith_jax.passes.match import MATCHERS, Match
+from zenith_jax.report import Site, record
+
+logger = logging.getLogger("zenith_jax")
+
+# Sub-jaxprs are swapped whole, with the same signature, and no other param is read. The derivative rules in a
+# custom_jvp_call or custom_vjp_call are the user's and stay; shard_map is rebuilt in its own context.
+RECURSED = {
+    "cond", "scan", "while", "remat", "remat2", "checkpoint", "jit", "pjit", "closed_call", "core_call",
+    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """platform: "cpu" or "cuda". differentiated: the jaxpr is a primal that is about to be differentiated."""
+
+    platform: str
+    use_cost: bool = True
+    differentiated: bool = False
+    where: str = ""
+
+    def inside(self, primitive: str) -> Context:
+        return dataclasses.replace(self, where=f"{self.where}/{primitive}".strip("/"))
+
+
+def rewrite(jaxpr: Any, context: Context) -> Any:
+    """`jaxpr`, open or closed, with every site that is worth it computed by a Zenith op."""
+    if _compat.is_high(jaxpr):
+        return jaxpr
+    graph = Graph.of(jaxpr)
+    replacements: dict[int, Sequence[JaxprEqn]] = {}
+    constvars: list[Var] = []
+    consts: list[Any] = []
+    for match in _plan(graph, context):
+        eqns, new_constvars, new_consts = _emitted(match)
+        index = graph.producers[match.root.outvars[0]]
+        replacements[index] = [*replacements.get(index, ()), *eqns]
+        constvars += new_constvars
+        consts += new_consts
+    if constvars and not isinstance(jaxpr, _compat.ClosedJaxpr):
+        raise AssertionError(f"an op's trace holds constants, which an open jaxpr cannot: {constvars}")
+    for index, eqn in enumerate(graph.eqns):
+        if index not in replacements:
+            new = _recursed(eqn, context)
+            if new is not None:
+                replacements[index] = new
+    return graph.rewritten(replacements, constvars, consts) if replacements else jaxpr
+
+
+# --- what to fuse -----------------------------------------------------------------------------------------------------
+
+
+def _plan(graph: Graph, context: Context) -> list[Match]:
+    """Matches to carry out: each equation claimed by one, in the order of MATCHERS."""
+    claimed: set[int] = set()
+    plan: list[Match] = []
+    sites: list[tuple[int, Site]] = []
+    for matcher in MATCHERS:
+        for index, eqn in enumerate(graph.eqns):
+            if id(eqn) in claimed:
+                continue
+            found = _attempt(matcher, graph, eqn)
+            if found is None:
+                continue
+            if isinstance(found, Match) and any(id(e) in claimed for e in found.inner if e is not eqn):
+                continue  # another match has equations of this one, and computes them
+            op = found.op if isinstance(found, Match) else matcher.__module__.rsplit(".", 1)[-1]
+            refusal = found if isinstance(found, Refusal) else declined(
+                found, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
+            sites.append((index, Site(
+                op=op, fused=refusal is None, source=_compat.source_line(eqn),
+                detail=found.detail if isinstance(found, Match) else "",
+                reason=str(refusal) if refusal is not None else "",
+                where=context.where, differentiated=context.differentiated)))
+            if isinstance(found, Match):
+                claimed.update(id(e) for e in found.inner)
+                if refusal is None:
+                    plan.append(found)
+    for _, site in sorted(sites, key=lambda item: item[0]):
+        record(site)
+    return plan
+
+
+def _attempt(matcher: Callable, graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
+    """A matcher's verdict; a bug in it loses one fusion and not the user's program."""
+    try:
+        return matcher(graph, eqn)
+    except Exception:
+        logger.exception("zenith: matcher %s failed at %s; please report it", matcher.__module__,
+                         _compat.source_line(eqn))
+        return None
+
+
+# --- how ----------------------------------------------------------------------------------------------------------------
+
+
+@ft.lru_cache(maxsize=4096)
+def _traced(emit: Callable, static: tuple, avals: tuple) -> Any:
+    # Traced with the names of nothing: all sites of one shape share this jaxpr, and rename its variables.
+    return jax.make_jaxpr(ft.partial(emit, **dict(static)))(*(_compat.struct(a) for a in avals))
+
+
+def _emitted(match: Match) -> tuple[list[JaxprEqn], list[Var], list[Any]]:
+    """Equations that compute `match.results` from `match.leaves`, with their constants."""
+    jaxpr = _traced(match.emit, match.static, tuple(a.aval for a in match.leaves))
+    opened = _compat.opened(jaxpr)
+    env: dict[Any, Any] = dict(zip(opened.invars, match.leaves, strict=True))
+    constvars = [_compat.new_var(v.aval) for v in opened.constvars]
+    env.update(zip(opened.constvars, constvars, strict=True))
+    # Results keep the variables they have in the program; a variable returned twice or passed through is copied.
+    source = match.root.source_info
+    eqns = []
+    targets: dict[Any, Var] = {}
+    copies: list[tuple[Any, Var]] = []
+    for out, result in zip(opened.outvars, match.results, strict=True):
+        if isinstance(out, Literal) or out in targets or out in env:
+            copies.append((out, result))
+        else:
+            targets[out] = result
+    for eqn in opened.eqns:
+        invars = [a if isinstance(a, Literal) else env[a] for a in eqn.invars]
+        outvars = [
+            v if isinstance(v, _compat.DropVar) else targets.get(v) or _compat.new_var(v.aval) for v in eqn.outvars
+        ]
+        env.update(zip(eqn.outvars, outvars, strict=True))
+        info = source.replace(name_stack=source.name_stack + eqn.source_info.name_stack)
+        eqns.append(eqn.replace(invars=invars, outvars=outvars, source_info=info))
+    if copies:
+        raise AssertionError(f"the op {match.op} returns an operand or one value twice")
+    return eqns, constvars, list(_compat.constants(jaxpr))
+
+
+def _recursed(eqn: JaxprEqn, context: Context) -> Sequence[JaxprEqn] | None:
+    """The equation with rewritten sub-jaxprs; None where nothing changed."""
+    name = eqn.primitive.name
+    if name == "shard_map":
+        return _shard_mapped(eqn, context)
+    if name not in RECURSED:
+        return None
+    inner = context.inside({"remat2": "remat", "checkpoint": "remat"}.get(name, name))
+    changed = False
+
+    def visit(jaxpr: Any) -> Any:
+        nonlocal changed
+        new = rewrite(jaxpr, inner)
+        changed = changed or new is not jaxpr
+        return new
+
+    params = _compat.map_subjaxprs(eqn.params, visit)
+    return [eqn.replace(params=params)] if changed else None
+
+
+def _shard_mapped(eqn: JaxprEqn, context: Context) -> Sequence[JaxprEqn] | None:
+    """shard_map again, by its public API: its body must be rewritten and traced where its mesh axes are manual."""
+    params = eqn.params
+    body = _compat.closed(params["jaxpr"])
+    inner = context.inside("shard_map")
+    changed = False
+
+    def run(*args: Any) -> Any:
+        nonlocal changed
+        new = rewrite(body, inner)
+        changed = changed or new is not body
+        return jec.jaxpr_as_fun(new)(*args)
+
+    mapped = jax.shard_map(
+        run, mesh=params["mesh"], in_specs=tuple(params["in_specs"]), out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"], axis_names=set(params["newly_manual_axes"]),
+    )
+    jaxpr = jax.make_jaxpr(mapped)(*(_compat.struct(a.aval) for a in eqn.invars))
+    opened = _compat.opened(jaxpr)
+    if not changed or opened.constvars or len(opened.eqns) != 1:
+        return None
+    return [opened.eqns[0].replace(invars=eqn.invars, outvars=eqn.outvars, source_info=eqn.source_info)]
