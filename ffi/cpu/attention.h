@@ -1,16 +1,238 @@
-// Blocked attention. See ffi/kernels/attention.h.
+// What the attention passes share: rows, bands, masked and biased logits.
+//
+// The rows of one kv head are its (group, t) pairs in one sequence, row = group * q_len + t. A
+// block of rows shares keys and values whatever its groups, so decoding with grouped queries fills
+// lanes. Logits are kept in units of log 2: scale * log2(e) goes into the packed query, exp becomes
+// exp2. Scores live as lane tiles (transpose.h), scores[s * kBlockRows + row], rows in lanes.
 #pragma once
 
+#include "ffi/cpu/gemm.h"
+#include "ffi/cpu/math.h"
 #include "ffi/cpu/parallel.h"
+#include "ffi/cpu/transpose.h"
 #include "ffi/kernels/attention.h"
 
 namespace zenith::ZENITH_ISA {
 
-inline Status AttentionForward(const AttentionForwardArgs&, const Launch&) {
-  return {"attention is not implemented on the CPU yet"};
+/// Query rows in one block and keys in one step: three 64 x 64 float tiles are one level 1 cache.
+inline constexpr int64_t kBlockRows = 64;
+inline constexpr int64_t kBlockKeys = 64;
+static_assert(kBlockRows % kLanes == 0 && kBlockKeys % kLanes == 0);
+
+/// Multiply-adds that cost about what an element of an elementwise kernel does.
+inline constexpr int64_t kProductsPerElement = 16;
+
+inline constexpr float kLog2E = 1.44269504088896341f;
+inline constexpr float kLn2 = 0.69314718055994531f;
+
+struct KeyRange {
+  int64_t first, last;  // [first, last), empty where last <= first
+  bool empty() const { return last <= first; }
+};
+
+/// Rows [first, first + count) of one (batch, kv head).
+struct RowBlock {
+  int64_t batch, kv_head, first, count;
+  int64_t min_t, max_t;
+
+  RowBlock(const AttentionProblem& p, int64_t batch_index, int64_t kv_head_index, int64_t block)
+      : batch(batch_index), kv_head(kv_head_index), first(block * kBlockRows) {
+    count = Min(kBlockRows, p.groups * p.q_len - first);
+    const bool one_group = first / p.q_len == (first + count - 1) / p.q_len;
+    min_t = one_group ? first % p.q_len : 0;
+    max_t = one_group ? min_t + count - 1 : p.q_len - 1;
+  }
+  int64_t group(const AttentionProblem& p, int64_t r) const { return (first + r) / p.q_len; }
+  int64_t t(const AttentionProblem& p, int64_t r) const { return (first + r) % p.q_len; }
+  int64_t head(const AttentionProblem& p, int64_t r) const {
+    return kv_head * p.groups + group(p, r);
+  }
+  /// Position in the dense (batch, head, t) arrays, where a kv head's rows are contiguous.
+  int64_t flat(const AttentionProblem& p, int64_t r) const {
+    return (batch * p.kv_heads + kv_head) * p.groups * p.q_len + first + r;
+  }
+  template <typename T>
+  T* Pointer(const AttentionProblem& p, T* base, const HeadStrides& strides, int64_t r) const {
+    return base + batch * strides.batch + head(p, r) * strides.head + t(p, r) * strides.length;
+  }
+  int64_t Score(const AttentionProblem& p, const ScoreStrides& strides, int64_t r) const {
+    return batch * strides.batch + kv_head * strides.kv_head + group(p, r) * strides.group +
+           t(p, r) * strides.query;
+  }
+
+  /// Keys that the band allows to some row.
+  KeyRange Keys(const AttentionProblem& p) const {
+    return {Max<int64_t>(0, min_t - p.left), Min(p.kv_len, max_t + p.right + 1)};
+  }
+  /// Whether the band allows all of these keys to all rows.
+  bool Allows(const AttentionProblem& p, KeyRange keys) const {
+    return keys.first >= max_t - p.left && keys.last - 1 <= min_t + p.right;
+  }
+};
+
+inline int64_t RowBlocks(const AttentionProblem& p) {
+  return CeilDiv(p.groups * p.q_len, kBlockRows);
 }
-inline Status AttentionBackward(const AttentionBackwardArgs&, const Launch&) {
-  return {"attention is not implemented on the CPU yet"};
+
+/// Rows of keys or values as float32: in place where they are, converted into scratch otherwise.
+template <typename T>
+const T* KeyValueHead(const void* base, const HeadStrides& strides, int64_t batch,
+                      int64_t kv_head) {
+  return static_cast<const T*>(base) + batch * strides.batch + kv_head * strides.head;
 }
+/// to[i * stride + j] = from[i * from_stride + j]; columns up to `stride` become 0.
+template <typename T>
+ZENITH_NOINLINE void CopyRows(int64_t rows, int64_t cols, const T* from, int64_t from_stride,
+                              float* to, int64_t stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* const row = to + i * stride;
+    ForVectors(cols, [&](int64_t j, auto part) {
+      Store(row + j, Load(from + i * from_stride + j, part), part);
+    });
+    for (int64_t j = cols; j < stride; ++j) row[j] = 0.0f;
+  }
+}
+
+/// The rows of a block as a lane tile, times `scale`.
+template <typename T>
+ZENITH_NOINLINE void PackLanes(const AttentionProblem& p, const RowBlock& block, const void* base,
+                               const HeadStrides& strides, int64_t features, float scale,
+                               float* tile) {
+  const T* rows[kBlockRows];
+  for (int64_t r = 0; r < block.count; ++r) {
+    rows[r] = block.Pointer(p, static_cast<const T*>(base), strides, r);
+  }
+  GatherLaneTile(block.count, features, tile, kBlockRows,
+                 [&](int64_t r, int64_t j, auto part) { return Load(rows[r] + j, part) * scale; });
+}
+
+/// tile[s * kBlockRows + r] = element(pointer of row r, s), for a tensor broadcast over scores.
+/// `Vector` loads keys side by side, `Scalar` one.
+template <typename T, typename Vector, typename Scalar>
+ZENITH_INLINE void PackScores(const AttentionProblem& p, const RowBlock& block, KeyRange keys,
+                              const void* base, const ScoreStrides& strides, float* tile,
+                              Vector vector, Scalar scalar) {
+  const int64_t count = keys.last - keys.first;
+  const T* rows[kBlockRows];
+  for (int64_t r = 0; r < block.count; ++r) {
+    rows[r] = static_cast<const T*>(base) + block.Score(p, strides, r) + keys.first * strides.key;
+  }
+  if (strides.query == 0 && rows[0] == rows[block.count - 1]) {
+    // The same for all rows, as padding masks are.
+    for (int64_t s = 0; s < count; ++s) {
+      const F32 value = Splat(scalar(rows[0] + s * strides.key));
+      for (int64_t r = 0; r < block.count; r += kLanes) Store(tile + s * kBlockRows + r, value);
+    }
+  } else if (strides.key == 1) {
+    GatherLaneTile(block.count, count, tile, kBlockRows,
+                   [&](int64_t r, int64_t s, auto part) { return vector(rows[r] + s, part); });
+  } else {
+    for (int64_t s = 0; s < count; ++s) {
+      for (int64_t r = 0; r < block.count; ++r) {
+        tile[s * kBlockRows + r] = scalar(rows[r] + s * strides.key);
+      }
+      for (int64_t r = block.count; r < RoundUp(block.count, kLanes); ++r) {
+        tile[s * kBlockRows + r] = 0.0f;
+      }
+    }
+  }
+}
+
+/// Bias in units of log 2.
+template <typename T>
+ZENITH_NOINLINE void PackBias(const AttentionProblem& p, const RowBlock& block, KeyRange keys,
+                              float* tile) {
+  PackScores<T>(
+      p, block, keys, p.bias, p.bias_strides, tile,
+      [](const T* at, auto part) { return Load(at, part) * kLog2E; },
+      [](const T* at) { return (Load(at, Part{1}) * kLog2E)[0]; });
+}
+
+/// Mask as all ones and zeros.
+ZENITH_NOINLINE inline void PackMask(const AttentionProblem& p, const RowBlock& block,
+                                     KeyRange keys, float* tile) {
+  typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+  PackScores<uint8_t>(
+      p, block, keys, p.mask, p.mask_strides, tile,
+      [](const uint8_t* at, auto part) {
+        U8 bytes{};
+        if constexpr (sizeof(part) == sizeof(Part)) {
+          for (int64_t i = 0; i < part.n; ++i) bytes[i] = at[i];
+        } else {
+          __builtin_memcpy(&bytes, at, sizeof bytes);
+        }
+        return (F32)(__builtin_convertvector(bytes, I32) != 0);
+      },
+      [](const uint8_t* at) { return __builtin_bit_cast(float, *at != 0 ? -1 : 0); });
+}
+
+/// Replaces logits by -inf where band or mask forbid them, and adds the bias elsewhere.
+class ScoreEditor {
+ public:
+  static int64_t ScratchSize() { return 2 * kBlockKeys * kBlockRows + 2 * kBlockRows; }
+
+  explicit ScoreEditor(const AttentionProblem& p, Scratch& scratch)
+      : p_(p),
+        bias_(scratch.Take(kBlockKeys * kBlockRows)),
+        mask_(scratch.Take(kBlockKeys * kBlockRows)),
+        t_(scratch.Take(kBlockRows)),
+        allowed_(scratch.Take(kBlockRows)) {}
+
+  void Start(const RowBlock& block) {
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      // t and -1 or 0 as bits. Below 2^31 as lengths are: a key has more than one byte.
+      const int32_t t = static_cast<int32_t>(block.t(p_, Min(r, block.count - 1)));
+      __builtin_memcpy(t_ + r, &t, sizeof t);
+      allowed_[r] = 0.0f;
+    }
+  }
+
+  /// True where logits had to be looked at. `keys`: at most kBlockKeys.
+  bool Edit(const RowBlock& block, KeyRange keys, float* scores) {
+    const bool cut = !block.Allows(p_, keys);
+    if (!cut && p_.mask == nullptr && p_.bias == nullptr) return false;
+    if (p_.mask != nullptr) PackMask(p_, block, keys, mask_);
+    if (p_.bias != nullptr) {
+      WithStorage(p_.bias_dtype, [&]<typename T>(T) { PackBias<T>(p_, block, keys, bias_); });
+    }
+    Apply(block, keys, cut, scores);
+    return true;
+  }
+
+  /// Whether any key of row r is allowed, after Edit on all blocks of keys.
+  bool RowIsAllowed(const RowBlock& block, int64_t r) const {
+    if (p_.mask != nullptr) return ((I32)Load(allowed_ + r / kLanes * kLanes))[r % kLanes] != 0;
+    const int64_t t = block.t(p_, r);
+    return Max<int64_t>(0, t - p_.left) <= Min(p_.kv_len - 1, t + p_.right);
+  }
+
+ private:
+  ZENITH_NOINLINE void Apply(const RowBlock& block, KeyRange keys, bool cut, float* scores) {
+    constexpr int64_t kFar = 1 << 30;  // beyond all |s - t|
+    const I32 left = SplatI(static_cast<int32_t>(Max(-kFar, -p_.left)));
+    const I32 right = SplatI(static_cast<int32_t>(Min(kFar, p_.right)));
+    for (int64_t r = 0; r < block.count; r += kLanes) {
+      const I32 t = (I32)Load(t_ + r);
+      I32 any = (I32)Load(allowed_ + r);
+      for (int64_t s = keys.first; s < keys.last; ++s) {
+        const int64_t at = (s - keys.first) * kBlockRows + r;
+        I32 allowed = SplatI(-1);
+        if (cut) {
+          const I32 distance = static_cast<int32_t>(s) - t;
+          allowed = (distance >= left) & (distance <= right);
+        }
+        if (p_.mask != nullptr) allowed &= (I32)Load(mask_ + at);
+        any |= allowed;
+        F32 logits = Load(scores + at);
+        if (p_.bias != nullptr) logits += Load(bias_ + at);
+        Store(scores + at, Select(allowed, logits, Splat(-kInfinity)));
+      }
+      Store(allowed_ + r, (F32)any);
+    }
+  }
+
+  const AttentionProblem& p_;
+  float *bias_, *mask_, *t_, *allowed_;
+};
 
 }  // namespace zenith::ZENITH_ISA

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "ffi/cpu/activation.h"
-#include "ffi/cpu/attention.h"
+#include "ffi/cpu/attention_backward.h"
+#include "ffi/cpu/attention_forward.h"
 #include "ffi/cpu/dispatch.h"
 #include "ffi/cpu/norm.h"
 #include "ffi/cpu/softmax.h"
