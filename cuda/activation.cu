@@ -8,6 +8,7 @@ namespace zenith {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 2048 / kThreads;  // 32 registers a thread: no thread slot stays empty
 
 /// Calls vector(i) for each 16-byte vector of the array and scalar(i) for each element left over,
 /// which is all of them if the pointers are not aligned. Both indices count elements.
@@ -23,7 +24,7 @@ __device__ __forceinline__ void ForEach(int64_t size, bool aligned, VectorBody&&
 
 /// x is read once, y written once.
 template <Activation kKind, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     activation_forward_kernel(ActivationForwardArgs args, bool aligned) {
   using Function = ActivationFunction<kKind, T>;
   const T* gX = static_cast<const T*>(args.x);
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
 
 /// x and dy are read once, dx written once.
 template <Activation kKind, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     activation_backward_kernel(ActivationBackwardArgs args, bool aligned) {
   using Function = ActivationFunction<kKind, T>;
   const T* gX = static_cast<const T*>(args.x);

@@ -54,7 +54,12 @@ __device__ __forceinline__ void StoreGroupSum(const Team& team, const RowSlice<k
 
 /// How many threads a block may have: accumulators take 2 * kVectors * kSize registers of each.
 template <int kSize, int kVectors>
-inline constexpr int kMaxThreads = kVectors * kSize <= 8 ? kMaxBlockThreads : kMaxBlockThreads / 2;
+inline constexpr int kMaxThreads =
+    kVectors == 1 || kSize == 1 ? kMaxBlockThreads : kMaxBlockThreads / 2;
+
+/// dy * scale, rounded. A product fused into g - mean(g) would leave its own rounding error there,
+/// times rstd, where all g are equal.
+__device__ __forceinline__ float G(float dy, float scale) { return __fmul_rn(dy, scale); }
 
 /// One block per group, its teams take the group's rows in turn: x, dy (and dsum) are read once, dx
 /// is written once, dscale and dbias stay in registers until the group is done.
@@ -64,8 +69,8 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
   __shared__ TeamScratch<2> scratch;
   extern __shared__ float sPartials[];
   using Row = Vector<T, kSize>[kVectors];
-  // The next row's loads fly during this row's reductions; with 4 vectors registers forbid it.
-  constexpr bool kPrefetch = kVectors * kSize <= 8;
+  // The next row's loads fly during this row's reductions, where there are registers for both.
+  constexpr bool kPrefetch = kVectors <= 2 || kSize == 1;
 
   Team team(width);
   const RowSlice<kSize> slice{static_cast<int>(args.cols), width, team.rank()};
@@ -87,12 +92,12 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
   };
 
   Vector<P, kSize> first_scale;
-  if (kVectors == 1 && slice.has(0)) first_scale = LoadVector<kSize>(gScale + slice.col(0));
+  if (kVectors == 1 && slice.has(0)) first_scale = LoadReadOnly<kSize>(gScale + slice.col(0));
   const auto load_scale = [&](int i, float (&values)[kSize]) {
     if constexpr (kVectors == 1) {
       ToFloat(first_scale, values);
     } else {
-      ToFloat(LoadVector<kSize>(gScale + slice.col(i)), values);
+      ToFloat(LoadReadOnly<kSize>(gScale + slice.col(i)), values);
     }
   };
 
@@ -115,7 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
       load(x, gX, row);
       load(dy, gDy, row);
     }
-    if (gDsum != nullptr) load(dsum, gDsum, row);
+    if (kPrefetch && gDsum != nullptr) load(dsum, gDsum, row);
 
     RowStatistics statistics = {};
     if (args.kind == NormKind::kLayer) {
@@ -130,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           sums[0] += x_values[j];
-          sums[1] += dy_values[j] * scale[j];
+          sums[1] += G(dy_values[j], scale[j]);
         }
         ForgetFloats(x[i]);
         ForgetFloats(dy[i]);
@@ -152,7 +157,7 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
       for (int j = 0; j < kSize; ++j) {
         const float centred = x_values[j] - statistics.mean;
         sums[0] += centred * centred;
-        sums[1] += dy_values[j] * scale[j] * centred;
+        sums[1] += G(dy_values[j], scale[j]) * centred;
       }
       ForgetFloats(x[i]);
       ForgetFloats(dy[i]);
@@ -169,11 +174,12 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
       load_scale(i, scale);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        dx[j] = statistics.dx(x_values[j], dy_values[j] * scale[j]);
+        dx[j] = statistics.dx(x_values[j], G(dy_values[j], scale[j]));
         dscale[i][j] += dy_values[j] * statistics.xhat(x_values[j]);
         dbias[i][j] += dy_values[j];
       }
       if (gDsum != nullptr) {
+        if (!kPrefetch) dsum[i] = LoadVector<kSize>(gDsum + row * args.cols + slice.col(i));
         float dsum_values[kSize];
         ToFloat(dsum[i], dsum_values);
 #pragma unroll
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
                           float (&scale)[kSize]) {
       ToFloat(LoadVector<kSize>(gX + col), x);
       ToFloat(LoadVector<kSize>(gDy + col), dy);
-      ToFloat(LoadVector<kSize>(gScale + col), scale);
+      ToFloat(LoadReadOnly<kSize>(gScale + col), scale);
     };
 
     RowStatistics statistics = {};
@@ -244,7 +250,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
           sums[0] += x[j];
-          sums[1] += dy[j] * scale[j];
+          sums[1] += G(dy[j], scale[j]);
         }
       }
       team.AllReduce<Add>(sums, scratch);
@@ -260,7 +266,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
       for (int j = 0; j < kSize; ++j) {
         const float centred = x[j] - statistics.mean;
         sums[0] += centred * centred;
-        sums[1] += dy[j] * scale[j] * centred;
+        sums[1] += G(dy[j], scale[j]) * centred;
       }
     }
     team.AllReduce<Add>(sums, scratch);
@@ -271,7 +277,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
       load(col, x, dy, scale);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        dx[j] = statistics.dx(x[j], dy[j] * scale[j]);
+        dx[j] = statistics.dx(x[j], G(dy[j], scale[j]));
         dy_xhat[j] = dy[j] * statistics.xhat(x[j]);
       }
       if (args.dsum != nullptr) {
@@ -287,11 +293,12 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   }
 }
 
+/// The fewest threads of a block of narrow teams. Several teams a block keep more rows in flight
+/// than groups alone would.
+constexpr int kThreads = 128;
+
 template <typename T, typename P, int kSize, int kVectors>
-Status LaunchRegisters(const NormBackwardArgs& args, const Launch& launch) {
-  // Two or more narrow teams a block keep more rows in flight than groups alone would.
-  constexpr int kThreads = 256;
-  const RowShape shape = ShapeFor(args.cols / kSize, kVectors, kThreads);
+Status LaunchRegisters(const NormBackwardArgs& args, const RowShape& shape, const Launch& launch) {
   const size_t partials_bytes =
       shape.teams == 1 ? 0 : static_cast<size_t>(shape.teams * args.cols) * sizeof(float);
   norm_backward_kernel<T, P, kSize, kVectors>
@@ -307,26 +314,47 @@ Status LaunchLooped(const NormBackwardArgs& args, const Launch& launch) {
   return LastLaunch();
 }
 
+/// As many vectors a thread as fit, in as few warps as possible: a row costs each of its warps 40
+/// instructions of reductions, and a row of one warp needs no barrier.
+template <typename T, typename P>
+Status LaunchAligned(const NormBackwardArgs& args, const Launch& launch) {
+  constexpr int kSize = kVectorSize<T>;
+  constexpr int kMaxVectors = 4;
+  const int64_t vectors = args.cols / kSize;
+  if (vectors > int64_t{kMaxVectors} * kMaxThreads<kSize, kMaxVectors>) {
+    return LaunchLooped<T, P, kSize>(args, launch);
+  }
+  const RowShape shape = ShapeFor(vectors, kMaxVectors, kThreads);
+  switch ((vectors + shape.width - 1) / shape.width) {
+    case 1:
+      return LaunchRegisters<T, P, kSize, 1>(args, shape, launch);
+    case 2:
+      return LaunchRegisters<T, P, kSize, 2>(args, shape, launch);
+    case 3:
+      return LaunchRegisters<T, P, kSize, 3>(args, shape, launch);
+    default:
+      return LaunchRegisters<T, P, kSize, kMaxVectors>(args, shape, launch);
+  }
+}
+
+template <typename T, typename P>
+Status LaunchUnaligned(const NormBackwardArgs& args, const Launch& launch) {
+  constexpr int kVectors = 4;
+  if (args.cols > int64_t{kVectors} * kMaxThreads<1, kVectors>) {
+    return LaunchLooped<T, P, 1>(args, launch);
+  }
+  return LaunchRegisters<T, P, 1, kVectors>(args, ShapeFor(args.cols, kVectors, kThreads), launch);
+}
+
 }  // namespace
 
 Status NormBackward(const NormBackwardArgs& args, const Launch& launch) {
   if (args.groups == 0 || args.cols == 0) return {};  // no rows still means dscale = dbias = 0
   const bool aligned =
       AreAligned(args.x, args.scale, args.dy, args.dsum, args.dx, args.dscale, args.dbias);
-  return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() -> Status {
-    constexpr int kSize = kVectorSize<T>;
-    const auto fits = [&]<int kS, int kV>() {
-      return args.cols <= int64_t{kMaxThreads<kS, kV>} * kS * kV;
-    };
-    if (!aligned || args.cols % kSize != 0) {
-      return fits.template operator()<1, 4>() ? LaunchRegisters<T, P, 1, 4>(args, launch)
-                                              : LaunchLooped<T, P, 1>(args, launch);
-    }
-    if (fits.template operator()<kSize, 1>()) {
-      return LaunchRegisters<T, P, kSize, 1>(args, launch);
-    }
-    return fits.template operator()<kSize, 4>() ? LaunchRegisters<T, P, kSize, 4>(args, launch)
-                                                : LaunchLooped<T, P, kSize>(args, launch);
+  return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() {
+    return aligned && args.cols % kVectorSize<T> == 0 ? LaunchAligned<T, P>(args, launch)
+                                                      : LaunchUnaligned<T, P>(args, launch);
   });
 }
 

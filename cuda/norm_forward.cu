@@ -9,23 +9,36 @@
 namespace zenith {
 namespace {
 
-/// y = (x - mean) * rstd * scale + bias for kSize neighbouring columns; bias may be null.
-template <typename T, typename P, int kSize>
-__device__ __forceinline__ void StoreNormalized(const Vector<T, kSize>& x, float mean, float rstd,
-                                                const P* gScale, const P* gBias, T* gY) {
-  float values[kSize], scale[kSize];
-  ToFloat(x, values);
-  ToFloat(LoadVector<kSize>(gScale), scale);
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) values[j] = (values[j] - mean) * rstd * scale[j];
-  if (gBias != nullptr) {
-    float bias[kSize];
-    ToFloat(LoadVector<kSize>(gBias), bias);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) values[j] += bias[j];
+/// scale and bias of kSize neighbouring columns; a null bias is zeros, which change no bit that
+/// matters (-0 + 0 = 0).
+template <typename P, int kSize>
+struct Affine {
+  Vector<P, kSize> scale, bias;
+
+  static __device__ __forceinline__ Affine Load(const NormForwardArgs& args, int64_t col) {
+    Affine affine = {};
+    affine.scale = LoadReadOnly<kSize>(static_cast<const P*>(args.scale) + col);
+    if (args.bias != nullptr) {
+      affine.bias = LoadReadOnly<kSize>(static_cast<const P*>(args.bias) + col);
+    }
+    return affine;
   }
-  StoreVector(gY, FromFloat<T>(values));
-}
+
+  /// (x - mean) * rstd * scale + bias
+  template <typename T>
+  __device__ __forceinline__ Vector<T, kSize> Normalized(const Vector<T, kSize>& x, float mean,
+                                                         float rstd) const {
+    float values[kSize], scales[kSize], biases[kSize];
+    ToFloat(x, values);
+    ToFloat(scale, scales);
+    ToFloat(bias, biases);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      values[j] = fmaf((values[j] - mean) * rstd, scales[j], biases[j]);
+    }
+    return FromFloat<T>(values);
+  }
+};
 
 /// x + residual, rounded to T.
 template <typename T, int kSize>
@@ -42,7 +55,8 @@ __device__ __forceinline__ Vector<T, kSize> Sum(const Vector<T, kSize>& x,
 /// One team per row, the row in registers: x (and residual) read once, y (and sum) written once;
 /// scale and bias come from the caches. The statistics are two passes over the registers.
 template <typename T, typename P, int kSize, int kVectors>
-__global__ void __launch_bounds__(kMaxBlockThreads)
+__global__ void __launch_bounds__(kVectors == 1 ? kNarrowThreads : kMaxBlockThreads,
+                                  kVectors == 1 ? 3 : 1)  // 40 registers: 1536 threads an SM
     norm_forward_kernel(NormForwardArgs args, int width) {
   __shared__ TeamScratch<1> scratch;
   Team team(width);
@@ -50,9 +64,12 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   const int64_t row = int64_t{blockIdx.x} * team.count() + team.index();
   const RowSlice<kSize> slice{row < args.rows ? cols : 0, width, team.rank()};
   const T* gX = static_cast<const T*>(args.x) + row * cols;
-  const P* gScale = static_cast<const P*>(args.scale);
-  const P* gBias = static_cast<const P*>(args.bias);
   T* gY = static_cast<T*>(args.y) + row * cols;
+
+  // Short rows load them early: their latency would be a third of the row's time. Long ones have
+  // no registers for that, and enough loads in flight.
+  Affine<P, kSize> first_affine;
+  if (kVectors == 1 && slice.has(0)) first_affine = Affine<P, kSize>::Load(args, slice.col(0));
 
   Vector<T, kSize> x[kVectors];
 #pragma unroll
@@ -104,9 +121,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   for (int i = 0; i < kVectors; ++i) {
     if (!slice.has(i)) continue;
     ForgetFloats(x[i]);
-    const int col = slice.col(i);
-    StoreNormalized(x[i], mean, rstd, gScale + col, gBias == nullptr ? gBias : gBias + col,
-                    gY + col);
+    const Affine<P, kSize> affine =
+        kVectors == 1 ? first_affine : Affine<P, kSize>::Load(args, slice.col(i));
+    StoreVector(gY + slice.col(i), affine.Normalized(x[i], mean, rstd));
   }
 }
 
@@ -121,8 +138,6 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   const int64_t first = team.rank() * kSize;
   const int64_t step = int64_t{width} * kSize;
   const T* gX = static_cast<const T*>(args.x) + row * args.cols;
-  const P* gScale = static_cast<const P*>(args.scale);
-  const P* gBias = static_cast<const P*>(args.bias);
   T* gY = static_cast<T*>(args.y) + row * args.cols;
 
   if (args.residual != nullptr) {
@@ -157,8 +172,8 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   const float rstd = rsqrtf(variance + args.eps);
 
   for (int64_t col = first; col < cols; col += step) {
-    StoreNormalized(LoadVector<kSize>(gX + col), mean, rstd, gScale + col,
-                    gBias == nullptr ? gBias : gBias + col, gY + col);
+    const auto affine = Affine<P, kSize>::Load(args, col);
+    StoreVector(gY + col, affine.Normalized(LoadVector<kSize>(gX + col), mean, rstd));
   }
 }
 

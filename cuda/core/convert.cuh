@@ -4,6 +4,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
 #include "ffi/kernels/types.h"
 
 namespace zenith {
@@ -28,20 +32,31 @@ __device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-/// Two at once: one packing instruction where two conversions would take two and a permute.
-__device__ __forceinline__ void FromFloat2(float low, float high, float* out) {
-  out[0] = low;
-  out[1] = high;
+/// Two 16-bit values in one register, the first in the lower half: one instruction each way where
+/// element by element the compiler unpacks into a register per value, and keeps those.
+template <typename T>
+__device__ __forceinline__ uint32_t PackPair(float first, float second) {
+  uint32_t word;
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    memcpy(&word, &pair, sizeof(word));
+  }
+  return word;
 }
-__device__ __forceinline__ void FromFloat2(float low, float high, __half* out) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  out[0] = pair.x;
-  out[1] = pair.y;
-}
-__device__ __forceinline__ void FromFloat2(float low, float high, __nv_bfloat16* out) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  out[0] = pair.x;
-  out[1] = pair.y;
+template <typename T>
+__device__ __forceinline__ float2 UnpackPair(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 pair;
+    memcpy(&pair, &word, sizeof(word));
+    return __half22float2(pair);
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);  // the upper half of a float32
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+  }
 }
 
 /// Calls `body.template operator()<T>()` with the element type of `dtype`; `body` returns a Status.

@@ -41,7 +41,9 @@ struct TeamScratch {
 class Team {
  public:
   __device__ __forceinline__ explicit Team(int width)
-      : width_(width), index_(threadIdx.x / width), rank_(threadIdx.x % width) {}
+      : width_(width), index_(threadIdx.x / width), rank_(threadIdx.x % width) {
+    while (span_ * kWarpSize < width) span_ *= 2;
+  }
 
   __device__ __forceinline__ int width() const { return width_; }
   __device__ __forceinline__ int index() const { return index_; }  // of this team in its block
@@ -68,10 +70,11 @@ class Team {
     }
     Barrier();
     const int warps = width_ / kWarpSize;
+    const int source = lane % span_;  // each run of span_ lanes adds up the same partials
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float partial = lane < warps ? partials[i][index_ * warps + lane] : Op::kIdentity;
-      values[i] = WarpAllReduce<Op>(partial);
+      const float partial = source < warps ? partials[i][index_ * warps + source] : Op::kIdentity;
+      values[i] = WarpAllReduce<Op>(partial, span_);
     }
   }
 
@@ -89,6 +92,7 @@ class Team {
   }
 
   int width_, index_, rank_;
+  int span_ = 1;  // the team's warps, rounded up to a power of two
   int buffer_ = 0;
 };
 

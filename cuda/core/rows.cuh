@@ -50,6 +50,8 @@ struct RowSlice {
   __device__ __forceinline__ bool has(int i) const { return col(i) < cols; }
 };
 
+inline constexpr int kNarrowThreads = 512;  // of a block that holds several narrow teams
+
 inline constexpr int kLooped = 0;  // in place of a number of vectors: the row is in no registers
 
 /// Picks how a team goes over a row of `cols` elements of T and calls
@@ -59,18 +61,18 @@ inline constexpr int kLooped = 0;  // in place of a number of vectors: the row i
 template <typename T, int kMaxVectors, typename Body>
 Status DispatchRow(int64_t cols, bool aligned, Body&& body) {
   constexpr int kSize = kVectorSize<T>;
-  constexpr int kThreads = 128;  // 2048 threads an SM holds, in blocks small enough to retire early
   if (!aligned || cols % kSize != 0) {
-    const RowShape shape = ShapeFor(cols, 4, kThreads);
+    const RowShape shape = ShapeFor(cols, 4, kNarrowThreads);
     return cols <= 4 * kMaxBlockThreads ? body.template operator()<1, 4>(shape)
                                         : body.template operator()<1, kLooped>(shape);
   }
   const int64_t vectors = cols / kSize;
-  if (vectors <= 32) return body.template operator()<kSize, 1>(ShapeFor(vectors, 1, kThreads));
+  if (vectors <= 32)
+    return body.template operator()<kSize, 1>(ShapeFor(vectors, 1, kNarrowThreads));
   if (vectors <= 4 * kMaxBlockThreads) {
-    return body.template operator()<kSize, 4>(ShapeFor(vectors, 4, kThreads));
+    return body.template operator()<kSize, 4>(ShapeFor(vectors, 4, kNarrowThreads));
   }
-  const RowShape shape = ShapeFor(vectors, kMaxVectors, kThreads);
+  const RowShape shape = ShapeFor(vectors, kMaxVectors, kNarrowThreads);
   if constexpr (kMaxVectors > 4) {
     if (vectors <= kMaxVectors * kMaxBlockThreads) {
       return body.template operator()<kSize, kMaxVectors>(shape);
