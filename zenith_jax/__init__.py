@@ -9,13 +9,16 @@ from zenith_jax import ops
 from zenith_jax.api import explain, fuse, jit
 from zenith_jax.config import Config, config, configure, configured
 from zenith_jax.report import Report, Site
+from zenith_jax.verify import Comparison, Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "Config",
     "Report",
     "Site",
+    "Verification",
     "config",
     "configure",
     "configured",
@@ -23,4 +26,5 @@ __all__ = [
     "fuse",
     "jit",
     "ops",
+    "verify",
 ]

@@ -48,9 +48,18 @@ def fuse(function: Callable) -> Callable:
         settings = config()
         if not settings.enabled:
             return function(*args, **kwargs)
-        return _fused_call(function, _context(settings), args, kwargs)
+        return _fused_call(function, current_context(settings), args, kwargs)
 
+    fused.__zenith_function__ = function  # pyright: ignore[reportAttributeAccessIssue]
     return fused
+
+
+def undecorated(function: Callable) -> Callable:
+    """The function that was given to `jit` or `fuse`; any other function as it is."""
+    for candidate in (function, getattr(function, "__wrapped__", None)):
+        if hasattr(candidate, "__zenith_function__"):
+            return candidate.__zenith_function__  # pyright: ignore[reportFunctionMemberAccess]
+    return function
 
 
 def explain(function: Callable) -> Callable[..., Report]:
@@ -58,10 +67,10 @@ def explain(function: Callable) -> Callable[..., Report]:
 
     `function` may be decorated with `zenith.jit` already.
     """
-    plain = getattr(function, "__wrapped__", function)
+    plain = undecorated(function)
 
     def explained(*args: Any, **kwargs: Any) -> Report:
-        context = _context(config())
+        context = current_context(config())
         # A fresh function: JAX's caches must not answer for an earlier trace.
         fresh = lambda *a, **k: _fused_call(plain, context, a, k)  # noqa: E731
         with collecting() as sites:
@@ -71,7 +80,8 @@ def explain(function: Callable) -> Callable[..., Report]:
     return explained
 
 
-def _context(settings: Config) -> Context:
+def current_context(settings: Config) -> Context:
+    """What a rewriting that starts now is part of."""
     platform = settings.platform or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     return Context(platform, settings.use_cost)
 

@@ -100,12 +100,11 @@ def new_var(aval: Any) -> Var:
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """file:line of the user's code that made the equation, "" when unknown."""
-    return _frame_text(next(iter(_user_frames(eqn.source_info.traceback)), None))
-
-
-def _frame_text(frame: Any) -> str:
-    return f"{frame.file_name}:{frame.start_line}" if frame is not None else ""
+    """file:line of the user's code that made the equation: the innermost frame outside of installed packages, else the
+    innermost that JAX shows; "" when unknown."""
+    frames = list(_user_frames(eqn.source_info.traceback))
+    own = [f for f in frames if "site-packages" not in f.file_name]
+    return next((f"{f.file_name}:{f.start_line}" for f in (*own, *frames)), "")
 
 
 # --- types ------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
     replacements: dict[int, Sequence[JaxprEqn]] = {}
     constvars: list[Var] = []
     consts: list[Any] = []
-    for match in _plan(graph, context):
+    for match in plan(graph, context):
         eqns, new_constvars, new_consts = _emitted(match)
         index = graph.producers[match.root.outvars[0]]
         replacements[index] = [*replacements.get(index, ()), *eqns]
@@ -72,7 +72,7 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
 # --- what to fuse -----------------------------------------------------------------------------------------------------
 
 
-def _plan(graph: Graph, context: Context) -> list[Match]:
+def plan(graph: Graph, context: Context) -> list[Match]:
     """Matches to carry out: each equation claimed by one, in the order of MATCHERS."""
     claimed: set[int] = set()
     plan: list[Match] = []
