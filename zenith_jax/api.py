@@ -15,7 +15,7 @@ import numpy as np
 from zenith_jax.config import Config, config
 from zenith_jax.ir import _compat
 from zenith_jax.passes.rewrite import Context, rewrite
-from zenith_jax.report import Report, collecting
+from zenith_jax.report import Report, collecting, log_sites
 
 logger = logging.getLogger("zenith_jax")
 
@@ -109,8 +109,9 @@ def _fused_call(function: Callable, context: Context, args: tuple, kwargs: dict[
     # Inside a primal that is about to be differentiated, nested differentiation is left alone.
     with _rewriting(None if context.differentiated else context):
         jaxpr = jax.make_jaxpr(flat)(*values)
-        with _rewriting(None):
+        with _rewriting(None), collecting() as sites:
             new = _rewritten(jaxpr, context)
+        log_sites(function, sites, context.platform)
     arrays = iter(jec.jaxpr_as_fun(new)(*values))
     return jax.tree.unflatten(out["tree"], [next(arrays) if x is None else x for x in out["leaves"]])
 
@@ -119,7 +120,7 @@ def _rewritten(jaxpr: Any, context: Context) -> Any:
     try:
         return rewrite(jaxpr, context)
     except Exception:
-        logger.exception("zenith: rewriting failed, the function runs as it was written; please report it")
+        logger.exception("rewriting failed, the function runs as it was written; please report it")
         return jaxpr
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class Config:
     """enabled: False makes `zenith.jit` plain `jax.jit`.
     platform: "cpu" or "cuda", for which kernels are chosen while tracing; None is JAX's default backend.
     use_cost: False fuses wherever a kernel is right, also where XLA is known to be faster (tests, benchmarks).
-    log: "" | "info" | "debug": what the logger `zenith_jax` says about each compiled function.
+    log: "", or "info" or "debug": what stderr is told of each traced function.
     """
 
     enabled: bool = True
@@ -47,6 +48,21 @@ class Config:
 
 _process = Config.from_environment()
 _local = threading.local()
+
+
+def set_up_logging(level: str) -> None:
+    """Sends the logger `zenith_jax` to stderr at `level`, for people who asked by ZENITH_LOG=info or =debug.
+
+    An application that configures `logging` itself needs no ZENITH_LOG.
+    """
+    names = {"info": logging.INFO, "debug": logging.DEBUG}
+    if level not in names:
+        raise ValueError(f"ZENITH_LOG must be one of {sorted(names)}, got {level!r}")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("zenith: %(message)s"))
+    logger = logging.getLogger("zenith_jax")
+    logger.addHandler(handler)
+    logger.setLevel(names[level])
 
 
 def config() -> Config:
@@ -70,3 +86,7 @@ def configured(**changes: Any) -> Iterator[Config]:
         yield _local.config
     finally:
         _local.config = before
+
+
+if _process.log:
+    set_up_logging(_process.log)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+logger = logging.getLogger("zenith_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,20 @@ def collecting() -> Iterator[list[Site]]:
         if before is not None:
             before.extend(_local.sites)
         _local.sites = before
+
+
+def log_sites(function: Any, sites: Sequence[Site], platform: str) -> None:
+    """Tells the logger `zenith_jax`, once for each trace, what became of the sites of `function`."""
+    if not sites or not logger.isEnabledFor(logging.INFO):
+        return
+    name = getattr(function, "__qualname__", repr(function))
+    fused = sum(s.fused for s in sites)
+    logger.info("%s on %s: %d sites fused, %d left to XLA", name, platform, fused, len(sites) - fused)
+    for site, n in Counter(sites).items():
+        if not site.fused:
+            logger.info("%s: %dx %s at %s is left to XLA because %s", name, n, site.op, site.source, site.reason)
+        else:
+            logger.debug("%s: %dx %s at %s is fused", name, n, site.op, site.source)
 
 
 def record(site: Site) -> None:

@@ -59,7 +59,7 @@ def unavailable(platform: str) -> Refusal | None:
 def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes: tuple) -> Sequence[Any]:
     refusal = unavailable(platform) or kernel.supports(ctx.avals_in, platform, **dict(attributes))
     if refusal is not None:
-        logger.info("zenith: %s runs as XLA code on %s: %s", kernel.name, platform, refusal)
+        logger.info("%s runs as XLA code on %s: %s", kernel.name, platform, refusal)
         return mlir.lower_fun(_reference, multiple_results=True)(
             ctx, *operands, kernel=kernel, attributes=attributes
         )

@@ -108,7 +108,7 @@ def _attempt(matcher: Callable, graph: Graph, eqn: JaxprEqn) -> Match | Refusal 
     try:
         return matcher(graph, eqn)
     except Exception:
-        logger.exception("zenith: matcher %s failed at %s; please report it", matcher.__module__,
+        logger.exception("matcher %s failed at %s; please report it", matcher.__module__,
                          _compat.source_line(eqn))
         return None
 
