@@ -38,11 +38,7 @@ class Config:
 
     @classmethod
     def from_environment(cls, environ: dict[str, str] | os._Environ = os.environ) -> Config:
-        given = {
-            field: parse(environ[name])
-            for name, (field, parse) in ENVIRONMENT.items()
-            if name in environ
-        }
+        given = {field: parse(environ[name]) for name, (field, parse) in ENVIRONMENT.items() if name in environ}
         return cls(**given)
 
 

@@ -63,7 +63,8 @@ class Report:
     def __str__(self) -> str:
         head = f"zenith on {self.platform}: {len(self.fused)} sites fused, {len(self.refused)} left to XLA"
         lines = [
-            "  " + "  ".join(part for part in (f"{n}x" if n else "", status, op, detail, where, source) if part)
+            "  "
+            + "  ".join(part for part in (f"{n}x" if n else "", status, op, detail, where, source) if part)
             + (f"\n      because {reason}" if reason else "")
             for n, status, op, detail, where, source, reason in self._rows()
         ]

@@ -76,9 +76,7 @@ def verify(function: Callable) -> Callable[..., Verification]:
         with jax.enable_x64(True):
             exact = jax.jit(lambda *a, **k: plain(*a, **k))(*_wide(args), **_wide(kwargs))
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(fused)]
-        outputs = _compared(
-            [f"output{path}" for path in paths], *(jax.tree.leaves(x) for x in (fused, unfused, exact))
-        )
+        outputs = _compared([f"output{path}" for path in paths], *(jax.tree.leaves(x) for x in (fused, unfused, exact)))
         sites = _site_comparisons(plain, current_context(config()), args, kwargs)
         return Verification(tuple(outputs), tuple(sites))
 

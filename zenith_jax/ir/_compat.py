@@ -59,9 +59,7 @@ def rebuilt(
     """`jaxpr` with other equations and outputs (and constants, when given), open or closed as it was."""
     old = opened(jaxpr)
     effects = _core.join_effects(*(e.effects for e in eqns)) if eqns else _core.no_effects
-    changes: dict[str, Any] = dict(
-        eqns=list(eqns), outvars=list(outvars), effects=effects, debug_info=old.debug_info
-    )
+    changes: dict[str, Any] = dict(eqns=list(eqns), outvars=list(outvars), effects=effects, debug_info=old.debug_info)
     if constvars is None:
         constvars, consts = old.constvars, constants(jaxpr)
     changes["constvars"] = list(constvars)

@@ -60,9 +60,7 @@ def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes:
     refusal = unavailable(platform) or kernel.supports(ctx.avals_in, platform, **dict(attributes))
     if refusal is not None:
         logger.info("%s runs as XLA code on %s: %s", kernel.name, platform, refusal)
-        return mlir.lower_fun(_reference, multiple_results=True)(
-            ctx, *operands, kernel=kernel, attributes=attributes
-        )
+        return mlir.lower_fun(_reference, multiple_results=True)(ctx, *operands, kernel=kernel, attributes=attributes)
     if platform == "cpu" or _has_gpu():
         native.ensure_registered(platform)
     partitions = _compat.partition_count(ctx.module_context)

@@ -63,9 +63,7 @@ class Signature:
 
     @classmethod
     def parse(cls, text: str) -> Signature:
-        operands, results = (
-            tuple(Spec.parse(part) for part in side.split(",")) for side in text.split("->")
-        )
+        operands, results = (tuple(Spec.parse(part) for part in side.split(",")) for side in text.split("->"))
         return cls(text, operands, results)
 
     def batch_rank(self, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -98,9 +96,7 @@ class Signature:
 
     def result_shapes(self, name: str, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         batch, sizes = self.bind_sizes(name, shapes)
-        return [
-            (*(batch if spec.batched else ()), *(sizes[a] for a in spec.axes)) for spec in self.results
-        ]
+        return [(*(batch if spec.batched else ()), *(sizes[a] for a in spec.axes)) for spec in self.results]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,9 +193,7 @@ def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attribut
         return results, list(_reference_jvp(kernel, attributes, live, primals, live_tangents, visible=False))
     # Named so that a remat policy can save them: the output and the log-sum-exp together; one alone still recomputes.
     results = [checkpoint_name(r, f"zenith_{kernel.name}") for r in results]
-    visible = tangent_p.bind(
-        *primals, *results, *live_tangents, kernel=kernel, attributes=attributes, live=live
-    )
+    visible = tangent_p.bind(*primals, *results, *live_tangents, kernel=kernel, attributes=attributes, live=live)
     hidden = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results[kernel.visible :]]
     return results, [*visible, *hidden]
 
@@ -348,5 +342,8 @@ def check_kernel_dtype(name: str, dtype: Any) -> Refusal | None:
     """Refusal for a dtype that no kernel computes in."""
     if np.dtype(dtype) in map(np.dtype, KERNEL_DTYPES):
         return None
-    return Refusal("{name} has no kernel for {dtype}", dict(name=name, dtype=np.dtype(dtype).name),
-                   "float32, float16 and bfloat16 have one")
+    return Refusal(
+        "{name} has no kernel for {dtype}",
+        dict(name=name, dtype=np.dtype(dtype).name),
+        "float32, float16 and bfloat16 have one",
+    )

@@ -71,7 +71,7 @@ def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
 
 
 def _full_axes(operand: Any) -> int:
-    """Bit set over (batch, kv_head, group, query, key) of the axes that `operand` is not broadcast along; -1: absent."""
+    """Bit set over (batch, kv_head, group, query, key): the axes that `operand` is not broadcast along. -1: absent."""
     if is_absent(operand):
         return -1
     *outer, kv_head, group, t, s = operand.shape
@@ -135,15 +135,27 @@ def _backward_reference(query, key, value, mask, bias, out, dout, *, with_bias, 
     return *jax.vjp(function, query, key, value)[1](dout), delta
 
 
-@kernel("attention_bwd", f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t", (0, 1, 2, _F32),
-        visible=3, layouts=_backward_layouts, **_NATIVE)
+@kernel(
+    "attention_bwd",
+    f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t",
+    (0, 1, 2, _F32),
+    visible=3,
+    layouts=_backward_layouts,
+    **_NATIVE,
+)
 def attention_bwd(query, key, value, mask, bias, out, lse, dout, **attributes):
     del lse
     return _backward_reference(query, key, value, mask, bias, out, dout, with_bias=False, **attributes)
 
 
-@kernel("attention_bias_bwd", f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t, *b g t s",
-        (0, 1, 2, _F32, _F32), visible=5, layouts=_bias_backward_layouts, **_NATIVE)
+@kernel(
+    "attention_bias_bwd",
+    f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t, *b g t s",
+    (0, 1, 2, _F32, _F32),
+    visible=5,
+    layouts=_bias_backward_layouts,
+    **_NATIVE,
+)
 def attention_bias_bwd(query, key, value, mask, bias, out, lse, dout, **attributes):
     del lse
     return _backward_reference(query, key, value, mask, bias, out, dout, with_bias=True, **attributes)
@@ -161,8 +173,14 @@ def _backward(operands, results, cotangents, needed, **attributes):
     return {0: dquery, 1: dkey, 2: dvalue, 4: dbias}
 
 
-@kernel("attention_fwd", f"{_OPERANDS} -> *b g t e, *b g t", (0, _F32),
-        backward=_backward, layouts=_forward_layouts, **_NATIVE)
+@kernel(
+    "attention_fwd",
+    f"{_OPERANDS} -> *b g t e, *b g t",
+    (0, _F32),
+    backward=_backward,
+    layouts=_forward_layouts,
+    **_NATIVE,
+)
 def attention_fwd(query, key, value, mask, bias, *, layout, **attributes):
     del layout
     out = _out(query, key, value, mask, bias, **attributes)
@@ -177,21 +195,47 @@ def attention_fwd(query, key, value, mask, bias, *, layout, **attributes):
 # --- op ---------------------------------------------------------------------------------------------------------------
 
 
-def attention_canonical(query, key, value, *, mask=None, bias=None, scale, left=UNBOUNDED, right=UNBOUNDED,
-                        masked_row=MASKED_ROW_MEAN, layout=HEADS_MAJOR):
+def attention_canonical(
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    scale,
+    left=UNBOUNDED,
+    right=UNBOUNDED,
+    masked_row=MASKED_ROW_MEAN,
+    layout=HEADS_MAJOR,
+):
     """Attention on canonical shapes: query (*b, g, t, d), key (*b, s, d), value (*b, s, e), mask and bias with the rank
     of (*b, g, t, s) and size 1 where broadcast, or None. `layout`: in which physical order the arrays come. No checks
     beyond shapes: `attention` is the function for people."""
     return attention_fwd(
-        query, key, value,
+        query,
+        key,
+        value,
         absent(jnp.bool_) if mask is None else mask,
         absent() if bias is None else bias,
-        scale=float(scale), left=int(left), right=int(right), masked_row=masked_row, layout=layout,
+        scale=float(scale),
+        left=int(left),
+        right=int(right),
+        masked_row=masked_row,
+        layout=layout,
     )[0]
 
 
-def attention(query, key, value, *, mask=None, bias=None, scale: float | None = None, is_causal: bool = False,
-              local_window_size: int | tuple[int, int] | None = None):
+def attention(
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+):
     """softmax(scale * query . key + bias where mask) . value, without the (t, s) matrix in memory.
 
     query: (b, t, h, d); key: (b, s, k, d); value: (b, s, k, e); h a multiple of k (grouped-query attention: query head
@@ -205,19 +249,31 @@ def attention(query, key, value, *, mask=None, bias=None, scale: float | None = 
     Raises ShapeError or DTypeError.
     """
     if query.ndim == 3:
-        return attention(query[None], key[None], value[None], mask=mask, bias=bias, scale=scale, is_causal=is_causal,
-                         local_window_size=local_window_size)[0]
+        return attention(
+            query[None],
+            key[None],
+            value[None],
+            mask=mask,
+            bias=bias,
+            scale=scale,
+            is_causal=is_causal,
+            local_window_size=local_window_size,
+        )[0]
     _check(query, key, value, mask, bias)
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
     left, right = _band(is_causal, local_window_size)
     grouped = jnp.transpose(query.reshape(b, t, k, h // k, d), (0, 2, 3, 1, 4))
     out = attention_canonical(
-        grouped, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2),
+        grouped,
+        jnp.swapaxes(key, 1, 2),
+        jnp.swapaxes(value, 1, 2),
         mask=_scores("mask", mask, (b, h, t, s), k),
         bias=_scores("bias", bias, (b, h, t, s), k),
         scale=1 / math.sqrt(d) if scale is None else scale,
-        left=left, right=right, layout=LENGTH_MAJOR,
+        left=left,
+        right=right,
+        layout=LENGTH_MAJOR,
     )
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(b, t, h, value.shape[-1])
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zenith_jax.errors import DTypeError, Refusal, ShapeError, refuse
+from zenith_jax.errors import DTypeError, Refusal, ShapeError
 from zenith_jax.ops._op import as_batches, check_kernel_dtype, kernel, widened
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -131,15 +131,27 @@ def rms_norm_fwd(x, scale, *, eps):
     return (_forward(x, scale, None, eps),)
 
 
-@kernel("add_layer_norm_fwd", "*b r d, *b r d, d, d -> *b r d, *b r d", (0, 0), visible=2,
-        backward=_add_layer_norm_backward, **_NATIVE)
+@kernel(
+    "add_layer_norm_fwd",
+    "*b r d, *b r d, d, d -> *b r d, *b r d",
+    (0, 0),
+    visible=2,
+    backward=_add_layer_norm_backward,
+    **_NATIVE,
+)
 def add_layer_norm_fwd(x, residual, scale, bias, *, eps):
     total = x + residual
     return _forward(total, scale, bias, eps), total
 
 
-@kernel("add_rms_norm_fwd", "*b r d, *b r d, d -> *b r d, *b r d", (0, 0), visible=2,
-        backward=_add_rms_norm_backward, **_NATIVE)
+@kernel(
+    "add_rms_norm_fwd",
+    "*b r d, *b r d, d -> *b r d, *b r d",
+    (0, 0),
+    visible=2,
+    backward=_add_rms_norm_backward,
+    **_NATIVE,
+)
 def add_rms_norm_fwd(x, residual, scale, *, eps):
     total = x + residual
     return _forward(total, scale, None, eps), total

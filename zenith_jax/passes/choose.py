@@ -64,8 +64,9 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
     if platform not in ("cpu", "cuda"):
         return refuse("there are no kernels for {platform}", platform=platform)
     if np.dtype(case["dtype"]).name not in KERNEL_DTYPES:
-        return refuse("there is no kernel for {dtype}", dtype=case["dtype"],
-                      advice="float32, float16 and bfloat16 have one")
+        return refuse(
+            "there is no kernel for {dtype}", dtype=case["dtype"], advice="float32, float16 and bfloat16 have one"
+        )
     if any(n == 0 for v in match.leaves for n in v.aval.shape):
         return refuse("an operand is empty")
     if platform == "cuda" and match.op == "attention" and max(case["d"], case["e"]) > 256:

@@ -27,8 +27,19 @@ logger = logging.getLogger("zenith_jax")
 # Sub-jaxprs are swapped whole, with the same signature, and no other param is read. The derivative rules in a
 # custom_jvp_call or custom_vjp_call are the user's and stay; shard_map is rebuilt in its own context.
 RECURSED = {
-    "cond", "scan", "while", "remat", "remat2", "checkpoint", "jit", "pjit", "closed_call", "core_call",
-    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
+    "cond",
+    "scan",
+    "while",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
 }
 
 
@@ -87,13 +98,25 @@ def plan(graph: Graph, context: Context) -> list[Match]:
             if isinstance(found, Match) and any(id(e) in claimed for e in found.inner if e is not eqn):
                 continue  # another match has equations of this one, and computes them
             op = found.op if isinstance(found, Match) else matcher.__module__.rsplit(".", 1)[-1]
-            refusal = found if isinstance(found, Refusal) else declined(
-                found, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
-            sites.append((index, Site(
-                op=op, fused=refusal is None, source=_compat.source_line(eqn),
-                detail=found.detail if isinstance(found, Match) else "",
-                reason=str(refusal) if refusal is not None else "",
-                where=context.where, differentiated=context.differentiated)))
+            refusal = (
+                found
+                if isinstance(found, Refusal)
+                else declined(found, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
+            )
+            sites.append(
+                (
+                    index,
+                    Site(
+                        op=op,
+                        fused=refusal is None,
+                        source=_compat.source_line(eqn),
+                        detail=found.detail if isinstance(found, Match) else "",
+                        reason=str(refusal) if refusal is not None else "",
+                        where=context.where,
+                        differentiated=context.differentiated,
+                    ),
+                )
+            )
             if isinstance(found, Match):
                 claimed.update(id(e) for e in found.inner)
                 if refusal is None:
@@ -108,12 +131,11 @@ def _attempt(matcher: Callable, graph: Graph, eqn: JaxprEqn) -> Match | Refusal 
     try:
         return matcher(graph, eqn)
     except Exception:
-        logger.exception("matcher %s failed at %s; please report it", matcher.__module__,
-                         _compat.source_line(eqn))
+        logger.exception("matcher %s failed at %s; please report it", matcher.__module__, _compat.source_line(eqn))
         return None
 
 
-# --- how ----------------------------------------------------------------------------------------------------------------
+# --- how -------------------------------------------------------------------------------------------------------------
 
 
 @ft.lru_cache(maxsize=4096)
@@ -186,8 +208,12 @@ def _shard_mapped(eqn: JaxprEqn, context: Context) -> Sequence[JaxprEqn] | None:
         return jec.jaxpr_as_fun(new)(*args)
 
     mapped = jax.shard_map(
-        run, mesh=params["mesh"], in_specs=tuple(params["in_specs"]), out_specs=list(params["out_specs"]),
-        check_vma=params["check_vma"], axis_names=set(params["newly_manual_axes"]),
+        run,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=set(params["newly_manual_axes"]),
     )
     jaxpr = jax.make_jaxpr(mapped)(*(_compat.struct(a.aval) for a in eqn.invars))
     opened = _compat.opened(jaxpr)
