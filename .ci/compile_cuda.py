@@ -32,7 +32,10 @@ def main() -> int:
     arguments = parser.parse_args()
 
     entries = json.loads((arguments.build / "compile_commands.json").read_text())
-    entries = [e for e in entries if "cuda" in e["output"].split("/")[1]]  # CMakeFiles/<target>.dir/...
+    entries = [e for e in entries if re.search(r"CMakeFiles/\w*_cuda\w*\.dir/", e["output"])]
+    if not entries:
+        print(f"{arguments.build} has no CUDA targets")
+        return 1
     entries.sort(key=lambda e: last_change(pathlib.Path(e["file"])), reverse=True)
     deadline = time.monotonic() + 60 * arguments.minutes
 
