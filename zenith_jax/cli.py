@@ -28,7 +28,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor.main(as_json=arguments.json)
 
 
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="timed batches of each (default 20)")
+    parser.add_argument("--sites", action="store_true", help="list every site with file and line")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from zenith_jax import demo
+
+    return demo.main(dtype=arguments.dtype, runs=arguments.runs, sites=arguments.sites)
+
+
 COMMANDS = {
+    "demo": Command("a sentence encoder with real weights: jax.jit against zenith.jit", _demo_arguments, _demo),
     "doctor": Command("what is installed, built and found, and how to fix what is missing", _doctor_arguments, _doctor),
 }
 
