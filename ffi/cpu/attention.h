@@ -189,14 +189,20 @@ class ScoreEditor {
 
   /// True where logits had to be looked at. `keys`: at most kBlockKeys.
   bool Edit(const RowBlock& block, KeyRange keys, float* scores) {
-    const bool cut = !block.Allows(p_, keys);
-    if (!cut && p_.mask == nullptr && p_.bias == nullptr) return false;
+    if (block.Allows(p_, keys) && p_.mask == nullptr && p_.bias == nullptr) return false;
     if (p_.mask != nullptr) PackMask(p_, block, keys, mask_);
     if (p_.bias != nullptr) {
       WithStorage(p_.bias_dtype, [&]<typename T>(T) { PackBias<T>(p_, block, keys, bias_); });
     }
-    Apply(block, keys, cut, scores);
+    Forbid(block, keys, scores);
     return true;
+  }
+
+  /// Zeros in `dlogits` where the last Edit, of the same keys, found logits forbidden.
+  ZENITH_NOINLINE void ZeroForbidden(const RowBlock& block, KeyRange keys, float* dlogits) const {
+    ForAllowed(block, keys, [&](int64_t at, I32 allowed) {
+      Store(dlogits + at, Select(allowed, Load(dlogits + at), F32{}));
+    });
   }
 
   /// Whether any key of row r is allowed, after Edit on all blocks of keys.
@@ -207,27 +213,34 @@ class ScoreEditor {
   }
 
  private:
-  ZENITH_NOINLINE void Apply(const RowBlock& block, KeyRange keys, bool cut, float* scores) {
+  ZENITH_NOINLINE void Forbid(const RowBlock& block, KeyRange keys, float* scores) {
+    ForAllowed(block, keys, [&](int64_t at, I32 allowed) {
+      const int64_t r = at % kBlockRows;
+      Store(allowed_ + r, (F32)((I32)Load(allowed_ + r) | allowed));
+      F32 logits = Load(scores + at);
+      if (p_.bias != nullptr) logits += Load(bias_ + at);
+      Store(scores + at, Select(allowed, logits, Splat(-kInfinity)));
+    });
+  }
+
+  /// Calls body(position in the tile, which lanes are allowed).
+  template <typename Body>
+  ZENITH_INLINE void ForAllowed(const RowBlock& block, KeyRange keys, Body body) const {
     constexpr int64_t kFar = 1 << 30;  // beyond all |s - t|
     const I32 left = SplatI(static_cast<int32_t>(Max(-kFar, -p_.left)));
     const I32 right = SplatI(static_cast<int32_t>(Min(kFar, p_.right)));
-    for (int64_t r = 0; r < block.count; r += kLanes) {
-      const I32 t = (I32)Load(t_ + r);
-      I32 any = (I32)Load(allowed_ + r);
-      for (int64_t s = keys.first; s < keys.last; ++s) {
+    const bool cut = !block.Allows(p_, keys);
+    for (int64_t s = keys.first; s < keys.last; ++s) {
+      for (int64_t r = 0; r < block.count; r += kLanes) {
         const int64_t at = (s - keys.first) * kBlockRows + r;
         I32 allowed = SplatI(-1);
         if (cut) {
-          const I32 distance = static_cast<int32_t>(s) - t;
+          const I32 distance = static_cast<int32_t>(s) - (I32)Load(t_ + r);
           allowed = (distance >= left) & (distance <= right);
         }
         if (p_.mask != nullptr) allowed &= (I32)Load(mask_ + at);
-        any |= allowed;
-        F32 logits = Load(scores + at);
-        if (p_.bias != nullptr) logits += Load(bias_ + at);
-        Store(scores + at, Select(allowed, logits, Splat(-kInfinity)));
+        body(at, allowed);
       }
-      Store(allowed_ + r, (F32)any);
     }
   }
 
