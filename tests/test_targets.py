@@ -1,0 +1,339 @@
+"""Every custom-call target, called directly: right values, and an exception for whatever does not fit together.
+
+Values of one small case for each target; the ops' own tests go through shapes, dtypes and transformations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from zenith_jax import native
+
+RNG = np.random.default_rng(20260101)
+B, R, D = 3, 5, 37  # batch, rows, features: none a multiple of a vector width
+EPS = 1e-3  # large enough to matter
+LEFT_OPEN = 1 << 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call that is right. operands: by name, in order; results: name -> (shape, dtype); expected: of float64
+    operands, the results in order, None for scratch."""
+
+    operands: dict[str, np.ndarray]
+    results: dict[str, tuple[tuple[int, ...], Any]]
+    expected: Callable[..., tuple[np.ndarray | None, ...]]
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+# ---- Oracles, from the formulas in ffi/kernels/*.h, in NumPy and float64 ---------------------------------------------
+
+
+def norm(x: np.ndarray, *, centre: bool) -> tuple[np.ndarray, np.ndarray]:
+    x = x - x.mean(-1, keepdims=True) if centre else x
+    rstd = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+    return x * rstd, rstd
+
+
+def norm_forward(x, scale, bias=0.0, *, centre):
+    return (norm(x, centre=centre)[0] * scale + bias,)
+
+
+def norm_backward(x, scale, dy, dsum=0.0, *, centre):
+    xhat, rstd = norm(x, centre=centre)
+    g = dy * scale
+    mean_g = g.mean(-1, keepdims=True) if centre else 0.0
+    dx = rstd * (g - mean_g - xhat * (g * xhat).mean(-1, keepdims=True)) + dsum
+    return (dx, (dy * xhat).sum(-2)) + ((dy.sum(-2),) if centre else ())
+
+
+def softmax(x):
+    p = np.exp(x - x.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+ACTIVATIONS = {
+    "gelu_erf": lambda x: x / 2 * (1 + erf(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+def derivative(function, x, step=1e-6):
+    """Central difference: error step^2, far below float32's."""
+    return (function(x + step) - function(x - step)) / (2 * step)
+
+
+def attention(query, key, value, mask, bias, *, scale, left, right):
+    t, s = np.arange(query.shape[-2])[:, None], np.arange(key.shape[-2])
+    allowed = (s - t >= -left) & (s - t <= right) & mask.astype(bool)
+    logits = scale * np.einsum("bkgtd,bksd->bkgts", query, key) + bias
+    logits = np.where(allowed, logits, -np.inf)
+    lse = np.log(np.exp(logits).sum(-1))
+    p = np.exp(logits - lse[..., None])
+    return np.einsum("bkgts,bkse->bkgte", p, value), lse, p
+
+
+def attention_backward(query, key, value, mask, bias, out, lse, dout, *, scale, left, right):
+    p = attention(query, key, value, mask, bias, scale=scale, left=left, right=right)[2]
+    dp = np.einsum("bkgte,bkse->bkgts", dout, value)
+    dlogits = p * (dp - (dout * out).sum(-1, keepdims=True))
+    dquery = scale * np.einsum("bkgts,bksd->bkgtd", dlogits, key)
+    dkey = scale * np.einsum("bkgts,bkgtd->bksd", dlogits, query)
+    dvalue = np.einsum("bkgts,bkgte->bkse", p, dout)
+    return dquery, dkey, dvalue, None, dlogits
+
+
+# ---- One case for each target ----------------------------------------------------------------------------------------
+
+F32 = np.float32
+
+
+def norm_cases() -> dict[str, Case]:
+    x, residual, dy, dsum = (normal(B, R, D) for _ in range(4))
+    scale, bias = normal(D), normal(D)
+    full, partial = ((B, R, D), F32), ((B, D), F32)
+    eps = {"eps": np.float32(EPS)}
+
+    def forward(*, centre, add):
+        def expected(x, *rest):
+            if not add:
+                return norm_forward(x, *rest, centre=centre)
+            residual, *parameters = rest
+            return (*norm_forward(x + residual, *parameters, centre=centre), x + residual)
+
+        operands = {"x": x, **({"residual": residual} if add else {}), "scale": scale}
+        operands |= {"bias": bias} if centre else {}
+        return Case(operands, {"y": full} | ({"sum": full} if add else {}), expected, eps)
+
+    def backward(*, centre, add):
+        operands = {"x": x, "scale": scale, "dy": dy} | ({"dsum": dsum} if add else {})
+        results = {"dx": full, "dscale": partial} | ({"dbias": partial} if centre else {})
+        return Case(operands, results, lambda *a: norm_backward(*a, centre=centre), eps)
+
+    cases = {}
+    for prefix, add in (("", False), ("add_", True)):
+        for kind, centre in (("layer_norm", True), ("rms_norm", False)):
+            cases[f"{prefix}{kind}_fwd"] = forward(centre=centre, add=add)
+            cases[f"{prefix}{kind}_bwd"] = backward(centre=centre, add=add)
+    return cases
+
+
+def softmax_cases() -> dict[str, Case]:
+    x, dy = 3 * normal(B, R, D), normal(B, R, D)
+    y = softmax(x)
+    full = ((B, R, D), F32)
+    return {
+        "softmax_fwd": Case({"x": x}, {"y": full}, lambda x: (softmax(x),)),
+        "softmax_bwd": Case(
+            {"y": y, "dy": dy}, {"dx": full}, lambda y, dy: (y * (dy - (dy * y).sum(-1, keepdims=True)),)
+        ),
+    }
+
+
+def activation_cases() -> dict[str, Case]:
+    x, dy = 3 * normal(B, R, D), normal(B, R, D)
+    full = ((B, R, D), F32)
+    cases = {}
+    for name, f in ACTIVATIONS.items():
+        cases[f"{name}_fwd"] = Case({"x": x}, {"y": full}, lambda x, f=f: (f(x),))
+        cases[f"{name}_bwd"] = Case({"x": x, "dy": dy}, {"dx": full}, lambda x, dy, f=f: (dy * derivative(f, x),))
+    return cases
+
+
+def attention_cases() -> dict[str, Case]:
+    b, k, g, t, s, d, e = 2, 3, 2, 11, 13, 8, 12
+    query, key, value = normal(b, k, g, t, d), normal(b, k, s, d), normal(b, k, s, e)
+    mask = RNG.random((1, k, 1, t, s)) < 0.8  # kv_head, query and key: bits 2, 8 and 16
+    mask[..., 0] = True
+    bias = normal(b, 1, g, 1, s)  # batch, group and key: bits 1, 4 and 16
+    band = {"scale": 0.4, "left": LEFT_OPEN, "right": 2}
+    attributes = {
+        "scale": np.float32(band["scale"]),
+        "left": np.int64(band["left"]),
+        "right": np.int64(band["right"]),
+        "masked_row": np.int32(0),
+        "layout": np.int32(0),
+        "mask_axes": np.int64(2 + 8 + 16),
+        "bias_axes": np.int64(1 + 4 + 16),
+    }
+    operands = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias}
+    out, lse, _ = attention(query, key, value, mask, bias, **band)
+    rows = ((b, k, g, t), F32)
+    backward_operands = operands | {"out": F32(out), "lse": F32(lse), "dout": normal(b, k, g, t, e)}
+    cotangents = {"dquery": (query.shape, F32), "dkey": (key.shape, F32), "dvalue": (value.shape, F32), "delta": rows}
+    scores = {"dbias": ((b, k, g, t, s), F32)}
+    return {
+        "attention_fwd": Case(
+            operands,
+            {"out": (out.shape, F32), "lse": rows},
+            lambda *a: attention(*a, **band)[:2],
+            attributes,
+        ),
+        "attention_bwd": Case(backward_operands, cotangents, lambda *a: attention_backward(*a, **band)[:4], attributes),
+        "attention_bias_bwd": Case(
+            backward_operands, cotangents | scores, lambda *a: attention_backward(*a, **band), attributes
+        ),
+    }
+
+
+CASES = norm_cases() | softmax_cases() | activation_cases() | attention_cases()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def device(request):
+    """Every test runs on the CPU and, where there is one, on the GPU."""
+    native.ensure_registered(request.param)
+    with jax.default_device(jax.devices(request.param)[0]):
+        yield request.param
+
+
+def call(name: str, operands: dict[str, Any], results: dict[str, Any], attributes: dict[str, Any], **kwargs: Any):
+    types_ = [jax.ShapeDtypeStruct(*r) for r in results.values()]
+    with jax.enable_x64(True):  # lets float64 and int64 operands come through as they are
+        function = jax.ffi.ffi_call(native.target(name), types_, **kwargs)
+        return jax.block_until_ready(function(*map(jnp.asarray, operands.values()), **attributes))
+
+
+def expected(case: Case) -> tuple[np.ndarray | None, ...]:
+    wide = [x.astype(np.float64) if x.dtype == np.float32 else x for x in case.operands.values()]
+    return case.expected(*wide)
+
+
+# ---- Values ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_target_has_a_case(device):
+    assert {native.target(name) for name in CASES} == set(native.module(device).targets())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_target_computes_its_formula(name):
+    case = CASES[name]
+    for actual, wanted in zip(call(name, case.operands, case.results, case.attributes), expected(case), strict=True):
+        if wanted is not None:
+            # Sums of up to 40 products of size 1 to 10 in float32: 2e-5 is 10 times what was seen.
+            np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-5)
+
+
+LENGTH_MAJOR = {5: (0, 3, 1, 2, 4), 4: (0, 2, 1, 3)}  # query, out: b t k g d; key, value: b s k d
+
+
+@pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd", "attention_bias_bwd"])
+def test_attention_reads_and_writes_length_major_arrays(name):
+    case = CASES[name]
+    dense = {"mask", "bias", "lse", "delta", "dbias"}
+    attributes = case.attributes | {"layout": np.int32(1)}
+    actual = call(
+        name,
+        case.operands,
+        case.results,
+        attributes,
+        input_layouts=[None if n in dense else LENGTH_MAJOR[x.ndim] for n, x in case.operands.items()],
+        output_layouts=[None if n in dense else LENGTH_MAJOR[len(shape)] for n, (shape, _) in case.results.items()],
+    )
+    for a, wanted in zip(actual, expected(case), strict=True):
+        if wanted is not None:
+            np.testing.assert_allclose(a, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd", "attention_bias_bwd"])
+def test_attention_without_mask_and_bias(name):
+    case = CASES[name]
+    t, s = 11, 13
+    neutral = {"mask": np.ones((1, 1, 1, t, s), bool), "bias": np.zeros((1, 1, 1, 1, 1), F32)}
+    plain = dataclasses.replace(case, operands=case.operands | neutral)
+    out, lse, _ = attention(*list(plain.operands.values())[:5], scale=0.4, left=LEFT_OPEN, right=2)
+    if name != "attention_fwd":
+        plain = dataclasses.replace(plain, operands=plain.operands | {"out": F32(out), "lse": F32(lse)})
+    absent = {"mask": np.zeros((0,), bool), "bias": np.zeros((0,), F32)}
+    attributes = case.attributes | {"mask_axes": np.int64(-1), "bias_axes": np.int64(-1)}
+    actual = call(name, plain.operands | absent, case.results, attributes)
+    for a, wanted in zip(actual, expected(plain), strict=True):
+        if wanted is not None:
+            np.testing.assert_allclose(a, wanted, rtol=2e-5, atol=2e-5)
+
+
+# ---- What does not fit together is an exception that says so ---------------------------------------------------------
+
+
+def refusal(name: str, operands, results, attributes) -> str:
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        call(name, operands, results, attributes)
+    text = str(error.value)
+    assert "INVALID_ARGUMENT: " in text and f"zenith_{name}: " in text, text
+    assert "must" in text and "got" in text, text
+    return text
+
+
+def doubled(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], 2 * shape[axis], *shape[axis + 1 :])
+
+
+OPERANDS = [(name, operand) for name, case in CASES.items() for operand in case.operands]
+RESULTS = [(name, result) for name, case in CASES.items() for result in case.results]
+
+
+@pytest.mark.parametrize(("name", "operand"), OPERANDS)
+def test_operand_of_another_size_rank_or_dtype_is_refused(name, operand):
+    case = CASES[name]
+    x = case.operands[operand]
+    for axis in range(x.ndim):
+        refusal(name, case.operands | {operand: np.repeat(x, 2, axis)}, case.results, case.attributes)
+    refusal(name, case.operands | {operand: np.stack([x, x], -1)}, case.results, case.attributes)
+    refusal(name, case.operands | {operand: x.reshape(-1)[:1]}, case.results, case.attributes)
+    for dtype in (np.int32, np.float64):
+        text = refusal(name, case.operands | {operand: x.astype(dtype)}, case.results, case.attributes)
+        assert f"got {np.dtype(dtype).name}" in text
+
+
+@pytest.mark.parametrize(("name", "result"), RESULTS)
+def test_result_of_another_size_rank_or_dtype_is_refused(name, result):
+    case = CASES[name]
+    shape, dtype = case.results[result]
+    for axis in range(len(shape)):
+        text = refusal(name, case.operands, case.results | {result: (doubled(shape, axis), dtype)}, case.attributes)
+        assert f": {result} must have shape {shape}" in text
+    refusal(name, case.operands, case.results | {result: ((*shape, 1), dtype)}, case.attributes)
+    text = refusal(name, case.operands, case.results | {result: (shape, jnp.int32)}, case.attributes)
+    assert f": {result} must be float32" in text
+
+
+def test_error_names_target_operand_invariant_and_what_came():
+    case = CASES["rms_norm_fwd"]
+    text = refusal("rms_norm_fwd", case.operands | {"scale": normal(7)}, case.results, case.attributes)
+    assert text.endswith("zenith_rms_norm_fwd: scale must have shape (37,) to match x of shape (3, 5, 37), got (7,)")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "text"),
+    [
+        ("layout", np.int32(2), "layout must be 0 or 1, got 2"),
+        ("masked_row", np.int32(-1), "masked_row must be 0 or 1, got -1"),
+        ("mask_axes", np.int64(32), "mask_axes must be -1 or a set of 5 bits, got 32"),
+        ("bias_axes", np.int64(31), "bias must have 1716 elements"),
+        ("mask_axes", np.int64(-1), "mask must have 0 elements (it is absent)"),
+    ],
+)
+def test_attention_attribute_out_of_range_is_refused(attribute, value, text):
+    case = CASES["attention_fwd"]
+    assert text in refusal("attention_fwd", case.operands, case.results, case.attributes | {attribute: value})
+
+
+def test_missing_or_mistyped_attribute_is_an_exception():
+    case = CASES["rms_norm_fwd"]
+    for attributes in ({}, {"eps": EPS}, {"eps": np.float32(EPS), "more": np.float32(0)}):  # {"eps": EPS} is float64
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+            call("rms_norm_fwd", case.operands, case.results, attributes)
