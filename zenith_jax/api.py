@@ -57,8 +57,9 @@ def fuse(function: Callable) -> Callable:
 def undecorated(function: Callable) -> Callable:
     """The function that was given to `jit` or `fuse`; any other function as it is."""
     for candidate in (function, getattr(function, "__wrapped__", None)):
-        if hasattr(candidate, "__zenith_function__"):
-            return candidate.__zenith_function__  # pyright: ignore[reportFunctionMemberAccess]
+        original = getattr(candidate, "__zenith_function__", None)
+        if original is not None:
+            return original
     return function
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools as ft
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.extend.core as jec
 import numpy as np
 from jax._src import core as _core
 from jax._src.custom_partitioning_sharding_rule import (
@@ -22,14 +21,49 @@ from jax._src.custom_partitioning_sharding_rule import (
 )
 from jax._src.interpreters import ad as _ad
 from jax._src.source_info_util import user_frames as _user_frames
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
-ClosedJaxpr, Jaxpr = jec.ClosedJaxpr, jec.Jaxpr
-JaxprEqn, Literal, Var, DropVar = jec.JaxprEqn, jec.Literal, jec.Var, jec.DropVar
-Primitive = jec.Primitive
+if TYPE_CHECKING:  # JAX types avals as AbstractValue, which has no shape; all that reach Zenith have one
+
+    class Var:
+        aval: Any
+
+        def __init__(self, aval: Any) -> None: ...
+
+    class DropVar(Var): ...
+
+    class Literal:
+        aval: Any
+        val: Any
+
+    class JaxprEqn:
+        primitive: Any
+        invars: list[Any]
+        outvars: list[Any]
+        params: dict[str, Any]
+        effects: Any
+        source_info: Any
+
+        def replace(self, **changes: Any) -> JaxprEqn: ...
+
+else:
+    from jax.extend.core import DropVar, JaxprEqn, Literal, Var
+
 MERGED = ClosedJaxpr is Jaxpr
 
-__all__ = ["ad", "batching", "mlir"]
+__all__ = [
+    "ClosedJaxpr",
+    "DropVar",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Primitive",
+    "Var",
+    "ad",
+    "batching",
+    "mlir",
+]
 
 
 # --- jaxprs -----------------------------------------------------------------------------------------------------------
@@ -39,7 +73,7 @@ def is_jaxpr(x: Any) -> bool:
     return isinstance(x, (Jaxpr, ClosedJaxpr))
 
 
-def opened(jaxpr: Any) -> Jaxpr:
+def opened(jaxpr: Any) -> Any:
     """The open jaxpr inside `jaxpr`."""
     return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) and not MERGED else jaxpr
 
@@ -62,11 +96,12 @@ def rebuilt(
     changes: dict[str, Any] = dict(eqns=list(eqns), outvars=list(outvars), effects=effects, debug_info=old.debug_info)
     if constvars is None:
         constvars, consts = old.constvars, constants(jaxpr)
-    changes["constvars"] = list(constvars)
+    consts = list(consts or ())
+    changes["constvars"] = list(constvars or ())
     if MERGED:
-        return old.replace(**changes, consts=list(consts or ()))
+        return old.replace(**changes, consts=consts)
     new = old.replace(**changes)
-    return ClosedJaxpr(new, list(consts or ())) if isinstance(jaxpr, ClosedJaxpr) else new
+    return ClosedJaxpr(new, consts) if isinstance(jaxpr, ClosedJaxpr) else new
 
 
 def closed(jaxpr: Any) -> Any:
@@ -176,6 +211,9 @@ def sharding_rule_attribute(
 # --- differentiation inside a traced function -------------------------------------------------------------------------
 
 
+_HOOKED = "__zenith_hooked__"
+
+
 def install_linearize_hook(
     fuse_primal: Callable[[Callable], Callable], is_active: Callable[[], bool], disabled: Callable
 ) -> str | None:
@@ -186,7 +224,7 @@ def install_linearize_hook(
     at each call. Returns None, or why this JAX cannot be hooked.
     """
     plain_linearize, plain_jvp = _ad.linearize, _ad.jvp
-    if hasattr(plain_linearize, "__zenith__"):
+    if hasattr(plain_linearize, _HOOKED):
         return None
 
     @ft.wraps(plain_linearize)
@@ -201,7 +239,7 @@ def install_linearize_hook(
             return plain_jvp(function, *args, **kwargs)
         return plain_jvp(disabled(function), *args, **kwargs)
 
-    linearize.__zenith__ = jvp.__zenith__ = True  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(linearize, _HOOKED, True)
     _ad.linearize, _ad.jvp = linearize, jvp
     return None
 

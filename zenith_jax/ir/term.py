@@ -150,7 +150,7 @@ class Terms:
 
     def _below(self, term: Term, eqn: JaxprEqn, also: Sequence[str]) -> Term | None:
         name = eqn.primitive.name
-        operand = eqn.invars[0] if eqn.invars else None
+        operand: Any = eqn.invars[0] if eqn.invars else None
         if isinstance(operand, Literal) and name not in ("mul", "add"):
             return None
         if name in _PASSED or name in also:

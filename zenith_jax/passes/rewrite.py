@@ -176,12 +176,12 @@ def _emitted(match: Match) -> tuple[list[JaxprEqn], list[Var], list[Any]]:
 
 def _recursed(eqn: JaxprEqn, context: Context) -> Sequence[JaxprEqn] | None:
     """The equation with rewritten sub-jaxprs; None where nothing changed."""
-    name = eqn.primitive.name
+    name: Any = eqn.primitive.name
     if name == "shard_map":
         return _shard_mapped(eqn, context)
     if name not in RECURSED:
         return None
-    inner = context.inside({"remat2": "remat", "checkpoint": "remat"}.get(name, name))
+    inner = context.inside("remat" if name in ("remat2", "checkpoint") else name)
     changed = False
 
     def visit(jaxpr: Any) -> Any:

@@ -114,10 +114,10 @@ def _select_form(terms: Terms, mask: Term, eqn: Any, key_axis: Axis, negated: bo
 
 def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -> MaskForm | None:
     """The bound on s - t that a comparison of positions is."""
-    sides = [_affine(terms, t) for t in terms.operands(mask, eqn)]
-    if sides[0] is None or sides[1] is None:
+    first, second = (_affine(terms, t) for t in terms.operands(mask, eqn))
+    if first is None or second is None:
         return None
-    (offset_a, a), (offset_b, b) = sides
+    (offset_a, a), (offset_b, b) = first, second
     coefficients = {axis: a.get(axis, 0) - b.get(axis, 0) for axis in {*a, *b}}
     coefficients = {axis: c for axis, c in coefficients.items() if c}
     query = [axis for axis in coefficients if axis is not key_axis]
@@ -146,11 +146,11 @@ def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
     if eqn.primitive.name == "iota":
         axis = term.axes[eqn.params["dimension"]]
         return 0, ({} if axis is None else {axis: 1})
-    sides = [_affine(terms, t) for t in terms.operands(term, eqn)]
-    if sides[0] is None or sides[1] is None:
+    first, second = (_affine(terms, t) for t in terms.operands(term, eqn))
+    if first is None or second is None:
         return None
     sign = 1 if eqn.primitive.name == "add" else -1
-    (offset_a, a), (offset_b, b) = sides
+    (offset_a, a), (offset_b, b) = first, second
     return offset_a + sign * offset_b, {x: a.get(x, 0) + sign * b.get(x, 0) for x in {*a, *b}}
 
 
