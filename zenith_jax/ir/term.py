@@ -218,7 +218,7 @@ class Terms:
             steps: list[JaxprEqn] = []
             inner = self.peel(term, steps)
             eqn = self.graph.producer(inner.atom)
-            single = all(self.graph.use_count(e.outvars[0]) == 1 for e in (steps if top else steps))
+            single = all(self.graph.use_count(e.outvars[0]) == 1 for e in steps)
             if eqn is None or eqn.primitive.name not in ("mul", "div", "neg") or not (
                 top or (single and self.graph.use_count(eqn.outvars[0]) == 1)
             ):
