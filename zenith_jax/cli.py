@@ -35,12 +35,25 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from zenith_jax import demo
+    from zenith_jax.demo import run
 
-    return demo.main(dtype=arguments.dtype, runs=arguments.runs, sites=arguments.sites)
+    return run.main(dtype=arguments.dtype, runs=arguments.runs, sites=arguments.sites)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from zenith_jax.bench import run
+
+    run.add_arguments(parser)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from zenith_jax.bench import run
+
+    return run.main(arguments)
 
 
 COMMANDS = {
+    "bench": Command("zenith.jit against jax.jit, op by op", _bench_arguments, _bench),
     "demo": Command("a sentence encoder with real weights: jax.jit against zenith.jit", _demo_arguments, _demo),
     "doctor": Command("what is installed, built and found, and how to fix what is missing", _doctor_arguments, _doctor),
 }

@@ -71,7 +71,10 @@ def main(*, dtype: str = "float32", runs: int = 20, sites: bool = False, console
 
     outcomes = compared(
         {"jax.jit": jax.jit(encode), "zenith.jit": zenith.jit(encode)},
-        arguments, oracle=in_float64(folder, ids, is_token), runs=runs, console=console,
+        arguments,
+        oracle=in_float64(folder, ids, is_token),
+        runs=runs,
+        console=console,
     )
     console.print(outcome_table(outcomes, texts=len(ids)))
     answers = {name: nearest(outcome.vectors) for name, outcome in outcomes.items()}
@@ -118,11 +121,12 @@ def compared(
         task = progress.add_task("timing, interleaved", total=runs)
         seconds = interleaved(
             {name: lambda f=f: f(*arguments) for name, f in functions.items()},
-            runs=runs, seconds=60, step=lambda: progress.advance(task),
+            runs=runs,
+            seconds=60,
+            step=lambda: progress.advance(task),
         )
     return {
-        name: Outcome(seconds[name], vectors[name], float(np.max(np.abs(vectors[name] - oracle))))
-        for name in functions
+        name: Outcome(seconds[name], vectors[name], float(np.max(np.abs(vectors[name] - oracle)))) for name in functions
     }
 
 
@@ -174,8 +178,11 @@ def outcome_table(outcomes: dict[str, Outcome], *, texts: int) -> Table:
     base = next(iter(outcomes.values())).seconds
     for name, outcome in outcomes.items():
         table.add_row(
-            name, f"{outcome.seconds * 1e3:.2f} ms", f"{texts / outcome.seconds:.0f}",
-            f"{base / outcome.seconds:.2f} x", f"{outcome.error:.1e}",
+            name,
+            f"{outcome.seconds * 1e3:.2f} ms",
+            f"{texts / outcome.seconds:.0f}",
+            f"{base / outcome.seconds:.2f} x",
+            f"{outcome.error:.1e}",
         )
     return table
 
