@@ -52,10 +52,13 @@ __device__ __forceinline__ void StoreGroupSum(const Team& team, const RowSlice<k
   }
 }
 
-/// How many threads a block may have: accumulators take 2 * kVectors * kSize registers of each.
+/// The most threads of a block: the accumulators alone take 2 * kVectors * kSize registers of each.
 template <int kSize, int kVectors>
-inline constexpr int kMaxThreads =
-    kVectors == 1 || kSize == 1 ? kMaxBlockThreads : kMaxBlockThreads / 2;
+inline constexpr int kMaxThreads = kVectors * kSize <= 8 ? kMaxBlockThreads : kMaxBlockThreads / 2;
+
+/// Threads of a block of several teams: 4 rows of 768 bfloat16s in flight. With 2 of them
+/// 256 groups of 128 rows took 87 us, with 5 it was 68 (H100, 11/2026).
+constexpr int kNarrowTeamThreads = 384;
 
 /// dy * scale, rounded. A product fused into g - mean(g) would leave its own rounding error there,
 /// times rstd, where all g are equal.
@@ -70,7 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
   extern __shared__ float sPartials[];
   using Row = Vector<T, kSize>[kVectors];
   // The next row's loads fly during this row's reductions, where there are registers for both.
-  constexpr bool kPrefetch = kVectors <= 2 || kSize == 1;
+  constexpr bool kPrefetch = kVectors * kSize <= 8;
 
   Team team(width);
   const RowSlice<kSize> slice{static_cast<int>(args.cols), width, team.rank()};
@@ -293,12 +296,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   }
 }
 
-/// The fewest threads of a block of narrow teams. Several teams a block keep more rows in flight
-/// than groups alone would.
-constexpr int kThreads = 128;
-
 template <typename T, typename P, int kSize, int kVectors>
-Status LaunchRegisters(const NormBackwardArgs& args, const RowShape& shape, const Launch& launch) {
+Status LaunchRegisters(const NormBackwardArgs& args, const Launch& launch) {
+  const RowShape shape = ShapeFor(args.cols / kSize, kVectors, kNarrowTeamThreads);
   const size_t partials_bytes =
       shape.teams == 1 ? 0 : static_cast<size_t>(shape.teams * args.cols) * sizeof(float);
   norm_backward_kernel<T, P, kSize, kVectors>
@@ -314,36 +314,22 @@ Status LaunchLooped(const NormBackwardArgs& args, const Launch& launch) {
   return LastLaunch();
 }
 
-/// As many vectors a thread as fit, in as few warps as possible: a row costs each of its warps 40
-/// instructions of reductions, and a row of one warp needs no barrier.
+/// Columns that fit the registers of one block.
+template <int kSize, int kVectors>
+constexpr int64_t kLongestRow = int64_t{kMaxThreads<kSize, kVectors>} * kVectors * kSize;
+
 template <typename T, typename P>
 Status LaunchAligned(const NormBackwardArgs& args, const Launch& launch) {
   constexpr int kSize = kVectorSize<T>;
-  constexpr int kMaxVectors = 4;
-  const int64_t vectors = args.cols / kSize;
-  if (vectors > int64_t{kMaxVectors} * kMaxThreads<kSize, kMaxVectors>) {
-    return LaunchLooped<T, P, kSize>(args, launch);
-  }
-  const RowShape shape = ShapeFor(vectors, kMaxVectors, kThreads);
-  switch ((vectors + shape.width - 1) / shape.width) {
-    case 1:
-      return LaunchRegisters<T, P, kSize, 1>(args, shape, launch);
-    case 2:
-      return LaunchRegisters<T, P, kSize, 2>(args, shape, launch);
-    case 3:
-      return LaunchRegisters<T, P, kSize, 3>(args, shape, launch);
-    default:
-      return LaunchRegisters<T, P, kSize, kMaxVectors>(args, shape, launch);
-  }
+  if (args.cols <= kLongestRow<kSize, 1>) return LaunchRegisters<T, P, kSize, 1>(args, launch);
+  if (args.cols <= kLongestRow<kSize, 4>) return LaunchRegisters<T, P, kSize, 4>(args, launch);
+  return LaunchLooped<T, P, kSize>(args, launch);
 }
 
 template <typename T, typename P>
 Status LaunchUnaligned(const NormBackwardArgs& args, const Launch& launch) {
-  constexpr int kVectors = 4;
-  if (args.cols > int64_t{kVectors} * kMaxThreads<1, kVectors>) {
-    return LaunchLooped<T, P, 1>(args, launch);
-  }
-  return LaunchRegisters<T, P, 1, kVectors>(args, ShapeFor(args.cols, kVectors, kThreads), launch);
+  if (args.cols <= kLongestRow<1, 4>) return LaunchRegisters<T, P, 1, 4>(args, launch);
+  return LaunchLooped<T, P, 1>(args, launch);
 }
 
 }  // namespace

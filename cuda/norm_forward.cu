@@ -56,7 +56,7 @@ __device__ __forceinline__ Vector<T, kSize> Sum(const Vector<T, kSize>& x,
 /// scale and bias come from the caches. The statistics are two passes over the registers.
 template <typename T, typename P, int kSize, int kVectors>
 __global__ void __launch_bounds__(kVectors == 1 ? kNarrowThreads : kMaxBlockThreads,
-                                  kVectors == 1 ? 3 : 1)  // 40 registers: 1536 threads an SM
+                                  kVectors == 1 ? 4 : 1)  // all 2048 threads of an SM
     norm_forward_kernel(NormForwardArgs args, int width) {
   __shared__ TeamScratch<1> scratch;
   Team team(width);
@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   if (args.residual != nullptr) {
     const T* gResidual = static_cast<const T*>(args.residual) + row * args.cols;
     T* gSum = static_cast<T*>(args.sum) + row * args.cols;
+#pragma unroll 4
     for (int64_t col = first; col < cols; col += step) {
       StoreVector(gSum + col, Sum(LoadVector<kSize>(gX + col), LoadVector<kSize>(gResidual + col)));
     }
@@ -152,6 +153,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   float mean = 0;
   if (args.kind == NormKind::kLayer) {
     float sum = 0;
+#pragma unroll 4
     for (int64_t col = first; col < cols; col += step) {
       float values[kSize];
       ToFloat(LoadVector<kSize>(gX + col), values);
@@ -162,6 +164,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   }
 
   float squares = 0;
+#pragma unroll 4
   for (int64_t col = first; col < cols; col += step) {
     float values[kSize];
     ToFloat(LoadVector<kSize>(gX + col), values);
@@ -171,6 +174,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   const float variance = team.AllReduce<Add>(squares, scratch) / static_cast<float>(args.cols);
   const float rstd = rsqrtf(variance + args.eps);
 
+#pragma unroll 4
   for (int64_t col = first; col < cols; col += step) {
     const auto affine = Affine<P, kSize>::Load(args, col);
     StoreVector(gY + col, affine.Normalized(LoadVector<kSize>(gX + col), mean, rstd));

@@ -10,12 +10,17 @@
 namespace zenith {
 namespace {
 
+/// 4 vectors of a 16-bit type fit 32 registers, and then 2 blocks of 1024 threads an SM: while one
+/// reduces, the other loads (1024 x 32768 bfloat16: 49 us for 61 with one block, H100, 11/2026).
+template <typename T, int kVectors>
+constexpr int kBlocksPerSm = sizeof(T) == 2 && kVectors <= 4 ? 2 : 1;
+
 /// One team per row, the row in registers: x is read once, y written once. kSize elements move
 /// together; a thread holds up to kVectors such vectors. exp is computed twice rather than kept:
 /// that halves the registers of a 16-bit row, and the kernel waits for memory anyway.
 /// A NaN, or -inf - -inf in a row of -inf, reaches every y through the sum.
 template <typename T, int kSize, int kVectors>
-__global__ void __launch_bounds__(kMaxBlockThreads)
+__global__ void __launch_bounds__(kMaxBlockThreads, kBlocksPerSm<T, kVectors>)
     softmax_forward_kernel(SoftmaxForwardArgs args, int width) {
   __shared__ TeamScratch<1> scratch;
   Team team(width);

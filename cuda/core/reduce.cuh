@@ -23,6 +23,7 @@ struct Max {
 /// the same bits in each (a butterfly adds the same two sums on both sides). All 32 lanes call it.
 template <typename Op>
 __device__ __forceinline__ float WarpAllReduce(float value, int width = kWarpSize) {
+#pragma unroll
   for (int distance = width / 2; distance > 0; distance /= 2) {
     value = Op::Apply(value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
@@ -41,9 +42,7 @@ struct TeamScratch {
 class Team {
  public:
   __device__ __forceinline__ explicit Team(int width)
-      : width_(width), index_(threadIdx.x / width), rank_(threadIdx.x % width) {
-    while (span_ * kWarpSize < width) span_ *= 2;
-  }
+      : width_(width), index_(threadIdx.x / width), rank_(threadIdx.x % width) {}
 
   __device__ __forceinline__ int width() const { return width_; }
   __device__ __forceinline__ int index() const { return index_; }  // of this team in its block
@@ -54,27 +53,33 @@ class Team {
   /// warps concerned must call it, those without a row too. The order of the sums is fixed.
   template <typename Op, int N>
   __device__ __forceinline__ void AllReduce(float (&values)[N], TeamScratch<N>& scratch) {
-    if (width_ <= kWarpSize) {
+    if (width_ < kWarpSize) {
+      for (int distance = width_ / 2; distance > 0; distance /= 2) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) values[i] = WarpAllReduce<Op>(values[i], width_);
+        for (float& value : values) {
+          value = Op::Apply(value, __shfl_xor_sync(0xffffffffu, value, distance));
+        }
+      }
       return;
     }
+#pragma unroll
+    for (float& value : values) value = WarpAllReduce<Op>(value);
+    if (width_ == kWarpSize) return;
     const int lane = threadIdx.x % kWarpSize;
     const int warp = threadIdx.x / kWarpSize;
     float (&partials)[N][kMaxWarps] = scratch.partials[buffer_];
     buffer_ ^= 1;
+    if (lane == 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      values[i] = WarpAllReduce<Op>(values[i]);
-      if (lane == 0) partials[i][warp] = values[i];
+      for (int i = 0; i < N; ++i) partials[i][warp] = values[i];
     }
     Barrier();
+    // All 32 lanes, however few the warps: a loop of as many steps as those need is not unrolled.
     const int warps = width_ / kWarpSize;
-    const int source = lane % span_;  // each run of span_ lanes adds up the same partials
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float partial = source < warps ? partials[i][index_ * warps + source] : Op::kIdentity;
-      values[i] = WarpAllReduce<Op>(partial, span_);
+      const float partial = lane < warps ? partials[i][index_ * warps + lane] : Op::kIdentity;
+      values[i] = WarpAllReduce<Op>(partial);
     }
   }
 
@@ -92,7 +97,6 @@ class Team {
   }
 
   int width_, index_, rank_;
-  int span_ = 1;  // the team's warps, rounded up to a power of two
   int buffer_ = 0;
 };
 
