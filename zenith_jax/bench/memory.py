@@ -32,10 +32,10 @@ class Growth:
     mebibytes: float
 
 
-def growths(lengths: Sequence[int] = LENGTHS) -> list[Growth]:
+def growths(lengths: Sequence[int] = LENGTHS, gradients: Sequence[bool] = (False, True)) -> list[Growth]:
     return [
         _in_process_of_its_own(how, length, gradient)
-        for gradient in (False, True)
+        for gradient in gradients
         for how in ("jax.jit", "zenith.jit")
         for length in lengths
     ]
