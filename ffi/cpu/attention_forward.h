@@ -173,8 +173,10 @@ inline Status AttentionForward(const AttentionForwardArgs& args, const Launch& l
               if (!scratch.ok()) return out_of_memory.Set();
               AttentionForwardTask<T> task(args, scratch);
               for (int64_t i = first; i < last; ++i) {
-                // The last blocks of a causal problem are the longest: they start first.
-                const int64_t head = i % heads, block = blocks - 1 - i / heads;
+                // Heads one after the other, so that K and V stay in the level 2 cache. Of a head,
+                // the last
+                // blocks first: in a causal problem they are the longest.
+                const int64_t head = i / blocks, block = blocks - 1 - i % blocks;
                 task.Run(RowBlock(args, head / args.kv_heads, head % args.kv_heads, block));
               }
             });
