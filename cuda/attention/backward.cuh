@@ -1,4 +1,4 @@
-// Attention backward on tensor cores, float16 and bfloat16, deterministic: one kernel template that
+// Attention backward on tensor cores, deterministic: one kernel template that
 // walks the score matrix by rows (dquery) or by columns (dkey, dvalue), recomputing it each time.
 //
 // A block owns a stationary tile of rows and streams over the other axis:
@@ -13,14 +13,16 @@
 #pragma once
 
 #include "cuda/attention/kernels.h"
-#include "cuda/attention/tile.cuh"
+#include "cuda/attention/score.cuh"
 
 namespace zenith::attention {
 
 enum class Gradient { kQuery, kKeyValue, kKey, kValue };
 
-template <Gradient kGradient_, int kDim_, int kWarps, int kRowTiles_, int kCols_, int kBlocksPerSm_>
+template <typename T_, Gradient kGradient_, int kDim_, int kWarps, int kRowTiles_, int kCols_,
+          int kBlocksPerSm_>
 struct BackwardConfig {
+  using T = T_;
   static constexpr Gradient kGradient = kGradient_;
   static constexpr bool kByQuery = kGradient == Gradient::kQuery;
   static constexpr bool kLogits = kGradient != Gradient::kValue;  // dquery or dkey is wanted
@@ -34,8 +36,8 @@ struct BackwardConfig {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kStages = 2;
-  static constexpr int kStationaryBytes = kRows * kDim * 2;
-  static constexpr int kStreamedBytes = kCols * kDim * 2;
+  static constexpr int kStationaryBytes = kRows * kDim * sizeof(T);
+  static constexpr int kStreamedBytes = kCols * kDim * sizeof(T);
   static constexpr int kTilesBytes =
       (kLogits ? 2 : 1) * kStationaryBytes + kStages * 2 * kStreamedBytes;
   static constexpr int kSharedBytes = kTilesBytes + kStages * kCols * int{sizeof(float2)};
@@ -78,15 +80,16 @@ __device__ bool DeadRows(const AttentionBackwardArgs& args, const HeadIndex& fir
   return true;
 }
 
-/// kModified: there is a mask, a bias or a wanted dbias.
-template <typename T, typename Config, bool kModified>
+/// kModified: there is a mask, a bias or a wanted dbias, or scale <= 0.
+template <typename Config, bool kModified>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attention_backward_kernel(const __grid_constant__ AttentionBackwardArgs args,
                               const bool may_have_dead_rows) {
   constexpr int kDim = Config::kDim, kCols = Config::kCols, kRows = Config::kRows;
   constexpr int kRowTiles = Config::kRowTiles, kThreads = Config::kThreads;
   constexpr bool kByQuery = Config::kByQuery;
-  using Layout = TileLayout<kDim>;
+  using T = typename Config::T;
+  using Layout = TileLayout<T, kDim>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
@@ -209,10 +212,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if constexpr (Config::kLogits)
         MultiplyByRows<T, kDim, kRowTiles, kCols>(dlogits, lane_row + Config::kStationaryBytes,
                                                   second + Layout::LaneOffsetByColumn(lane));
-      // Past the last query p vanishes by its statistics; past the last key it must be masked.
+      // Rows and queries past the end may stay in a whole tile: they are not stored, or have p = 0.
       const bool whole =
           kByQuery ? col0 + kCols <= kv_len && band.HoldsAll(warp_row0, 16 * kRowTiles, col0, kCols)
                    : band.HoldsAll(col0, kCols, warp_row0, 16 * kRowTiles);
+      ApplyBandMaskBias<kByQuery, kModified>(p, args, band, mask_offset, bias_offset, warp_row0,
+                                             col0, whole);
+      const float factor = kModified ? 1.f : scale_log2;
 #pragma unroll
       for (int n = 0; n < kCols / 8; ++n) {
         const int col = 8 * n + lane % 4 * 2;
@@ -226,37 +232,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
             const float2 statistic = kByQuery     ? row_statistics[r][i / 2]
                                      : i % 2 == 0 ? float2{pair.x, pair.y}
                                                   : float2{pair.z, pair.w};
-            const int row = warp_row0 + 16 * r + lane / 4 + i / 2 * 8;
-            const int t = kByQuery ? row : col0 + col + i % 2;
-            const int s = kByQuery ? col0 + col + i % 2 : row;
-            bool allowed = whole || ((!kByQuery || s < kv_len) && band.Holds(t, s));
-            float logit = p[r][n][i] * scale_log2;
-            if constexpr (kModified) {
-              const bool inside = t < q_len && s < kv_len;
-              allowed = allowed && inside;
-              if (allowed && args.mask)
-                allowed = args.mask[mask_offset + t * args.mask_strides.query +
-                                    s * args.mask_strides.key];
-              if (allowed && args.bias)
-                logit += kLog2E * LoadBias(args, bias_offset + t * args.bias_strides.query +
-                                                     s * args.bias_strides.key);
-            }
-            p[r][n][i] = allowed ? Exp2(logit - statistic.x) : 0.f;
+            const float logit = p[r][n][i];
+            p[r][n][i] = Exp2(logit * factor - statistic.x);
             if constexpr (Config::kLogits) {
               float& dlogit = dlogits[r][n][i];
-              dlogit = allowed ? p[r][n][i] * (dlogit - statistic.y) : 0.f;
-              if constexpr (kModified && kByQuery)
+              dlogit = logit == -INFINITY ? 0.f : p[r][n][i] * (dlogit - statistic.y);
+              if constexpr (kModified && kByQuery) {
+                const int t = warp_row0 + 16 * r + lane / 4 + i / 2 * 8, s = col0 + col + i % 2;
                 if (args.dbias && t < q_len && s < kv_len)
                   args.dbias[(first_row + t) * args.kv_len + s] = dlogit;
+              }
             }
           }
       }
       if constexpr (Config::kWeights)
         AccumulateWeighted<T, kDim, kRowTiles, kCols>(acc_value, p,
-                                                      second + Layout::LaneOffset(lane));
+                                                      second + Layout::LaneOffsetOfB(lane));
       if constexpr (Config::kLogits)
         AccumulateWeighted<T, kDim, kRowTiles, kCols>(acc, dlogits,
-                                                      first + Layout::LaneOffset(lane));
+                                                      first + Layout::LaneOffsetOfB(lane));
     }
     if (!kByQuery && iteration + 1 < iterations && threadIdx.x < kCols)
       statistics[(stage ^ 1) * kCols + threadIdx.x] = next_statistics;
@@ -323,32 +317,26 @@ inline bool MayHaveDeadRows(const AttentionProblem& p) {
          p.q_len - 1 - p.left >= p.kv_len;
 }
 
-template <typename T, typename Config, bool kModified>
+template <typename Config, bool kModified>
 Status LaunchBackward(const AttentionBackwardArgs& args, const Launch& launch) {
-  const auto kernel = attention_backward_kernel<T, Config, kModified>;
+  const auto kernel = attention_backward_kernel<Config, kModified>;
   static_assert(Config::kSharedBytes <= SharedBytesLimit(Config::kDim));
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (error != cudaSuccess) return Status{cudaGetErrorString(error)};
   const int64_t heads = args.kv_heads * (Config::kByQuery ? args.groups : 1);
   const int64_t rows = Config::kByQuery ? args.q_len : args.kv_len;
-  const auto blocks =
-      static_cast<unsigned>(args.batch * heads * ((rows + Config::kRows - 1) / Config::kRows));
-  if (blocks == 0) return {};
-  kernel<<<blocks, Config::kThreads, Config::kSharedBytes, launch.stream>>>(args,
-                                                                            MayHaveDeadRows(args));
+  const int64_t blocks = args.batch * heads * ((rows + Config::kRows - 1) / Config::kRows);
+  kernel<<<static_cast<unsigned>(blocks), Config::kThreads, Config::kSharedBytes, launch.stream>>>(
+      args, MayHaveDeadRows(args));
   return LastLaunch();
 }
 
 template <typename Config>
-Status BackwardWithConfig(const AttentionBackwardArgs& args, const Launch& launch) {
-  const bool modified = args.mask || args.bias || (Config::kByQuery && args.dbias);
-  const auto with_type = [&]<typename T>() {
-    return modified ? LaunchBackward<T, Config, true>(args, launch)
-                    : LaunchBackward<T, Config, false>(args, launch);
-  };
-  return args.dtype == DType::kF16 ? with_type.template operator()<__half>()
-                                   : with_type.template operator()<__nv_bfloat16>();
+Status LaunchBackward(const AttentionBackwardArgs& args, const Launch& launch) {
+  return args.mask || args.bias || (Config::kByQuery && args.dbias) || !(args.scale > 0)
+             ? LaunchBackward<Config, true>(args, launch)
+             : LaunchBackward<Config, false>(args, launch);
 }
 
 }  // namespace zenith::attention

@@ -2,8 +2,12 @@
 
 namespace zenith::attention {
 
+template <typename T>
+using Config = BackwardConfig<T, Gradient::kKeyValue, 64, 4, 1, 64, 3>;
+
 Status DkeyDvalueD64(const AttentionBackwardArgs& args, const Launch& launch) {
-  return BackwardWithConfig<BackwardConfig<Gradient::kKeyValue, 64, 4, 2, 32, 2>>(args, launch);
+  return args.dtype == DType::kF16 ? LaunchBackward<Config<__half>>(args, launch)
+                                   : LaunchBackward<Config<__nv_bfloat16>>(args, launch);
 }
 
 }  // namespace zenith::attention

@@ -2,8 +2,12 @@
 
 namespace zenith::attention {
 
+template <typename T>
+using Config = BackwardConfig<T, Gradient::kQuery, 256, 4, 1, 32, 1>;
+
 Status DqueryD256(const AttentionBackwardArgs& args, const Launch& launch) {
-  return BackwardWithConfig<BackwardConfig<Gradient::kQuery, 256, 4, 1, 32, 1>>(args, launch);
+  return args.dtype == DType::kF16 ? LaunchBackward<Config<__half>>(args, launch)
+                                   : LaunchBackward<Config<__nv_bfloat16>>(args, launch);
 }
 
 }  // namespace zenith::attention

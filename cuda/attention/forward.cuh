@@ -1,7 +1,7 @@
-// Attention forward on tensor cores, float16 and bfloat16 (FlashAttention-2: Dao 2023,
-// arXiv:2307.08691). One block per tile of queries of one head; it walks over the tiles of keys in
-// the band with an online softmax. query and out cross memory once, key and value once per tile of
-// queries (from L2, mostly). Scores never leave the registers.
+// Attention forward on tensor cores (FlashAttention-2: Dao 2023, arXiv:2307.08691). One block per
+// tile of queries of one head; it walks over the tiles of keys in the band with an online softmax.
+// query and out cross memory once, key and value once per tile of queries (from L2, mostly). Scores
+// never leave the registers.
 //
 // Each warp owns 16 * kRowTiles queries. mma.sync reads its operands through shared memory at 128
 // bytes per cycle, and a B fragment (256 bytes) serves kRowTiles products: two row tiles where the
@@ -9,12 +9,13 @@
 #pragma once
 
 #include "cuda/attention/kernels.h"
-#include "cuda/attention/tile.cuh"
+#include "cuda/attention/score.cuh"
 
 namespace zenith::attention {
 
-template <int kDim_, int kWarps, int kRowTiles_, int kCols_, int kBlocksPerSm_>
+template <typename T_, int kDim_, int kWarps, int kRowTiles_, int kCols_, int kBlocksPerSm_>
 struct ForwardConfig {
+  using T = T_;
   static constexpr int kDim = kDim_;            // features, padded; of query, key and value
   static constexpr int kRowTiles = kRowTiles_;  // tiles of 16 queries per warp
   static constexpr int kCols = kCols_;          // keys per tile
@@ -22,8 +23,8 @@ struct ForwardConfig {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kStages = 2;
-  static constexpr int kQueryBytes = kRows * kDim * 2;
-  static constexpr int kKeyBytes = kCols * kDim * 2;
+  static constexpr int kQueryBytes = kRows * kDim * sizeof(T);
+  static constexpr int kKeyBytes = kCols * kDim * sizeof(T);
   static constexpr int kSharedBytes = kQueryBytes + kStages * 2 * kKeyBytes;
 };
 
@@ -41,12 +42,13 @@ __device__ void MeanOfValues(const AttentionForwardArgs& args, const T* value, f
 
 /// kModified: there is a mask or a bias, or scale <= 0, so that scores are brought to their final
 /// value before the maximum is taken. Otherwise scale is folded into the exponent.
-template <typename T, typename Config, bool kModified>
+template <typename Config, bool kModified>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attention_forward_kernel(const __grid_constant__ AttentionForwardArgs args) {
   constexpr int kDim = Config::kDim, kCols = Config::kCols, kRows = Config::kRows;
   constexpr int kRowTiles = Config::kRowTiles, kThreads = Config::kThreads;
-  using Layout = TileLayout<kDim>;
+  using T = typename Config::T;
+  using Layout = TileLayout<T, kDim>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
@@ -104,30 +106,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     MultiplyByRows<T, kDim, kRowTiles, kCols>(scores, lane_query,
                                               key_tile + Layout::LaneOffsetByColumn(lane));
     const bool whole = s0 + kCols <= kv_len && band.HoldsAll(warp_t0, 16 * kRowTiles, s0, kCols);
-    if (kModified || !whole) {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-        for (int n = 0; n < kCols / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int t = warp_t0 + 16 * r + lane / 4 + i / 2 * 8;
-            const int s = s0 + 8 * n + lane % 4 * 2 + i % 2;
-            bool allowed = whole || (s < kv_len && band.Holds(t, s));
-            float& score = scores[r][n][i];
-            if constexpr (kModified) {
-              score *= scale_log2;
-              allowed = allowed && t < q_len;
-              if (allowed && args.mask)
-                allowed = args.mask[mask_offset + t * args.mask_strides.query +
-                                    s * args.mask_strides.key];
-              if (allowed && args.bias)
-                score += kLog2E * LoadBias(args, bias_offset + t * args.bias_strides.query +
-                                                     s * args.bias_strides.key);
-            }
-            if (!allowed) score = -INFINITY;
-          }
-    }
+    ApplyBandMaskBias<true, kModified>(scores, args, band, mask_offset, bias_offset, warp_t0, s0,
+                                       whole);
 
     // Online softmax: scores become weights 2^(score - max); what was summed before decays.
     const float factor = kModified ? 1.f : scale_log2;
@@ -160,7 +140,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         }
       }
     AccumulateWeighted<T, kDim, kRowTiles, kCols>(
-        acc, scores, key_tile + Config::kKeyBytes + Layout::LaneOffset(lane));
+        acc, scores, key_tile + Config::kKeyBytes + Layout::LaneOffsetOfB(lane));
   }
 
   // out = acc / sum; a row with sum == 0 saw no key: 0 / 0 is the NaN it returns under kNan.
@@ -207,9 +187,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                                 args.out_strides.length, q_len - warp_t0, v_dim);
 }
 
-template <typename T, typename Config, bool kModified>
+template <typename Config, bool kModified>
 Status LaunchForward(const AttentionForwardArgs& args, const Launch& launch) {
-  const auto kernel = attention_forward_kernel<T, Config, kModified>;
+  const auto kernel = attention_forward_kernel<Config, kModified>;
   static_assert(Config::kSharedBytes <= SharedBytesLimit(Config::kDim));
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
@@ -220,16 +200,10 @@ Status LaunchForward(const AttentionForwardArgs& args, const Launch& launch) {
   return LastLaunch();
 }
 
-/// One head-size tile: picks the type and the variant.
 template <typename Config>
-Status ForwardWithConfig(const AttentionForwardArgs& args, const Launch& launch) {
-  const bool modified = args.mask || args.bias || !(args.scale > 0);
-  const auto with_type = [&]<typename T>() {
-    return modified ? LaunchForward<T, Config, true>(args, launch)
-                    : LaunchForward<T, Config, false>(args, launch);
-  };
-  return args.dtype == DType::kF16 ? with_type.template operator()<__half>()
-                                   : with_type.template operator()<__nv_bfloat16>();
+Status LaunchForward(const AttentionForwardArgs& args, const Launch& launch) {
+  return args.mask || args.bias || !(args.scale > 0) ? LaunchForward<Config, true>(args, launch)
+                                                     : LaunchForward<Config, false>(args, launch);
 }
 
 }  // namespace zenith::attention

@@ -15,21 +15,31 @@ Status NaiveBackward(const AttentionBackwardArgs& args, const Launch& launch);
 Status RowDelta(const AttentionBackwardArgs& args, const Launch& launch);
 
 /// Tensor cores, for the problems that FitsTensorCores (cuda/attention.cu) admits. The name says
-/// the largest of qk_dim and v_dim that the tile takes.
+/// the largest of qk_dim and v_dim that the tile takes, for float16 and bfloat16; F32 takes all, in
+/// three tf32 products for one of float32.
 Status ForwardD64(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD128(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD256(const AttentionForwardArgs& args, const Launch& launch);
+Status ForwardF32(const AttentionForwardArgs& args, const Launch& launch);
 /// dquery, and dbias if wanted. These and the following expect `delta` filled.
 Status DqueryD64(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD128(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD256(const AttentionBackwardArgs& args, const Launch& launch);
+Status DqueryF32(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD64(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD128(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD256(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueF32(const AttentionBackwardArgs& args, const Launch& launch);
 
 /// Shared memory that the tensor core kernels may ask for: up to 128 features what every device of
 /// compute capability 8.0 or newer grants a block, above that what 8.0 and 9.0 grant (8.6, 8.9 and
 /// 12.0 do not). CUDA C++ Programming Guide, technical specifications per compute capability.
 constexpr int SharedBytesLimit(int dim) { return (dim <= 128 ? 99 : 163) * 1024; }
+
+/// Whether every row starts at a multiple of 16 bytes, for elements of `element_bytes` bytes.
+inline bool HasAlignedRows(const void* pointer, const HeadStrides& strides, int64_t element_bytes) {
+  const int64_t bits = (strides.batch | strides.head | strides.length) * element_bytes;
+  return ((reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(bits)) & 15) == 0;
+}
 
 }  // namespace zenith::attention

@@ -159,25 +159,6 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   }
 }
 
-/// One warp per query row, `out` and `dout` read once.
-template <typename T>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
-    attention_delta_kernel(const __grid_constant__ AttentionBackwardArgs args) {
-  const int64_t row = int64_t{blockIdx.x} * kWarpsPerBlock + threadIdx.y;
-  if (row >= args.batch * args.kv_heads * args.groups * args.q_len) return;  // whole warps leave
-  const int64_t t = row % args.q_len;
-  const HeadIndex head = HeadIndex::Of(args, row / args.q_len);
-  const T* out =
-      RowPointer(static_cast<const T*>(args.out), args.out_strides, head.batch, head.head, t);
-  const T* dout =
-      RowPointer(static_cast<const T*>(args.dout), args.out_strides, head.batch, head.head, t);
-  float sum = 0;
-  for (int64_t e = threadIdx.x; e < args.v_dim; e += kWarpSize)
-    sum += ToFloat(out[e]) * ToFloat(dout[e]);
-  sum = WarpAllReduce<Add>(sum);
-  if (threadIdx.x == 0) args.delta[row] = sum;
-}
-
 unsigned BlocksFor(int64_t rows) {
   return static_cast<unsigned>((rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
 }
@@ -185,15 +166,6 @@ unsigned BlocksFor(int64_t rows) {
 constexpr dim3 kBlock(kWarpSize, kWarpsPerBlock);
 
 }  // namespace
-
-Status RowDelta(const AttentionBackwardArgs& args, const Launch& launch) {
-  const int64_t rows = args.batch * args.kv_heads * args.groups * args.q_len;
-  if (rows == 0) return {};
-  return DispatchDType(args.dtype, [&]<typename T>() {
-    attention_delta_kernel<T><<<BlocksFor(rows), kBlock, 0, launch.stream>>>(args);
-    return LastLaunch();
-  });
-}
 
 Status NaiveBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   const int64_t queries = args.batch * args.kv_heads * args.groups * args.q_len;

@@ -4,14 +4,14 @@
 //   B 16x8   b[0] (c..c+1, r)  b[1] (c+8.., r)                     rows are k, columns n
 //   D 16x8   d[0..1] (r, c..c+1)  d[2..3] (r+8, c..c+1)
 // Two neighbouring D tiles, packed to 16 bits, are therefore one A tile: no shuffle between chained
-// products.
+// products. float32 goes through the tensor cores as tf32, with k = 8 and 4-byte elements where the
+// table has pairs: a[2], a[3] and b[1] are columns (rows) lane % 4 + 4.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
+
+#include "cuda/core/convert.cuh"
 
 namespace zenith {
 
@@ -33,6 +33,64 @@ __device__ __forceinline__ void Mma16x8x16(float (&d)[4], const uint32_t (&a)[4]
   }
 }
 
+/// d += a . b with the operands' lowest 13 bits ignored (10 bits of mantissa remain).
+__device__ __forceinline__ void Mma16x8x8Tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                              uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// N registers of an operand, as the tensor cores take them: 16-bit pairs as they are.
+template <typename T, int N>
+struct Operand {
+  uint32_t bits[N];
+
+  Operand() = default;
+  __device__ __forceinline__ explicit Operand(const uint32_t (&words)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) bits[i] = words[i];
+  }
+};
+
+/// float32 x = high + low, two tf32 numbers: 22 bits of the mantissa's 24. NaN stays NaN; infinity
+/// may become NaN in a product.
+template <int N>
+struct Operand<float, N> {
+  uint32_t high[N], low[N];
+
+  Operand() = default;
+  __device__ __forceinline__ explicit Operand(const uint32_t (&bits)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(high[i]) : "f"(__uint_as_float(bits[i])));
+      const float rest = __uint_as_float(bits[i]) - __uint_as_float(high[i]);  // exact
+      low[i] = __float_as_uint(rest) + 0x1000;  // half a unit of the last bit kept: rounds
+    }
+  }
+};
+
+/// d += a . b, where B is the pair of registers 2 * `index` and the next of `b`. float32 takes
+/// three products (low . low is below its rounding): about float32's accuracy at a sixth of the
+/// speed of 16-bit types.
+template <typename T, int N>
+__device__ __forceinline__ void MultiplyAdd(float (&d)[4], const Operand<T, 4>& a,
+                                            const Operand<T, N>& b, int index) {
+  if constexpr (std::is_same_v<T, float>) {
+    // The tensor cores truncate their sums. Added to zero, and to d by the rounding adder, eight
+    // products at a time, that costs a few bits less than a long chain of truncations.
+    float sum[4] = {};
+    Mma16x8x8Tf32(sum, a.low, b.high[2 * index], b.high[2 * index + 1]);
+    Mma16x8x8Tf32(sum, a.high, b.low[2 * index], b.low[2 * index + 1]);
+    Mma16x8x8Tf32(sum, a.high, b.high[2 * index], b.high[2 * index + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += sum[i];
+  } else {
+    Mma16x8x16<T>(d, a.bits, b.bits[2 * index], b.bits[2 * index + 1]);
+  }
+}
+
 /// Loads four 8x8 matrices of 16-bit elements; lane l holds the address of row l % 8 of matrix
 /// l / 8. Register i of a lane: matrix i, row lane / 4, columns 2 * (lane % 4) and the next.
 __device__ __forceinline__ void LoadMatrix4(uint32_t (&r)[4], uint32_t shared) {
@@ -50,17 +108,10 @@ __device__ __forceinline__ void LoadMatrix4Transposed(uint32_t (&r)[4], uint32_t
                : "memory");
 }
 
-/// Two floats rounded to T, `low` in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t PackPair(float low, float high) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
-  } else {
-    static_assert(std::is_same_v<T, __nv_bfloat16>);
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));
-  }
-  return pair;
+__device__ __forceinline__ uint32_t LoadShared32(uint32_t shared) {
+  uint32_t r;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(r) : "r"(shared) : "memory");
+  return r;
 }
 
 /// 2^x in one instruction; 2^-inf = 0.
