@@ -1,0 +1,50 @@
+"""The examples and the GPU benchmark run, at their tiny sizes, each in a process of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(*command: str) -> str:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_training_gpt2_lowers_the_loss_as_plain_jax_does():
+    def losses(*options: str) -> list[float]:
+        shown = run("examples/train_gpt2_nnx.py", "--tiny", "--steps", "10", "--batch", "2", *options)
+        return [float(line.split("loss ")[1].split(",")[0]) for line in shown.splitlines() if "loss " in line]
+
+    fused, plain = losses(), losses("--plain")
+    assert fused[-1] < fused[0] - 0.5
+    assert fused == pytest.approx(plain, abs=5e-3)
+
+
+def test_explain_model():
+    shown = run("examples/explain_model.py")
+    assert "2 sites fused, 0 left to XLA" in shown
+    assert "do not return the attention weights" in shown.replace("\n", " ") or "elsewhere" in shown
+    assert "255" in shown
+
+
+def test_ops_directly():
+    assert "a wrong call says what is wrong: attention" in run("examples/ops_directly.py")
+
+
+def test_gpt2_training_step_benchmark(tmp_path):
+    path = tmp_path / "figures.json"
+    run("benchmarks/h100/gpt2_train_step.py", "--tiny", "--runs", "1", "--batch", "1", "--json", str(path))
+    figures = json.loads(path.read_text())
+    assert figures["fused"] == {"attention": 2, "layer_norm": 1, "add_layer_norm": 4, "gelu_erf": 2}
+    assert set(figures["median_ms"]) == {"jax.jit", "zenith.jit"}
+    assert figures["machine"]["date"]
