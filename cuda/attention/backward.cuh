@@ -43,13 +43,14 @@ struct BackwardConfig {
   static constexpr int kSharedBytes = kTilesBytes + kStages * kCols * int{sizeof(float2)};
 };
 
-/// lse in units of log2, and delta. A query without an allowed key, or past the end, gets +inf:
-/// then p = 2^-inf = 0 for every key.
+/// lse in T's unit of logits, and delta. A query without an allowed key, or past the end, gets
+/// +inf: then p = 2^-inf = 0 for every key.
+template <typename T>
 __device__ __forceinline__ float2 QueryStatistics(const float* lse, const float* delta, int t,
                                                   int q_len) {
   if (t >= q_len) return {INFINITY, 0};
   const float x = lse[t];
-  return {x == -INFINITY ? INFINITY : kLog2E * x, delta[t]};
+  return {x == -INFINITY ? INFINITY : kLogitsPerUnit<T> * x, delta[t]};
 }
 
 /// What the queries without an allowed key give to every key of the head, allowed or not: the mean
@@ -152,8 +153,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                                     second_stride, cols - col0, v_dim);
   };
   const auto column_statistics = [&](int col0, int64_t group) {
-    return QueryStatistics(lse + group * args.q_len, delta + group * args.q_len,
-                           col0 + static_cast<int>(threadIdx.x), q_len);
+    return QueryStatistics<T>(lse + group * args.q_len, delta + group * args.q_len,
+                              col0 + static_cast<int>(threadIdx.x), q_len);
   };
 
   const int64_t first_stride = kByQuery ? args.query_strides.length : args.key_strides.length;
@@ -173,16 +174,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         row_statistics[r][half] =
-            QueryStatistics(lse, delta, warp_row0 + 16 * r + 8 * half + lane / 4, q_len);
+            QueryStatistics<T>(lse, delta, warp_row0 + 16 * r + 8 * half + lane / 4, q_len);
   } else if (iterations > 0 && threadIdx.x < kCols) {
     statistics[threadIdx.x] = column_statistics(cols_begin, 0);
   }
 
   const uint32_t lane_row =
       shared_address + warp_row * Layout::kRowBytes + Layout::LaneOffset(lane);
-  const float scale_log2 = args.scale * kLog2E;
-  float acc[Config::kLogits ? kRowTiles : 1][kDim / 8][4] = {};         // dquery or dkey
-  float acc_value[Config::kWeights ? kRowTiles : 1][kDim / 8][4] = {};  // dvalue
+  const float factor = kModified ? 1.f : args.scale * kLogitsPerUnit<T>;  // to T's unit
+  float acc[Config::kLogits ? kRowTiles : 1][kDim / 8][4] = {};           // dquery or dkey
+  float acc_value[Config::kWeights ? kRowTiles : 1][kDim / 8][4] = {};    // dvalue
 
   int col0 = cols_begin, stage = 0;
   int64_t group = 0;
@@ -216,9 +217,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       const bool whole =
           kByQuery ? col0 + kCols <= kv_len && band.HoldsAll(warp_row0, 16 * kRowTiles, col0, kCols)
                    : band.HoldsAll(col0, kCols, warp_row0, 16 * kRowTiles);
-      ApplyBandMaskBias<kByQuery, kModified>(p, args, band, mask_offset, bias_offset, warp_row0,
-                                             col0, whole);
-      const float factor = kModified ? 1.f : scale_log2;
+      ApplyBandMaskBias<T, kByQuery, kModified>(p, args, band, mask_offset, bias_offset, warp_row0,
+                                                col0, whole);
 #pragma unroll
       for (int n = 0; n < kCols / 8; ++n) {
         const int col = 8 * n + lane % 4 * 2;
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                                      : i % 2 == 0 ? float2{pair.x, pair.y}
                                                   : float2{pair.z, pair.w};
             const float logit = p[r][n][i];
-            p[r][n][i] = Exp2(logit * factor - statistic.x);
+            p[r][n][i] = Exp2((logit * factor - statistic.x) * (kLog2E / kLogitsPerUnit<T>));
             if constexpr (Config::kLogits) {
               float& dlogit = dlogits[r][n][i];
               dlogit = logit == -INFINITY ? 0.f : p[r][n][i] * (dlogit - statistic.y);

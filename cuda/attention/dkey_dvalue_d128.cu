@@ -2,6 +2,7 @@
 
 namespace zenith::attention {
 
+// 64 queries: 3.8 ms at b4 h16 s4096 (H100); 32 queries 4.2.
 template <typename T>
 using Config = BackwardConfig<T, Gradient::kKeyValue, 128, 4, 1, 64, 2>;
 

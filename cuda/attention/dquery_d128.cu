@@ -2,6 +2,7 @@
 
 namespace zenith::attention {
 
+// Two row tiles: 2.5 ms at b4 h16 s4096 (H100); one with 64 keys 2.8.
 template <typename T>
 using Config = BackwardConfig<T, Gradient::kQuery, 128, 4, 2, 32, 2>;
 

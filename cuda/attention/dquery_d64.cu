@@ -2,6 +2,7 @@
 
 namespace zenith::attention {
 
+// One row tile at three blocks per SM: 1.51 ms at b4 h16 s4096 (H100); two at two blocks 1.57.
 template <typename T>
 using Config = BackwardConfig<T, Gradient::kQuery, 64, 4, 1, 64, 3>;
 

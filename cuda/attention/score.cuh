@@ -118,11 +118,19 @@ __device__ __forceinline__ void ForEachScore(float (&scores)[kRowTiles][kColTile
   }
 }
 
-/// Scores become logits in units of log2, -inf where not allowed. Without kModified (no mask, no
+/// The unit of a logit once scale and bias are applied. For 16-bit types log2, so that 2^x follows
+/// with nothing between. float32 keeps the natural logarithm and multiplies after the maximum or
+/// lse is subtracted: at logits of 100, rounding before costs 1e-5 of p, ten times float32's rest.
+template <typename T>
+inline constexpr bool kSubtractFirst = sizeof(T) == 4;
+template <typename T>
+inline constexpr float kLogitsPerUnit = kSubtractFirst<T> ? 1.f : kLog2E;
+
+/// Scores become logits in T's unit, -inf where not allowed. Without kModified (no mask, no
 /// bias, scale > 0) the scale is left to the caller's exponent, and only the band is applied.
 /// `row0`, `col0`: of the warp's tile. `whole`: every score of the tile is inside the band and the
 /// tensors. `mask_offset`, `bias_offset`: of the head.
-template <bool kByQuery, bool kModified, int kRowTiles, int kColTiles>
+template <typename T, bool kByQuery, bool kModified, int kRowTiles, int kColTiles>
 __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kColTiles][4],
                                                   const AttentionProblem& p, const Band& band,
                                                   int64_t mask_offset, int64_t bias_offset,
@@ -135,17 +143,17 @@ __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kCo
       return kByQuery ? ScoreTensor{strides.query, strides.key, q_len, kv_len}
                       : ScoreTensor{strides.key, strides.query, kv_len, q_len};
     };
-    const float scale_log2 = p.scale * kLog2E;
+    const float scale = p.scale * kLogitsPerUnit<T>;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
       for (int n = 0; n < kColTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[r][n][i] *= scale_log2;
+        for (int i = 0; i < 4; ++i) scores[r][n][i] *= scale;
     if (p.bias) {
       const auto add = [&]<typename E>(const E* bias) {
         ForEachScore(scores, bias + bias_offset, tensor(p.bias_strides), origin,
-                     [](float& score, E value) { score += kLog2E * ToFloat(value); });
+                     [](float& score, E value) { score += kLogitsPerUnit<T> * ToFloat(value); });
       };
       if (p.bias_dtype == DType::kF16)
         add(static_cast<const __half*>(p.bias));

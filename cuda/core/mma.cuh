@@ -78,8 +78,9 @@ template <typename T, int N>
 __device__ __forceinline__ void MultiplyAdd(float (&d)[4], const Operand<T, 4>& a,
                                             const Operand<T, N>& b, int index) {
   if constexpr (std::is_same_v<T, float>) {
-    // The tensor cores truncate their sums. Added to zero, and to d by the rounding adder, eight
-    // products at a time, that costs a few bits less than a long chain of truncations.
+    // The tensor cores truncate their sums. Summing eight products from zero and rounding them into
+    // d outside brought the error of attention from 4-8 times that of plain float32 to 0.6-0.9
+    // times, at 18% less speed (H100, d64 forward).
     float sum[4] = {};
     Mma16x8x8Tf32(sum, a.low, b.high[2 * index], b.high[2 * index + 1]);
     Mma16x8x8Tf32(sum, a.high, b.low[2 * index], b.low[2 * index + 1]);
