@@ -291,11 +291,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float factor = args.scale + poison;
+          float row_factor = args.scale + poison;
           if constexpr (kByQuery)
             if (args.masked_row == MaskedRow::kNan && row_statistics[r][i / 2].x == INFINITY)
-              factor = NAN;
-          acc[r][n][i] *= factor;
+              row_factor = NAN;
+          acc[r][n][i] *= row_factor;
         }
     T* target = kByQuery ? RowPointer(static_cast<T*>(args.dquery), args.query_strides, head.batch,
                                       head.head, warp_row0)
