@@ -26,7 +26,8 @@ def test_import_starts_no_backend_and_loads_no_module():
         "assert not xla_bridge.backends_are_initialized()\n"
         "assert 'zenith_jax._cuda' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # -P: what is installed, not the checkout that the tests run in.
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
 def stand_in(**changes: Any) -> types.SimpleNamespace:
