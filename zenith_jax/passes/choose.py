@@ -39,7 +39,7 @@ def _small_rows(case: dict[str, Any], differentiated: bool) -> Refusal | None:
 
 
 # Columns up to which a row stays in registers, by bytes of an element: forward, backward. Past them the kernels read
-# rows twice: layer_norm float32 512x65536 forward 1.45 TB/s, bfloat16 128x4x65536 backward 0.53 TB/s (H100, 2026-11-22).
+# rows twice: layer_norm float32 512x65536 forward 1.45 TB/s, bfloat16 128x4x65536 backward 0.53 (H100, 2026-11-22).
 _ROW_LIMIT = {2: (65536, 16384), 4: (32768, 8192)}
 _VECTOR_BYTES = 16
 
