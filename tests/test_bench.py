@@ -111,6 +111,12 @@ def test_table_says_who_computed_and_why():
     assert "2.00 x" in shown and "XLA (XLA is as fast [here])" in shown and "XLA: no kernel was called" in shown
 
 
+def test_markdown_has_a_row_a_case():
+    lines = run.markdown([measurement(2.0)]).splitlines()
+    assert lines[2].startswith("| gelu_erf 64x256 float32 | 2e+03 | 1e+03 | 2.00 x |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
 def test_peak_memory_grows_linearly_with_our_kernel_and_quadratically_without():
     figures = {(f.how, f.length): f.mebibytes for f in memory.growths((1024, 2048), gradients=(False,))}
     # XLA holds the logits, 4 bytes for each pair of positions; we hold the result, 64 times 4 bytes for each position.

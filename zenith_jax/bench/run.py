@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=50, metavar="N", help="timed calls of each (default 50)")
     parser.add_argument("--seconds", type=float, default=8.0, help="at most so long for a case, but 3 calls")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the figures to FILE too")
+    parser.add_argument("--markdown", action="store_true", help="print the table as docs/performance.md has it")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -108,7 +109,10 @@ def main(arguments: argparse.Namespace, console: Console | None = None) -> int:
         return 2
     with configured(use_cost=not arguments.always):
         found = measured(chosen, runs=arguments.runs, seconds=arguments.seconds, retry=arguments.check, console=console)
-    console.print(table(found))
+    if arguments.markdown:
+        print(markdown(found))
+    else:
+        console.print(table(found))
     _write(arguments.json, here, cases=[m.as_dict() for m in found])
     slow = [m for m in found if m.is_too_slow]
     for m in slow:
@@ -173,6 +177,18 @@ def table(found: Sequence[Measurement]) -> Table:
             escape(by),
         )
     return shown
+
+
+def markdown(found: Sequence[Measurement]) -> str:
+    """The table without refusals, as Markdown."""
+    lines = [
+        "| case | jax.jit, ms | zenith.jit, ms | speed | rate | computed by |",
+        "| --- " + "| ---: " * 4 + "| --- |",
+    ]
+    for m in found:
+        times = f"{m.jax_seconds * 1e3:.3g} | {m.zenith_seconds * 1e3:.3g} | {m.speed:.2f} x | {m.rate}"
+        lines.append(f"| {m.case.label} | {times} | {m.by} |")
+    return "\n".join(lines)
 
 
 def _write(path: pathlib.Path | None, here: Machine, **figures: object) -> None:
