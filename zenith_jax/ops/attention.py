@@ -244,7 +244,7 @@ def attention(
     scale: default 1/sqrt(d). is_causal: key position <= query position, both counted from 0.
     local_window_size: (left, right) keys visible besides the query's own position, or one number for both.
     Returns (b, t, h, e) in query's dtype. Sums in float32. A query without any allowed key returns the mean of all
-    values, as masking with a finite fill does in `jax.nn.dot_product_attention`. Bit-reproducible.
+    values, as masking with a finite fill does in `jax.nn.dot_product_attention`; one whose bias is -inf everywhere, NaN. Bit-reproducible.
     Differentiable in query, key, value and bias, forward and reverse, to any order.
     Raises ShapeError or DTypeError.
     """
@@ -273,6 +273,8 @@ def attention(
         scale=1 / math.sqrt(d) if scale is None else scale,
         left=left,
         right=right,
+        # Without a mask only a bias of -inf can empty a row: NaN, as softmax gives.
+        masked_row=MASKED_ROW_NAN if mask is None and left == right == UNBOUNDED else MASKED_ROW_MEAN,
         layout=LENGTH_MAJOR,
     )
     return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(b, t, h, value.shape[-1])
