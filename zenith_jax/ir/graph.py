@@ -135,8 +135,7 @@ class Graph:
             values.append(np.asarray(value))
         dtype = np.dtype(var.aval.dtype)
         with np.errstate(all="ignore"):
-            result = _FOLDED[eqn.primitive.name](eqn.params, *values)
-        return np.asarray(result).astype(dtype)[()]
+            return np.asarray(_FOLDED[eqn.primitive.name](eqn.params, *values)).astype(dtype)[()]
 
     def rewritten(
         self,
@@ -169,7 +168,7 @@ _FOLDED: dict[str, Callable[..., Any]] = {
     "convert_element_type": lambda p, x: x,
     "copy": lambda p, x: x,
     "copy_p": lambda p, x: x,
-    "div": lambda p, x, y: x / y if np.issubdtype(x.dtype, np.inexact) or x.dtype.kind == "V" else x // y,
+    "div": lambda p, x, y: np.trunc(x / y) if np.issubdtype(x.dtype, np.integer) else x / y,  # as XLA: towards 0
     "eq": lambda p, x, y: x == y,
     "exp": lambda p, x: np.exp(x),
     "ge": lambda p, x, y: x >= y,

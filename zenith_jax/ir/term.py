@@ -60,10 +60,12 @@ ELEMENTWISE = set(
     "mul ne neg not or pow rsqrt select_n sign sin sqrt square stop_gradient sub tanh".split()
 )
 _PASSED = {"copy", "copy_p", "pvary"}
+_FLOATS = {np.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)}
 
 
 def is_float(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
+    """Whether a cast to the dtype only rounds. A cast to an 8-bit or narrower float is quantisation, which is meant."""
+    return np.dtype(dtype) in _FLOATS
 
 
 class Terms:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn
@@ -32,6 +33,8 @@ from zenith_jax.passes.match.softmax import SoftmaxForm, softmax_form
 # A finite mask fill must vanish beside any logit: exp(fill - max) must be 0. float16's lowest value is -65504.
 FILL_LIMIT = {"float16": -6e4}
 DEFAULT_FILL_LIMIT = -1e9
+# A constant added to all logits does not change a softmax, as long as no fill comes near.
+SHIFT_LIMIT = 1e4
 
 
 @dataclasses.dataclass
@@ -40,7 +43,9 @@ class Logits:
 
     scale: float = 1.0
     mask: MaskForm = dataclasses.field(default_factory=MaskForm)
-    fills: list[float] = dataclasses.field(default_factory=list)
+    fills: list[float] = dataclasses.field(default_factory=list)  # as they arrive at the softmax
+    added_fill: bool = False  # a finite fill was added to logits instead of replacing them
+    dtypes: list[Any] = dataclasses.field(default_factory=list)  # that values are cast to on the way up
     bias: tuple[Term, float] | None = None  # with the factor that stands before it
     inner: list[JaxprEqn] = dataclasses.field(default_factory=list)
 
@@ -83,7 +88,7 @@ def _match(
     s = form.axis
     if list(contracted) != [s]:
         return refuse("the softmax runs over another axis than the product with value contracts", depth=3)
-    logits = Logits()
+    logits = Logits(dtypes=list(form.dtypes))
     found = _walk(terms, form.x, s, logits)
     if isinstance(found, Refusal):
         return found
@@ -110,7 +115,10 @@ def _match(
 def _walk(terms: Terms, x: Term, s: Axis, logits: Logits) -> tuple[JaxprEqn, Term, Term] | Refusal:
     """Down from the softmax's input through masks, bias and scale to the product of query and key."""
     while True:
-        x = terms.peel(x, logits.inner)
+        path: list[JaxprEqn] = []
+        x = terms.peel(x, path)
+        logits.inner += path
+        logits.dtypes += [e.outvars[0].aval.dtype for e in path]
         eqn = terms.producer(x)
         name = eqn.primitive.name if eqn is not None else ""
         if eqn is None:
@@ -185,13 +193,12 @@ def _walk_mask(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) ->
         fill, below, negated = terms.constant(if_true), if_false, True
     if fill is None:
         return refuse("the mask fills in values that are not one constant", depth=4)
-    # What is added or multiplied above this mask acts on the fill too.
-    fill_after = fill * logits.scale
+    fill_after = _at_softmax(fill, x, logits)
     limit = FILL_LIMIT.get(x.dtype.name, DEFAULT_FILL_LIMIT)
     if not fill_after <= limit:
         return refuse("the mask's fill {fill} is not low enough to vanish in the softmax", fill=fill_after, depth=5,
                       advice="-inf or jnp.finfo(dtype).min is")
-    if logits.bias is not None and fill != -math.inf:
+    if logits.bias is not None and fill_after != -math.inf:
         return refuse("a bias is added after the mask, whose fill {fill} is finite", fill=fill, depth=5,
                       advice="add the bias first, or fill with -inf")
     mask = mask_form(terms, which, s, negated)
@@ -201,8 +208,17 @@ def _walk_mask(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) ->
     if isinstance(both, Refusal):
         return both
     logits.mask = both
-    logits.fills.append(fill)
+    logits.fills.append(fill_after)
     return below
+
+
+def _at_softmax(fill: float, x: Term, logits: Logits) -> float:
+    """A fill below the scales and casts above it: float32's lowest value is -inf in bfloat16, and twice it is too."""
+    value = np.float64(fill) * logits.scale
+    with np.errstate(all="ignore"):
+        for dtype in (x.dtype, *reversed(logits.dtypes)):
+            value = np.asarray(value).astype(dtype)
+    return float(value)
 
 
 def _walk_bias(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) -> Term | Refusal:
@@ -215,7 +231,10 @@ def _walk_bias(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) ->
         return refuse("the product of query and key is subtracted from something", depth=4)
     below, bias = operands if leads[0] else operands[::-1]
     sign = -1.0 if eqn.primitive.name == "sub" else 1.0
-    if s not in bias.axis_set and terms.constant(bias) is not None:
+    constant = terms.constant(bias)
+    if constant is not None:
+        if not math.isfinite(constant) or (logits.fills and abs(constant * logits.scale) > SHIFT_LIMIT):
+            return refuse("the constant {c} is added to the logits", c=constant, depth=4)
         logits.inner.append(eqn)
         return below  # a constant added to all logits: softmax does not see it
     as_mask = _additive_mask(terms, bias, s, sign * logits.scale)
@@ -224,7 +243,8 @@ def _walk_bias(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) ->
         if isinstance(both, Refusal):
             return both
         logits.mask = both
-        logits.fills.append(as_mask[1])
+        logits.fills.append(_at_softmax(as_mask[1], x, logits))
+        logits.added_fill = logits.added_fill or as_mask[1] != -math.inf
         return below
     if logits.bias is not None:
         return refuse("two biases are added to the logits", depth=5, advice="add them to each other first")
@@ -347,10 +367,10 @@ def _build(
         return refuse("an operand has axes that its role has not", depth=6)
     t_size = roles.t.size if roles.t is not None else 1
     empty_rows = bool(logits.mask.tensors) or logits.mask.has_empty_rows(t_size, s.size)
-    kinds = {f == -math.inf for f in logits.fills}
-    if empty_rows and len(kinds) > 1:
-        return refuse("masks with -inf and with finite fills are mixed", depth=6, advice="fill with one value")
-    masked_row = MASKED_ROW_NAN if kinds == {True} else MASKED_ROW_MEAN
+    if empty_rows and (len(set(logits.fills)) > 1 or logits.added_fill):
+        return refuse("a row without any allowed key has different fills, or logits, in it", depth=6,
+                      advice="fill with one value, in one jnp.where")
+    masked_row = MASKED_ROW_NAN if set(logits.fills) == {-math.inf} else MASKED_ROW_MEAN
     dtype = _common_dtype(query, key, value)
     leaves = [query.atom, key.atom, value.atom, *(m[0].atom for m in masks)]
     if bias:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir.term import Axis, Term, Terms
 from zenith_jax.ops.attention import UNBOUNDED
@@ -33,7 +35,7 @@ class MaskForm:
 
     def has_empty_rows(self, t: int, s: int) -> bool:
         """Whether some query sees no key by the band alone: tensors are not looked at."""
-        return self.right < 0 or t - 1 - min(self.left, t) > s - 1 or self.left < -(s - 1)
+        return self.right < 0 or t - 1 - min(self.left, t) > s - 1 or self.left < -min(self.right, s - 1)
 
     def __and__(self, other: MaskForm) -> MaskForm | Refusal:
         axes = {a for a in (self.query_axis, other.query_axis) if a is not None}
@@ -135,11 +137,31 @@ def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -
 
 
 def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
-    """An integer-valued term as constant + sum of coefficient * axis position."""
-    term = _peeled_number(terms, term)
+    """An integer-valued term as constant + sum of coefficient * axis position, all of it exact in the term's dtype."""
+    path: list[Any] = []
+    below = terms.peel(term, path)
+    found = _affine_below(terms, below)
+    dtypes = {term.dtype, below.dtype, *(e.outvars[0].aval.dtype for e in path)}
+    return found if found is not None and all(_is_exact(d, *found) for d in dtypes) else None
+
+
+def _is_exact(dtype: Any, offset: int, coefficients: dict[Axis, int]) -> bool:
+    """Whether the dtype holds every value: unsigned numbers wrap below 0, floats round above 2^(mantissa bits)."""
+    ends = [c * (axis.size - 1) for axis, c in coefficients.items()]
+    low, high = offset + sum(min(e, 0) for e in ends), offset + sum(max(e, 0) for e in ends)
+    if jnp.issubdtype(dtype, jnp.floating):
+        limit = 2 ** (jnp.finfo(dtype).nmant + 1)
+        return -limit <= low and high <= limit
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).min <= low and high <= jnp.iinfo(dtype).max
+
+
+def _affine_below(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
     value = terms.constant(term)
     if value is not None:
-        return (int(value), {}) if value == int(value) else None
+        return (int(value), {}) if value.is_integer() else None
+    cast = terms.producer(term, "convert_element_type")
+    if cast is not None:
+        return _affine(terms, terms.operands(term, cast)[0])
     eqn = terms.producer(term, "iota", "add", "sub")
     if eqn is None:
         return None
@@ -152,19 +174,3 @@ def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
     sign = 1 if eqn.primitive.name == "add" else -1
     (offset_a, a), (offset_b, b) = first, second
     return offset_a + sign * offset_b, {x: a.get(x, 0) + sign * b.get(x, 0) for x in {*a, *b}}
-
-
-def _peeled_number(terms: Terms, term: Term) -> Term:
-    """Below views and casts between number types, which keep positions (below 2^24 in float32)."""
-    while True:
-        term = terms.peel(term)
-        eqn = terms.producer(term, "convert_element_type")
-        if eqn is None or eqn.invars[0].aval.dtype == bool:
-            return term
-        narrow = {"float16": 2**11, "bfloat16": 2**8, "int8": 2**7, "uint8": 2**8}
-        limit = narrow.get(term.dtype.name, 2**24)
-        if any(a is not None and a.size > limit for a in term.axes):
-            return term
-        term = terms.operands(term, eqn)[0]
-
-

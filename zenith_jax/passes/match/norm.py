@@ -182,9 +182,10 @@ def _difference_of_moments(terms: Terms, term: Term, eqn: JaxprEqn, path: list[J
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """A normalised product: its variable, scale (None: 1) and the equations that it replaces."""
+    """A normalised product: its variable, scale (None: 1) and the equations that it replaces. x is in `top`'s axes."""
 
     var: Var
+    top: Term
     scale: Term | None
     x: Term
     axis: Axis
@@ -254,7 +255,7 @@ def _normalised(terms: Terms, var: Var, root: JaxprEqn, rstd: Term, moments: Mom
     if len(narrow) > 1 or any(e != 1 or f.axis_set != {axis} for f, e in narrow):
         return refuse("a factor of the norm does not run along the normalised axis alone", depth=4)
     scale = narrow[0][0] if narrow else None
-    return _Found(var, scale, x, axis, (*product_path, *steps))
+    return _Found(var, top, scale, x, axis, (*product_path, *steps))
 
 
 def _centred(
@@ -291,12 +292,12 @@ def _finish(
     if not dims or x.axes[dims[-1]] is not axis or dims[-1] != len(x.axes) - 1:
         return refuse("the normalised axis is not the last of x, of shape {shape}", shape=x.atom.aval.shape, depth=5,
                       advice="kernels read rows; move the axis to the end once, outside of the model")
+    if [a for a in x.axes if a is not None] != [a for a in found.top.axes if a is not None]:
+        return refuse("the norm's result is transposed against x", depth=5)
     result, bias, all_inner = found.var, None, [*inner, *moments.inner, *found.inner]
     if moments.centred:
         result, bias, steps = _add_bias(terms, found, axis)
         all_inner += steps
-    if not _keeps_order(x, result):
-        return refuse("the norm's result is transposed against x", depth=5)
     escaped = graph.escapes(all_inner, [result])
     if escaped is not None:
         return refuse("an inner value ({aval}: mean, variance or x - mean) is used elsewhere", aval=escaped.aval,
@@ -322,10 +323,6 @@ def _finish(
     )
 
 
-def _keeps_order(x: Term, result: Var) -> bool:
-    return [n for n in x.atom.aval.shape if n != 1] == [n for n in result.aval.shape if n != 1]
-
-
 def _add_bias(terms: Terms, found: _Found, axis: Axis) -> tuple[Var, Term | None, list[JaxprEqn]]:
     """The norm's single use `+ bias`, where bias runs along the normalised axis."""
     graph = terms.graph
@@ -339,7 +336,7 @@ def _add_bias(terms: Terms, found: _Found, axis: Axis) -> tuple[Var, Term | None
         if user.primitive.name == "convert_element_type" and is_float(user.outvars[0].aval.dtype):
             var = user.outvars[0]
             continue
-        if user.primitive.name != "add":
+        if user.primitive.name != "add" or user.outvars[0].aval.shape != var.aval.shape:
             return found.var, None, []
         top = terms.of(user.outvars[0])
         normalised = [terms.peel(t) for t in terms.operands(top, user)]
@@ -348,7 +345,7 @@ def _add_bias(terms: Terms, found: _Found, axis: Axis) -> tuple[Var, Term | None
             return found.var, None, []
         bias = normalised[1 - product[0]]
         # The last axis of the sum is the normalised one: x's axes keep their order and sizes.
-        if bias.axis_set != {top.axes[-1]} or top.atom.aval.shape[-1] != axis.size:
+        if bias.axis_set != {top.axes[-1]}:
             return found.var, None, []
         return user.outvars[0], bias, steps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn
@@ -12,13 +13,18 @@ from zenith_jax.ops import softmax as softmax_op
 from zenith_jax.passes.match._match import Match
 
 
+MULTIPLIED = "the softmax is multiplied by something before it is used: a mask, dropout or a scale"
+
+
 @dataclasses.dataclass(frozen=True)
 class SoftmaxForm:
-    """softmax of `x` along `axis`; `inner`: its equations, the views between them included."""
+    """softmax of `x` along `axis`; `inner`: its equations, the views between them included. `dtypes`: those that x is
+    cast to before it arrives, the last one first."""
 
     x: Term
     axis: Axis
     inner: tuple[JaxprEqn, ...]
+    dtypes: tuple[Any, ...]
 
 
 def softmax_form(terms: Terms, term: Term) -> SoftmaxForm | Refusal | None:
@@ -44,7 +50,7 @@ def softmax_form(terms: Terms, term: Term) -> SoftmaxForm | Refusal | None:
     if bound is None:
         return None
     if len(numerators) != 1 or product.coefficient != 1.0:
-        return refuse("the softmax is multiplied by something before it is used", depth=1)
+        return refuse(MULTIPLIED, depth=1, advice="mask the logits instead; switch dropout off for inference")
     axis = bound[reduced[0]]
     terms.peel(summed, inner)
     exponential = terms.producer(numerator, "exp")
@@ -60,7 +66,9 @@ def softmax_form(terms: Terms, term: Term) -> SoftmaxForm | Refusal | None:
     if refusal is not None:
         return refusal
     inner.append(subtraction)
-    return SoftmaxForm(terms.peel(x, inner), axis, tuple(inner))
+    path: list[JaxprEqn] = []
+    below = terms.peel(x, path)
+    return SoftmaxForm(below, axis, (*inner, *path), tuple(e.outvars[0].aval.dtype for e in path))
 
 
 def _check_shift(terms: Terms, x: Term, shift: Term, axis: Axis, inner: list[JaxprEqn]) -> Refusal | None:
@@ -79,8 +87,14 @@ def _check_shift(terms: Terms, x: Term, shift: Term, axis: Axis, inner: list[Jax
         return refuse("what is subtracted before exp is not the maximum", depth=1)
     operand, reduced = terms.reduced(shift, maximum)
     inner.append(maximum)
-    operand = terms.peel(operand, inner, also=("stop_gradient",))
-    bound = terms.unify(operand, x, reduced)
+    # stop_gradient may stand in the way of the maximum alone, or of x too.
+    while (bound := terms.unify(operand, x, reduced)) is None:
+        operand = terms.peel(operand, inner)
+        stopped = terms.producer(operand, "stop_gradient")
+        if stopped is None:
+            break
+        inner.append(stopped)
+        operand = terms.operands(operand, stopped)[0]
     if bound is None or list(bound.values()) != [axis]:
         return refuse("the maximum is taken over another axis, or of another value, than the sum", depth=1)
     return None
@@ -97,6 +111,8 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     root = eqn.outvars[0]
     top = terms.of(root)
     form = softmax_form(terms, top)
+    if isinstance(form, Refusal) and form.reason == MULTIPLIED:
+        return None  # the softmax is a factor of this product, and a site of its own
     if not isinstance(form, SoftmaxForm):
         return form
     if form.x.axis_set != top.axis_set or len(form.x.axis_set) != sum(n != 1 for n in root.aval.shape):
