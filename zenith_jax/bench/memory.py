@@ -64,8 +64,12 @@ def table(figures: Sequence[Growth]) -> Table:
 
 
 def _in_process_of_its_own(how: str, length: int, gradient: bool) -> Growth:
-    command = [sys.executable, "-m", "zenith_jax.bench.memory", how, str(length), *(("gradient",) if gradient else ())]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    flags = ("gradient",) if gradient else ()
+    # -P and the path: the child imports the package of this process, not one that lies in the current folder.
+    command = [sys.executable, "-P", "-m", "zenith_jax.bench.memory", how, str(length), *flags]
+    package = str(pathlib.Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}")
