@@ -244,7 +244,8 @@ def attention(
     scale: default 1/sqrt(d). is_causal: key position <= query position, both counted from 0.
     local_window_size: (left, right) keys visible besides the query's own position, or one number for both.
     Returns (b, t, h, e) in query's dtype. Sums in float32. A query without any allowed key returns the mean of all
-    values, as masking with a finite fill does in `jax.nn.dot_product_attention`; one whose bias is -inf everywhere, NaN. Bit-reproducible.
+    values, as masking with a finite fill does in `jax.nn.dot_product_attention`; one whose bias is -inf everywhere
+    returns NaN. Bit-reproducible.
     Differentiable in query, key, value and bias, forward and reverse, to any order.
     Raises ShapeError or DTypeError.
     """
