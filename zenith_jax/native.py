@@ -31,8 +31,7 @@ OLDEST_FFI_API_VERSION = (0, 3)
 
 _INSTALL = {
     "cpu": "run `pip install .` in a checkout of Zenith (it needs a C++20 compiler: `apt install g++`)",
-    "cuda": "run `pip install . -C cmake.define.ZENITH_CUDA=ON` in a checkout of Zenith "
-    "(it needs nvcc 12.0 or newer)",
+    "cuda": "run `pip install . -C cmake.define.ZENITH_CUDA=ON` in a checkout of Zenith (it needs nvcc 12.0 or newer)",
 }
 
 _lock = threading.Lock()
