@@ -32,9 +32,10 @@ struct KeyRange {
 
 /// Rows [first, first + count) of one (batch, kv head).
 struct RowBlock {
-  int64_t batch, kv_head, first, count;
-  int64_t min_t, max_t;
+  int64_t batch = 0, kv_head = 0, first = 0, count = 0;
+  int64_t min_t = 0, max_t = 0;
 
+  RowBlock() = default;
   RowBlock(const AttentionProblem& p, int64_t batch_index, int64_t kv_head_index, int64_t block)
       : batch(batch_index), kv_head(kv_head_index), first(block * kBlockRows) {
     count = Min(kBlockRows, p.groups * p.q_len - first);
@@ -74,7 +75,6 @@ inline int64_t RowBlocks(const AttentionProblem& p) {
   return CeilDiv(p.groups * p.q_len, kBlockRows);
 }
 
-/// Rows of keys or values as float32: in place where they are, converted into scratch otherwise.
 template <typename T>
 const T* KeyValueHead(const void* base, const HeadStrides& strides, int64_t batch,
                       int64_t kv_head) {
@@ -169,14 +169,16 @@ ZENITH_NOINLINE inline void PackMask(const AttentionProblem& p, const RowBlock& 
 /// Replaces logits by -inf where band or mask forbid them, and adds the bias elsewhere.
 class ScoreEditor {
  public:
-  static int64_t ScratchSize() { return 2 * kBlockKeys * kBlockRows + 2 * kBlockRows; }
+  /// Scratch of one block of rows, and scratch for a step, which blocks may share.
+  static constexpr int64_t kRowFloats = 2 * kBlockRows;
+  static constexpr int64_t kStepFloats = 2 * kBlockKeys * kBlockRows;
 
-  explicit ScoreEditor(const AttentionProblem& p, Scratch& scratch)
+  ScoreEditor(const AttentionProblem& p, float* row_scratch, float* step_scratch)
       : p_(p),
-        bias_(scratch.Take(kBlockKeys * kBlockRows)),
-        mask_(scratch.Take(kBlockKeys * kBlockRows)),
-        t_(scratch.Take(kBlockRows)),
-        allowed_(scratch.Take(kBlockRows)) {}
+        bias_(step_scratch),
+        mask_(step_scratch + kBlockKeys * kBlockRows),
+        t_(row_scratch),
+        allowed_(row_scratch + kBlockRows) {}
 
   void Start(const RowBlock& block) {
     for (int64_t r = 0; r < kBlockRows; ++r) {

@@ -11,9 +11,16 @@
 
 namespace zenith::ZENITH_ISA {
 
-/// Keys whose float32 K, V, dK and dV a task holds: 256 KiB at 64 features.
-inline constexpr int64_t kPanelKeys = 256;
-static_assert(kPanelKeys % kBlockKeys == 0);
+/// Floats per row of a float32 copy: whole vectors for any instruction set.
+inline int64_t Padded(int64_t features) { return RoundUp(features, 16); }
+
+/// Keys whose float32 K, V, dK and dV take at most 512 KiB: 512 keys at 64 features.
+inline int64_t PanelKeys(const AttentionProblem& p) {
+  constexpr int64_t kFloats = 512 * 1024 / 4;
+  const int64_t keys = kFloats / Max<int64_t>(1, 2 * (Padded(p.qk_dim) + Padded(p.v_dim)));
+  return Min(RoundUp(p.kv_len, kBlockKeys),
+             Max<int64_t>(1, Min<int64_t>(keys, 1024) / kBlockKeys) * kBlockKeys);
+}
 
 /// How the keys of each kv head are cut.
 struct KeyChunks {
@@ -22,10 +29,10 @@ struct KeyChunks {
     constexpr int64_t kWantedTasks = 32;  // enough for many threads
     constexpr int64_t kMaxCount = 8;      // each costs a float32 copy of dquery
     const int64_t heads = Max<int64_t>(1, p.batch * p.kv_heads);
-    const int64_t wanted =
-        Min(Min(CeilDiv(kWantedTasks, heads), kMaxCount), CeilDiv(p.kv_len, kPanelKeys));
-    keys = RoundUp(CeilDiv(p.kv_len, Max<int64_t>(1, wanted)), kBlockKeys);
-    count = p.kv_len == 0 ? 0 : CeilDiv(p.kv_len, keys);
+    const int64_t panel = Max<int64_t>(1, PanelKeys(p)), panels = CeilDiv(p.kv_len, panel);
+    const int64_t wanted = Min(Min(CeilDiv(kWantedTasks, heads), kMaxCount), panels);
+    keys = CeilDiv(panels, Max<int64_t>(1, wanted)) * panel;
+    count = CeilDiv(p.kv_len, Max<int64_t>(1, keys));
   }
 };
 
@@ -65,11 +72,11 @@ template <typename T>
 class AttentionBackwardTask {
  public:
   static int64_t ScratchSize(const AttentionProblem& p) {
-    const int64_t panel = Min(kPanelKeys, RoundUp(p.kv_len, kBlockKeys));
+    const int64_t panel = PanelKeys(p);
     return Scratch::Size(p.qk_dim * kBlockRows) + Scratch::Size(p.v_dim * kBlockRows) +
            (2 * panel + kBlockRows) * (Padded(p.qk_dim) + Padded(p.v_dim)) +
            2 * kBlockKeys * kBlockRows + 2 * kBlockRows + Padded(p.v_dim) +
-           ScoreEditor::ScratchSize();
+           ScoreEditor::kRowFloats + ScoreEditor::kStepFloats;
   }
 
   AttentionBackwardTask(const AttentionBackwardArgs& args, Scratch& scratch)
@@ -85,15 +92,14 @@ class AttentionBackwardTask {
         lse_(scratch.Take(kBlockRows)),
         delta_(scratch.Take(kBlockRows)),
         masked_dvalue_(scratch.Take(v_stride_)),
-        editor_(args, scratch) {
-    const int64_t panel = Min(kPanelKeys, RoundUp(args.kv_len, kBlockKeys));
+        editor_(args, scratch.Take(ScoreEditor::kRowFloats),
+                scratch.Take(ScoreEditor::kStepFloats)) {
+    const int64_t panel = PanelKeys(args);
     key_ = scratch.Take(panel * qk_stride_);
     dkey_ = scratch.Take(panel * qk_stride_);
     value_ = scratch.Take(panel * v_stride_);
     dvalue_ = scratch.Take(panel * v_stride_);
   }
-
-  static int64_t Padded(int64_t features) { return RoundUp(features, 16); }
 
   /// `dquery`: the chunk's part, (batch, head, t, Padded(qk_dim)).
   void Run(float* dquery, int64_t batch, int64_t kv_head, KeyRange chunk) {
@@ -102,8 +108,9 @@ class AttentionBackwardTask {
     dquery += (batch * args_.kv_heads + kv_head) * rows * qk_stride_;
     for (int64_t i = 0; i < rows * qk_stride_; ++i) dquery[i] = 0.0f;
     const bool poisoned = GatherMaskedRows(batch, kv_head);
-    for (int64_t s = chunk.first; s < chunk.last; s += kPanelKeys) {
-      RunPanel(batch, kv_head, {s, Min(s + kPanelKeys, chunk.last)}, poisoned);
+    const int64_t panel = PanelKeys(args_);
+    for (int64_t s = chunk.first; s < chunk.last; s += panel) {
+      RunPanel(batch, kv_head, {s, Min(s + panel, chunk.last)}, poisoned);
     }
   }
 
@@ -255,7 +262,7 @@ template <typename T>
 void AddDquery(const AttentionBackwardArgs& p, int64_t chunks, const float* parts,
                const Launch& launch) {
   const int64_t heads = p.kv_heads * p.groups, rows = p.batch * heads * p.q_len;
-  const int64_t stride = AttentionBackwardTask<T>::Padded(p.qk_dim);
+  const int64_t stride = Padded(p.qk_dim);
   ForRows(launch, rows, p.qk_dim * (chunks + 1), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       T* const to = static_cast<T*>(p.dquery) + i / p.q_len / heads * p.query_strides.batch +
@@ -280,7 +287,7 @@ inline Status AttentionBackward(const AttentionBackwardArgs& args, const Launch&
   Flag out_of_memory;
   WithStorage(args.dtype, [&]<typename T>(T) {
     using Task = AttentionBackwardTask<T>;
-    const int64_t part_size = heads * args.groups * args.q_len * Task::Padded(args.qk_dim);
+    const int64_t part_size = heads * args.groups * args.q_len * Padded(args.qk_dim);
     Scratch parts(chunks.count * part_size);
     if (!parts.ok()) return out_of_memory.Set();
     float* const dquery = parts.Take(chunks.count * part_size);

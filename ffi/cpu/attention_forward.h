@@ -1,6 +1,8 @@
 // Attention forward: online softmax over blocks of keys, Dao et al. 2022, arXiv:2205.14135.
 //
-// A task is a block of rows. K and V are read once per task, the scores of a block of keys never
+// A task is a few blocks of rows of one head. It copies each block of keys and values into dense
+// float32 rows once: read in place, with a stride of 3 KiB as (batch, length, head, feature) arrays
+// have, they cost the products 30 % in cache and TLB misses. The scores of a block of keys never
 // leave the cache. All tiles have rows in lanes: out is built transposed.
 #pragma once
 
@@ -56,34 +58,48 @@ ZENITH_NOINLINE void MeanValue(const AttentionProblem& p, const T* value, float*
   });
 }
 
+/// Scratch of one step, shared by the blocks of rows of a task.
+struct ForwardStep {
+  float *key, *value;  // (kBlockKeys, qk_dim) and (kBlockKeys, v_dim), dense
+  float *scores, *factor, *mean, *editor;
+
+  static int64_t ScratchSize(const AttentionProblem& p) {
+    return Scratch::Size(kBlockKeys * p.qk_dim) + Scratch::Size(kBlockKeys * p.v_dim) +
+           kBlockKeys * kBlockRows + kBlockRows + Scratch::Size(p.v_dim) + ScoreEditor::kStepFloats;
+  }
+  ForwardStep(const AttentionProblem& p, Scratch& scratch)
+      : key(scratch.Take(kBlockKeys * p.qk_dim)),
+        value(scratch.Take(kBlockKeys * p.v_dim)),
+        scores(scratch.Take(kBlockKeys * kBlockRows)),
+        factor(scratch.Take(kBlockRows)),
+        mean(scratch.Take(p.v_dim)),
+        editor(scratch.Take(ScoreEditor::kStepFloats)) {}
+};
+
+/// One block of rows on its way over the keys.
 template <typename T>
-class AttentionForwardTask {
+class ForwardRows {
  public:
   static int64_t ScratchSize(const AttentionProblem& p) {
     return Scratch::Size(p.qk_dim * kBlockRows) + Scratch::Size(p.v_dim * kBlockRows) +
-           kBlockKeys * kBlockRows + 3 * kBlockRows + ScoreEditor::ScratchSize() +
-           (kConverts ? Scratch::Size(kBlockKeys * p.qk_dim) + Scratch::Size(kBlockKeys * p.v_dim)
-                      : 0) +
-           Scratch::Size(p.v_dim);
+           2 * kBlockRows + ScoreEditor::kRowFloats;
   }
-
-  AttentionForwardTask(const AttentionForwardArgs& args, Scratch& scratch)
+  ForwardRows(const AttentionForwardArgs& args, const ForwardStep& step, Scratch& scratch)
       : args_(args),
+        step_(step),
         query_(scratch.Take(args.qk_dim * kBlockRows)),
         out_(scratch.Take(args.v_dim * kBlockRows)),
-        scores_(scratch.Take(kBlockKeys * kBlockRows)),
         max_(scratch.Take(kBlockRows)),
         sum_(scratch.Take(kBlockRows)),
-        factor_(scratch.Take(kBlockRows)),
-        key_copy_(kConverts ? scratch.Take(kBlockKeys * args.qk_dim) : nullptr),
-        value_copy_(kConverts ? scratch.Take(kBlockKeys * args.v_dim) : nullptr),
-        mean_(scratch.Take(args.v_dim)),
-        editor_(args, scratch) {}
+        editor_(args, scratch.Take(ScoreEditor::kRowFloats), step.editor) {}
 
-  void Run(const RowBlock& block) {
+  /// Keys that some row may see.
+  KeyRange keys() const { return keys_; }
+
+  void Start(const RowBlock& block) {
     const AttentionForwardArgs& p = args_;
-    const T* const key = KeyValueHead<T>(p.key, p.key_strides, block.batch, block.kv_head);
-    const T* const value = KeyValueHead<T>(p.value, p.value_strides, block.batch, block.kv_head);
+    block_ = block;
+    keys_ = block.Keys(p);
     PackLanes<T>(p, block, p.query, p.query_strides, p.qk_dim, p.scale * kLog2E, query_);
     for (int64_t i = 0; i < p.v_dim * kBlockRows; ++i) out_[i] = 0.0f;
     for (int64_t r = 0; r < kBlockRows; ++r) {
@@ -91,95 +107,136 @@ class AttentionForwardTask {
       sum_[r] = 0.0f;
     }
     editor_.Start(block);
-    const KeyRange range = block.Keys(p);
-    for (int64_t s = range.first; s < range.last; s += kBlockKeys) {
-      Step(block, key, value, {s, Min(s + kBlockKeys, range.last)});
-    }
-    Finish(block, value);
-  }
-
- private:
-  static constexpr bool kConverts = sizeof(T) != sizeof(float);
-
-  struct Rows {
-    const float* data;
-    int64_t stride;
-  };
-  static Rows AsFloat(const T* from, int64_t from_stride, KeyRange keys, int64_t cols,
-                      float* copy) {
-    from += keys.first * from_stride;
-    if constexpr (kConverts) {
-      CopyRows(keys.last - keys.first, cols, from, from_stride, copy, cols);
-      return {copy, cols};
-    } else {
-      return {from, from_stride};
+    // Out is written with a stride, where nothing prefetches: ask for its lines long before.
+    for (int64_t r = 0; r < block.count; ++r) {
+      const T* const row = block.Pointer(p, static_cast<const T*>(p.out), p.out_strides, r);
+      for (int64_t e = 0; e < p.v_dim; e += 64 / sizeof(T)) __builtin_prefetch(row + e, 1);
     }
   }
 
-  void Step(const RowBlock& block, const T* key, const T* value, KeyRange keys) {
+  /// `keys`: within one block of keys whose copies, from `copied` on, are in the step's scratch.
+  void Step(KeyRange keys, int64_t copied) {
     const AttentionForwardArgs& p = args_;
-    const int64_t count = keys.last - keys.first, vectors = CeilDiv(block.count, kLanes);
-    const Rows k = AsFloat(key, p.key_strides.length, keys, p.qk_dim, key_copy_);
+    const int64_t count = keys.last - keys.first, vectors = CeilDiv(block_.count, kLanes);
+    const float* const key = step_.key + (keys.first - copied) * p.qk_dim;
+    const float* const value = step_.value + (keys.first - copied) * p.v_dim;
     Gemm<ALayout::kRowMajor, Update::kStore>(
-        count, vectors, {p.qk_dim, k.data, k.stride, query_, kBlockRows, scores_, kBlockRows});
-    editor_.Edit(block, keys, scores_);
-    OnlineSoftmax(count, block.count, scores_, max_, sum_, factor_);
-    const Rows v = AsFloat(value, p.value_strides.length, keys, p.v_dim, value_copy_);
+        count, vectors, {p.qk_dim, key, p.qk_dim, query_, kBlockRows, step_.scores, kBlockRows});
+    editor_.Edit(block_, keys, step_.scores);
+    OnlineSoftmax(count, block_.count, step_.scores, max_, sum_, step_.factor);
     Gemm<ALayout::kColMajor, Update::kScaleAdd>(
         p.v_dim, vectors,
-        {count, v.data, v.stride, scores_, kBlockRows, out_, kBlockRows, factor_});
+        {count, value, p.v_dim, step_.scores, kBlockRows, out_, kBlockRows, step_.factor});
   }
 
-  ZENITH_NOINLINE void Finish(const RowBlock& block, const T* value) {
+  ZENITH_NOINLINE void Finish(const T* value) {
     const AttentionForwardArgs& p = args_;
     T* rows[kBlockRows];
     bool masked[kBlockRows], any_masked = false;
-    for (int64_t r = 0; r < block.count; ++r) {
-      rows[r] = block.Pointer(p, static_cast<T*>(p.out), p.out_strides, r);
-      masked[r] = !editor_.RowIsAllowed(block, r);
+    float* const factor = step_.factor;
+    for (int64_t r = 0; r < block_.count; ++r) {
+      rows[r] = block_.Pointer(p, static_cast<T*>(p.out), p.out_strides, r);
+      masked[r] = !editor_.RowIsAllowed(block_, r);
       any_masked |= masked[r];
       // Allowed logits that are all -inf: 0 / 0 here, and NaN in lse, which tells the backward
       // pass.
-      factor_[r] = sum_[r] == 0.0f ? kNaN : 1.0f / sum_[r];
-      p.lse[block.flat(p, r)] = masked[r]         ? -kInfinity
-                                : sum_[r] == 0.0f ? kNaN
-                                                  : (max_[r] + __builtin_log2f(sum_[r])) * kLn2;
+      factor[r] = sum_[r] == 0.0f ? kNaN : 1.0f / sum_[r];
+      p.lse[block_.flat(p, r)] = masked[r]         ? -kInfinity
+                                 : sum_[r] == 0.0f ? kNaN
+                                                   : (max_[r] + __builtin_log2f(sum_[r])) * kLn2;
     }
     ScatterLaneTile(
-        block.count, p.v_dim, out_, kBlockRows,
-        [&](int64_t r, int64_t e, F32 v, auto part) { Store(rows[r] + e, v * factor_[r], part); });
+        block_.count, p.v_dim, out_, kBlockRows,
+        [&](int64_t r, int64_t e, F32 v, auto part) { Store(rows[r] + e, v * factor[r], part); });
     if (!any_masked || p.masked_row == MaskedRow::kNan) return;  // those rows are NaN already
-    MeanValue(p, value, mean_);
-    for (int64_t r = 0; r < block.count; ++r) {
+    MeanValue(p, value, step_.mean);
+    for (int64_t r = 0; r < block_.count; ++r) {
       if (!masked[r]) continue;
-      ForVectors(p.v_dim,
-                 [&](int64_t e, auto part) { Store(rows[r] + e, Load(mean_ + e, part), part); });
+      ForVectors(p.v_dim, [&](int64_t e, auto part) {
+        Store(rows[r] + e, Load(step_.mean + e, part), part);
+      });
     }
   }
 
+ private:
   const AttentionForwardArgs& args_;
-  float *query_, *out_, *scores_, *max_, *sum_, *factor_, *key_copy_, *value_copy_, *mean_;
+  const ForwardStep& step_;
+  RowBlock block_;
+  KeyRange keys_{};
+  float *query_, *out_, *max_, *sum_;
   ScoreEditor editor_;
+};
+
+/// Blocks of rows that share a task's copies: with 8, copying costs 5 %.
+inline constexpr int64_t kMaxBlocksPerTask = 8;
+
+template <typename T>
+class AttentionForwardTask {
+ public:
+  static int64_t ScratchSize(const AttentionProblem& p) {
+    return ForwardStep::ScratchSize(p) + kMaxBlocksPerTask * ForwardRows<T>::ScratchSize(p);
+  }
+  AttentionForwardTask(const AttentionForwardArgs& args, Scratch& scratch)
+      : args_(args), step_(args, scratch), rows_{{args, step_, scratch}, {args, step_, scratch},
+                                                 {args, step_, scratch}, {args, step_, scratch},
+                                                 {args, step_, scratch}, {args, step_, scratch},
+                                                 {args, step_, scratch}, {args, step_, scratch}} {}
+
+  /// Blocks [first, first + count) of rows, count <= kMaxBlocksPerTask.
+  void Run(int64_t batch, int64_t kv_head, int64_t first, int64_t count) {
+    const AttentionForwardArgs& p = args_;
+    const T* const key = KeyValueHead<T>(p.key, p.key_strides, batch, kv_head);
+    const T* const value = KeyValueHead<T>(p.value, p.value_strides, batch, kv_head);
+    KeyRange all{p.kv_len, 0};
+    for (int64_t i = 0; i < count; ++i) {
+      rows_[i].Start(RowBlock(p, batch, kv_head, first + i));
+      all.first = Min(all.first, rows_[i].keys().first);
+      all.last = Max(all.last, rows_[i].keys().last);
+    }
+    // Blocks of keys start at multiples of their size, so that a row's sums do not depend on the
+    // rows beside it.
+    for (int64_t s = all.first / kBlockKeys * kBlockKeys; s < all.last; s += kBlockKeys) {
+      const int64_t keys = Min(kBlockKeys, p.kv_len - s);
+      CopyRows(keys, p.qk_dim, key + s * p.key_strides.length, p.key_strides.length, step_.key,
+               p.qk_dim);
+      CopyRows(keys, p.v_dim, value + s * p.value_strides.length, p.value_strides.length,
+               step_.value, p.v_dim);
+      for (int64_t i = 0; i < count; ++i) {
+        const KeyRange mine = {Max(s, rows_[i].keys().first),
+                               Min(s + kBlockKeys, rows_[i].keys().last)};
+        if (!mine.empty()) rows_[i].Step(mine, s);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) rows_[i].Finish(value);
+  }
+
+ private:
+  const AttentionForwardArgs& args_;
+  const ForwardStep step_;
+  ForwardRows<T> rows_[kMaxBlocksPerTask];
 };
 
 inline Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) {
   const int64_t heads = args.batch * args.kv_heads, blocks = RowBlocks(args);
+  // Results do not depend on the grouping, so it may depend on the threads: 4 tasks for each.
+  const int64_t group =
+      Max<int64_t>(1, Min(kMaxBlocksPerTask, heads * blocks / (4 * launch.threads)));
+  const int64_t tasks = CeilDiv(blocks, group);
+  const int64_t products = group * kBlockRows * args.kv_len * (args.qk_dim + args.v_dim);
   Flag out_of_memory;
-  const int64_t products = kBlockRows * args.kv_len * (args.qk_dim + args.v_dim);
   WithStorage(args.dtype, [&]<typename T>(T) {
-    ForRows(launch, heads * blocks, products / kProductsPerElement,
-            [&](int64_t first, int64_t last) {
-              Scratch scratch(AttentionForwardTask<T>::ScratchSize(args));
-              if (!scratch.ok()) return out_of_memory.Set();
-              AttentionForwardTask<T> task(args, scratch);
-              for (int64_t i = first; i < last; ++i) {
-                // Heads one after the other, so that K and V stay in the level 2 cache. Of a head,
-                // the last
-                // blocks first: in a causal problem they are the longest.
-                const int64_t head = i / blocks, block = blocks - 1 - i % blocks;
-                task.Run(RowBlock(args, head / args.kv_heads, head % args.kv_heads, block));
-              }
-            });
+    ForRows(
+        launch, heads * tasks, products / kProductsPerElement, [&](int64_t first, int64_t last) {
+          Scratch scratch(AttentionForwardTask<T>::ScratchSize(args));
+          if (!scratch.ok()) return out_of_memory.Set();
+          AttentionForwardTask<T> task(args, scratch);
+          for (int64_t i = first; i < last; ++i) {
+            // Heads one after the other, so that K and V stay in the level 2 cache. Of a head, the
+            // last rows first: in a causal problem they have the most keys.
+            const int64_t head = i / tasks, start = (tasks - 1 - i % tasks) * group;
+            task.Run(head / args.kv_heads, head % args.kv_heads, start, Min(group, blocks - start));
+          }
+        });
   });
   return out_of_memory.is_set() ? kOutOfMemory : Status{};
 }
