@@ -28,7 +28,7 @@ from zenith_jax.ops.attention import (
 )
 from zenith_jax.passes.match._match import Match, Order, arranged, order_of, restored
 from zenith_jax.passes.match.mask import MaskForm, mask_form
-from zenith_jax.passes.match.softmax import SoftmaxForm, softmax_form
+from zenith_jax.passes.match.softmax import MULTIPLIED, SoftmaxForm, softmax_form
 
 # A finite mask fill must vanish beside any logit: exp(fill - max) must be 0. float16's lowest value is -65504.
 FILL_LIMIT = {"float16": -6e4}
@@ -73,7 +73,8 @@ def _softmax_above(terms: Terms, term: Term) -> Refusal | None:
         if eqn is None:
             return None
         for below in terms.operands(term, eqn):
-            if isinstance(softmax_form(terms, below), SoftmaxForm):
+            form = softmax_form(terms, below)
+            if isinstance(form, SoftmaxForm) or (form is not None and form.reason == MULTIPLIED):
                 what = {"select_n": "dropout or a mask", "mul": "dropout or a mask"}.get(eqn.primitive.name, "")
                 return refuse("{what} `{primitive}` stands between the softmax and its product with value",
                               what=what or "the operation", primitive=eqn.primitive.name, depth=2,
@@ -370,7 +371,8 @@ def _build(
     if empty_rows and (len(set(logits.fills)) > 1 or logits.added_fill):
         return refuse("a row without any allowed key has different fills, or logits, in it", depth=6,
                       advice="fill with one value, in one jnp.where")
-    masked_row = MASKED_ROW_NAN if set(logits.fills) == {-math.inf} else MASKED_ROW_MEAN
+    # Without a finite fill, only -inf can empty a row: NaN, as softmax gives.
+    masked_row = MASKED_ROW_NAN if all(f == -math.inf for f in logits.fills) else MASKED_ROW_MEAN
     dtype = _common_dtype(query, key, value)
     leaves = [query.atom, key.atom, value.atom, *(m[0].atom for m in masks)]
     if bias:

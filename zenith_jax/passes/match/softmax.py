@@ -12,7 +12,6 @@ from zenith_jax.ir.term import Axis, Term, Terms
 from zenith_jax.ops import softmax as softmax_op
 from zenith_jax.passes.match._match import Match
 
-
 MULTIPLIED = "the softmax is multiplied by something before it is used: a mask, dropout or a scale"
 
 
