@@ -1,4 +1,8 @@
-"""Elementwise activations: gelu (erf and tanh) and silu. Canonical shape: x (*b), every dimension a batch dimension."""
+"""Elementwise activations: gelu (erf and tanh) and silu.
+
+Canonical shape: x (*b, u), every dimension of the user's array a batch dimension and u of size 1: where all dimensions
+of an operand are batch dimensions, XLA's partitioner gathers it (seen on the CPU).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ def _kernels(name: str) -> Kernel:
     """The forward kernel of FORMULAS[name], tied to its backward kernel."""
     formula = FORMULAS[name]
 
-    @kernel(f"{name}_bwd", "*b, *b -> *b", (0,), supports=_supports)
+    @kernel(f"{name}_bwd", "*b u, *b u -> *b u", (0,), supports=_supports)
     def backward_kernel(x, dy):
         _, vjp = jax.vjp(formula, widened(x))
         return (vjp(widened(dy))[0].astype(x.dtype),)
@@ -47,7 +51,7 @@ def _kernels(name: str) -> Kernel:
         del results, needed
         return {0: backward_kernel(operands[0], cotangents[0])[0]}
 
-    @kernel(f"{name}_fwd", "*b -> *b", (0,), backward=backward, supports=_supports)
+    @kernel(f"{name}_fwd", "*b u -> *b u", (0,), backward=backward, supports=_supports)
     def forward_kernel(x):
         return (formula(widened(x)).astype(x.dtype),)
 
@@ -61,7 +65,7 @@ def activation(name: str, x: Any) -> Any:
     """FORMULAS[name](x), elementwise, in float32 inside."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise DTypeError(f"{name}: x must have a real floating dtype, got {x.dtype}; convert it first")
-    return KERNELS[name](as_batches(x, 0))[0].reshape(x.shape)
+    return KERNELS[name](as_batches(x[..., None], 1))[0].reshape(x.shape)
 
 
 def gelu(x, approximate: bool = True):
