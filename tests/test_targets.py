@@ -314,7 +314,7 @@ def test_result_of_another_size_rank_or_dtype_is_refused(name, result):
 def test_error_names_target_operand_invariant_and_what_came():
     case = CASES["rms_norm_fwd"]
     text = refusal("rms_norm_fwd", case.operands | {"scale": normal(7)}, case.results, case.attributes)
-    assert text.endswith("zenith_rms_norm_fwd: scale must have shape (37,) to match x of shape (3, 5, 37), got (7,)")
+    assert "zenith_rms_norm_fwd: scale must have shape (37,) to match x of shape (3, 5, 37), got (7,)" in text
 
 
 @pytest.mark.parametrize(
