@@ -1,0 +1,61 @@
+"""What the ops compute, in plain jnp: the tests' oracle, evaluated in float64. Shares no code with the ops."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+
+def layer_norm(x, scale=1.0, bias=0.0, *, eps=1e-5):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + eps) * scale + bias
+
+
+def rms_norm(x, scale=1.0, *, eps=1e-6):
+    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + eps) * scale
+
+
+def add_layer_norm(x, y, *parameters, eps=1e-5):
+    return layer_norm(x + y, *parameters, eps=eps), x + y
+
+
+def add_rms_norm(x, y, *parameters, eps=1e-6):
+    return rms_norm(x + y, *parameters, eps=eps), x + y
+
+
+def softmax(x, axis=-1):
+    e = jnp.exp(x - lax.stop_gradient(x.max(axis, keepdims=True)))
+    return e / e.sum(axis, keepdims=True)
+
+
+def gelu(x, approximate=True):
+    if approximate:
+        return x / 2 * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)).astype(x.dtype))
+    return x / 2 * lax.erfc(-x * 0.5**0.5)  # erfc and not 1 + erf: the left tail would cancel
+
+
+def silu(x):
+    return x * lax.logistic(x)
+
+
+def attention(q, k, v, *scores, mask=None, bias=None, scale=None, is_causal=False, local_window_size=None):
+    """scores: a mask and a bias, told apart by their dtype."""
+    for x in scores:
+        mask, bias = (x, bias) if x.dtype == bool else (mask, x)
+    groups = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bthd,bshd->bhts", q, k).astype(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + bias
+    distance = jnp.arange(k.shape[1])[None] - jnp.arange(q.shape[1])[:, None]
+    allowed = jnp.ones(distance.shape, bool)
+    if is_causal:
+        allowed &= distance <= 0
+    if local_window_size is not None:
+        left, right = local_window_size
+        allowed &= (distance >= -left) & (distance <= right)
+    if mask is not None:
+        allowed = allowed & mask
+    logits = jnp.where(allowed, logits, -1e30)  # a row of these only is uniform
+    return jnp.einsum("bhts,bshd->bthd", softmax(logits).astype(v.dtype), v)
