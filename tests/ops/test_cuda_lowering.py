@@ -1,0 +1,106 @@
+"""Lowering for CUDA on any host: the custom calls are in the StableHLO, with layouts, attributes and sharding rules.
+
+Whether they compute the right thing is seen where a GPU is (tests/test_targets.py and the rest of this folder there).
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import zenith_jax as zenith
+from zenith_jax import native, ops
+
+
+def stablehlo(function, *args) -> str:
+    """The text of `function` lowered for CUDA, as it would be on a GPU machine."""
+    with zenith.configured(platform="cuda"):
+        return zenith.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text: str) -> list[str]:
+    """Stems of Zenith's custom calls, in order."""
+    version = f"_v{native.KERNEL_VERSION}"
+    found = re.findall(r"custom_call @zenith_(\w+)\(", text)
+    assert all(name.endswith(version) for name in found)
+    return [name.removesuffix(version) for name in found]
+
+
+def normal(*shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(len(shape)), shape).astype(dtype)
+
+
+def total(function):
+    """A scalar of all results, whose gradient needs all backward kernels."""
+    return lambda *args: sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in jax.tree.leaves(function(*args)))
+
+
+X, SCALE = normal(2, 64, 128), normal(128, dtype=jnp.float32)
+QKV = [normal(2, 64, 4, 64) for _ in range(3)]
+CASES = {
+    "layer_norm": (lambda x, s, b: ops.layer_norm(x, s, b), [X, SCALE, SCALE]),
+    "rms_norm": (lambda x, s: ops.rms_norm(x, s), [X, SCALE]),
+    "add_layer_norm": (lambda x, r, s, b: ops.add_layer_norm(x, r, s, b), [X, X, SCALE, SCALE]),
+    "add_rms_norm": (lambda x, r, s: ops.add_rms_norm(x, r, s), [X, X, SCALE]),
+    "softmax": (ops.softmax, [X]),
+    "gelu_erf": (lambda x: ops.gelu(x, approximate=False), [X]),
+    "gelu_tanh": (ops.gelu, [X]),
+    "silu": (ops.silu, [X]),
+    "attention": (lambda q, k, v: ops.attention(q, k, v, is_causal=True), QKV),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_op_and_its_gradient_are_one_custom_call_each(name):
+    function, args = CASES[name]
+    assert calls(stablehlo(function, *args)) == [f"{name}_fwd"]
+    gradient = calls(stablehlo(jax.grad(total(function), argnums=tuple(range(len(args)))), *args))
+    assert gradient == [f"{name}_fwd", f"{name}_bwd"]
+
+
+def test_dtype_without_a_kernel_lowers_to_xla_code():
+    with jax.enable_x64(True):
+        assert calls(stablehlo(ops.softmax, X.astype(jnp.float64))) == []
+
+
+def test_stock_model_is_fused_with_its_gradient_inside():
+    class Block(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.norm = nnx.LayerNorm(128, dtype=jnp.bfloat16, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(4, 128, dtype=jnp.bfloat16, decode=False, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.attention(self.norm(x), mask=nnx.make_causal_mask(x[..., 0]))
+
+    graph, state = nnx.split(Block())
+    step = jax.value_and_grad(lambda s, x: total(nnx.merge(graph, s))(x))
+    assert sorted(calls(stablehlo(step, state, X))) == [
+        "attention_bwd", "attention_fwd", "layer_norm_bwd", "layer_norm_fwd",
+    ]  # fmt: skip
+
+
+def test_causal_mask_is_passed_as_a_band_and_not_as_a_tensor():
+    text = stablehlo(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True), *QKV)
+    assert calls(text) == ["attention_fwd"]
+    assert "mask_axes = -1 : i64" in text
+    assert "right = 0 : i64" in text
+
+
+def test_batch_dimensions_may_be_sharded_and_others_may_not():
+    text = stablehlo(*[CASES["rms_norm"][0], *CASES["rms_norm"][1]])
+    rule = re.search(r"sharding_rule = #sdy.op_sharding_rule<(.*?), custom>", text)
+    assert rule is not None
+    # x is (batch, group, row, feature) and scale (feature,): rows and features must be whole.
+    assert rule[1].startswith("([i, j, k, l], [l])->([i, j, k, l])")
+    assert "need_replication={k, l}" in rule[1]
+    assert 'num_batch_dims = "2"' in text
+
+
+def test_length_major_arrays_are_read_where_they_lie():
+    text = stablehlo(CASES["attention"][0], *QKV)
+    # Logical (b, k, g, t, d), physical b, t, k, g, d: minor to major 4, 2, 1, 3, 0.
+    assert "dense<[4, 2, 1, 3, 0]>" in text
+    assert "layout = 1 : i32" in text
