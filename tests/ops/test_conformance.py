@@ -329,8 +329,12 @@ def test_odd_sizes_of_rows(op, shape):
     case = row_case(op, shape)
     args = case.arguments()
     close(lambda f: f, case, args, VALUE_ULPS)
-    # A row of one element has variance 0: its gradient is rounding times 1/sqrt(eps) = 316, in any implementation.
-    close(lambda f: gradient_of(f, args), case, args, GRADIENT_ULPS if shape[-1] > 1 else 4096)
+    if shape[-1] > 1:
+        close(lambda f: gradient_of(f, args), case, args, GRADIENT_ULPS)
+    else:  # dx is 0, as a difference of terms of 1/sqrt(eps) = 316 (1000 for rms_norm) times dy
+        for found, expected in zip(gradient_of(case.function, args)(*args),
+                                   in_float64(gradient_of(case.formula, args))(*args), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1000 * 4 * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("shape", EMPTY_ROWS, ids=str)
@@ -391,6 +395,9 @@ def test_nan_and_infinity_stay_in_their_row(op, bad):
     args = case.arguments()
     args[0] = args[0].at[1, 5].set(bad)
     value, expected = jax.tree.leaves(case.function(*args))[0], jax.tree.leaves(case.formula(*args))[0]
+    if op in ("gelu", "silu") and bad == -np.inf:  # the formula says -inf * 0, the kernel its limit
+        assert value[1, 5] == 0
+        value, expected = value.at[1, 5].set(0), expected.at[1, 5].set(0)
     np.testing.assert_array_equal(np.isnan(value), np.isnan(expected))
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 

@@ -78,7 +78,8 @@ def test_linen_attention_is_fused(rng, check_fused, causal, dtype):
     check_fused(lambda p, x: module.apply(p, x, x, mask=mask(x)), params, x, counts={"attention": 1}, floor_ulps=64)
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(), nn.LayerNorm(use_fast_variance=False), nn.RMSNorm()], ids=repr)
+@pytest.mark.parametrize("module", [nn.LayerNorm(), nn.LayerNorm(use_fast_variance=False), nn.RMSNorm()],
+                         ids=["layer norm", "two-pass layer norm", "rms norm"])
 def test_linen_norms_are_fused(rng, check_fused, module):
     x = normal(rng, B, T, WIDTH) * 2 + 1
     params = module.init(jax.random.key(0), x)
@@ -309,7 +310,7 @@ def test_two_norms_of_one_sum_are_both_fused(rng, check_fused):
     ("gelu_erf", lambda x: x / 2 * (1 + jax.lax.erf(x / np.sqrt(2)))),
     ("gelu_erf", lambda x: x * (0.5 + 0.5 * jax.scipy.special.erf(x * 0.7071067811865476))),
     ("gelu_erf", lambda x: x * jax.scipy.stats.norm.cdf(x)),
-], ids=str)
+], ids=["x / (1 + exp)", "sigmoid", "products", "factored", "by sigmoid", "erf of a quotient", "halves", "normal cdf"])
 def test_activations_by_hand_are_fused(rng, check_fused, name, function):
     check_fused(function, normal(rng, B, T, WIDTH) * 2, counts={name: 1})
 

@@ -202,22 +202,24 @@ def _check_residual(name: str, x: Any, residual: Any) -> None:
 
 
 def _parameters(name: str, x: Any, scale: Any, bias: Any) -> tuple[Any, Any]:
-    """scale and bias as arrays of x's dtype or float32, with their defaults."""
+    """scale and bias as arrays of one dtype, that of x or float32, with their defaults."""
     if x.ndim < 1:
         raise ShapeError(f"{name}: x must have at least one axis, the normalised one, got shape {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise DTypeError(f"{name}: x must have a real floating dtype, got {x.dtype}; convert it first")
     width = x.shape[-1]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    given = [p for p in (scale, bias) if p is not None]
+    narrow = given and all(p.dtype == x.dtype for p in given)
+    dtype = x.dtype if narrow else jnp.promote_types(x.dtype, jnp.float32)
 
     def parameter(role: str, value: Any, default: float) -> Any:
         if value is None:
-            return jnp.full((width,), default, wide)
+            return jnp.full((width,), default, dtype)
         if value.shape != (width,):
             raise ShapeError(
                 f"{name}: {role} must have shape ({width},) to match x of shape {x.shape}, got {value.shape}"
             )
-        return value if value.dtype in (x.dtype, wide) else value.astype(wide)
+        return value.astype(dtype)
 
     return parameter("scale", scale, 1.0), parameter("bias", bias, 0.0)
 
