@@ -67,6 +67,14 @@ def test_interleaved_stops_when_the_time_is_up_and_counts_every_round():
     assert len(steps) == 10
 
 
+def test_a_queued_round_has_as_many_calls_as_take_5_ms():
+    calls = []
+    times = timing.interleaved({"f": lambda: (calls.append(0), time.sleep(0.001))}, runs=3, queued=True)
+    rounds = len(calls) - 2 - 10  # two to warm up, ten to see how long one takes
+    assert 3 < rounds <= 3 * 5 and rounds % 3 == 0
+    assert 0.001 <= times["f"] < 0.1
+
+
 def measurement(speed, calls=("gelu_erf_fwd",)):
     return run.Measurement(TINY[3], speed, 1.0, {"gelu_erf": 1}, calls, ())
 

@@ -95,14 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
     step, state = training_step(config)
     ids = token_ids(config, options.batch)
     report = zenith.explain(step)(state, ids)
-    compiled = {name: jit(step).lower(state, ids).compile() for name, jit in JITS.items()}
+    functions = {name: jit(step) for name, jit in JITS.items()}
+    temporary = {name: _temporary_mebibytes(f.lower(state, ids).compile()) for name, f in functions.items()}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("timing, interleaved", total=options.runs)
         seconds = interleaved(
-            {name: lambda f=f: f(state, ids) for name, f in compiled.items()},
-            runs=options.runs, seconds=120, step=lambda: progress.advance(task),
+            {name: lambda f=f: f(state, ids) for name, f in functions.items()},
+            runs=options.runs, seconds=120, queued=False, step=lambda: progress.advance(task),
         )  # fmt: skip
-    temporary = {name: _temporary_mebibytes(f) for name, f in compiled.items()}
     errors = gradient_errors(config, options.gradient_batch)
 
     size = f"{config.layers} layers of {config.features}, b{options.batch} s{config.length} bfloat16"
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     reasons = {site.reason for site in report.refused}
     console.print("fused: " + ", ".join(f"{n} {op}" for op, n in report.counts().items()), highlight=False)
-    console.print(f"left to XLA: {len(report.refused)} sites; {'; '.join(reasons)}", highlight=False, soft_wrap=True)
+    console.print(f"left to XLA: {len(report.refused)} sites {'; '.join(sorted(reasons))}", highlight=False, soft_wrap=True)
 
     if options.json is not None:
         content = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,30 +10,48 @@ from typing import Any
 
 import jax
 
+# A GPU's work is queued: one call in a measurement would be mostly the host's part of it.
+QUEUED_SECONDS = 5e-3
+
 
 def interleaved(
     functions: Mapping[str, Callable[[], Any]],
     *,
     runs: int = 20,
     seconds: float = 10.0,
+    queued: bool | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """{name: median time in seconds}, until the device is done, of up to `runs` calls each and at least 3.
+    """{name: median time of a call in seconds}, until the device is done, of up to `runs` rounds and at least 3.
 
     The functions are called in turn, so that a change of clock or of other load meets all of them, and first in both
-    orders, so that compilation and first use of memory are not counted. Stops early after `seconds`. `step` is called
-    after each of the `runs` rounds, also of those that were left out.
+    orders, so that compilation and first use of memory are not counted. Stops early after `seconds`. queued: a round
+    is as many calls in a row as take 5 ms, for short kernels on a GPU; default: where JAX's device is not a CPU.
+    `step` is called after each of the `runs` rounds, also of those that were left out.
     """
     for function in (*functions.values(), *reversed(list(functions.values()))):
         jax.block_until_ready(function())
+    if queued is None:
+        queued = jax.default_backend() != "cpu"
+    calls = {name: _calls(function) if queued else 1 for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     for turn in range(runs):
         if turn < 3 or time.perf_counter() < end:
             # Each goes first in half of the rounds: what runs second finds warmer caches.
             for name in functions if turn % 2 == 0 else reversed(list(functions)):
-                start = time.perf_counter()
-                jax.block_until_ready(functions[name]())
-                times[name].append(time.perf_counter() - start)
+                times[name].append(_time(functions[name], calls[name]))
         step()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _time(function: Callable[[], Any], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls - 1):
+        function()  # runs after the one before it: a device has one queue
+    jax.block_until_ready(function())
+    return (time.perf_counter() - start) / calls
+
+
+def _calls(function: Callable[[], Any]) -> int:
+    return min(100, math.ceil(QUEUED_SECONDS / _time(function, 10)))
