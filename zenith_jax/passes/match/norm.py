@@ -36,7 +36,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     inside = terms.peel(terms.operands(rstd, eqn)[0], inner)
     addition = terms.producer(inside, "add")
     if addition is None:
-        if _moments(terms, inside, []) is not None:
+        if isinstance(_moments(terms, inside, []), Moments):
             return refuse("there is no eps inside the square root", depth=1,
                           advice="x / sqrt(var + eps) is fused; sqrt(var) + eps is another function")
         return None
@@ -85,6 +85,8 @@ def _mean(terms: Terms, term: Term, path: list[JaxprEqn]) -> tuple[Term, Axis] |
     if len(reduced) != 1:
         return refuse("the mean runs over {n} axes, a layer norm over one", n=len(reduced)) if reduced else None
     size = reduced[0].size
+    if divisor == 1.0:
+        return None  # a sum, as in an L2 norm: nothing like a mean
     # As the program computes it: N or 1/N rounded to the literal's dtype, and nothing else.
     rounded = np.asarray(size, literal_dtype)
     expected = {float(np.asarray(1.0 / size, literal_dtype)), float(np.asarray(1.0, literal_dtype) / rounded)} if (
