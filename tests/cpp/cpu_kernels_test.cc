@@ -1,5 +1,6 @@
 // Every CPU kernel, in every instruction set this machine runs, against naive float64 oracles. How
-// to build: CMakeLists.txt. Exits non-zero when an error is above its limit.
+// to build: CMakeLists.txt. `--time [activation|softmax|norm|attention]` measures instead. Exits
+// non-zero when an error is above its limit.
 #include <cstdio>
 #include <cstring>
 #include <thread>
@@ -8,6 +9,7 @@
 
 int main(int argc, char** argv) {
   using namespace zenith;
+  std::setvbuf(stdout, nullptr, _IOLBF, 1 << 12);  // rows appear as they are measured
   test::Report report;
   const bool time = argc > 1 && std::strcmp(argv[1], "--time") == 0;
   const char* const filter = argc > 2 ? argv[2] : "";
