@@ -46,9 +46,11 @@ def test_nnx_multi_head_attention_is_fused(rng, check_fused, mask):
 
 
 def test_nnx_multi_head_attention_in_bfloat16_is_fused(rng, check_fused):
-    apply, state = split(
-        nnx.MultiHeadAttention(H, WIDTH, decode=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    check_fused(apply, state, normal(rng, B, T, WIDTH, dtype=jnp.bfloat16), counts={"attention": 1})
+    make = lambda dtype: split(  # noqa: E731
+        nnx.MultiHeadAttention(H, WIDTH, decode=False, dtype=dtype, use_bias=False, rngs=nnx.Rngs(0)))
+    apply, state = make(jnp.bfloat16)
+    check_fused(apply, state, normal(rng, B, T, WIDTH, dtype=jnp.bfloat16), counts={"attention": 1},
+                oracle=make(None)[0])
 
 
 @pytest.mark.parametrize("options", [
@@ -56,8 +58,9 @@ def test_nnx_multi_head_attention_in_bfloat16_is_fused(rng, check_fused):
 ], ids=str)
 def test_nnx_layer_norm_is_fused(rng, check_fused, options):
     apply, state = split(nnx.LayerNorm(WIDTH, rngs=nnx.Rngs(0), **options))
+    wide, _ = split(nnx.LayerNorm(WIDTH, rngs=nnx.Rngs(0), **{**options, "dtype": None}))
     dtype = options.get("dtype", jnp.float32)
-    check_fused(apply, state, normal(rng, B, T, WIDTH, dtype=dtype) * 3 + 1, counts={"layer_norm": 1})
+    check_fused(apply, state, normal(rng, B, T, WIDTH, dtype=dtype) * 3 + 1, counts={"layer_norm": 1}, oracle=wide)
 
 
 def test_nnx_rms_norm_is_fused(rng, check_fused):
@@ -71,11 +74,12 @@ def test_nnx_rms_norm_is_fused(rng, check_fused):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_linen_attention_is_fused(rng, check_fused, causal, dtype):
-    module = nn.MultiHeadDotProductAttention(H, dtype=dtype)
+    module, wide = nn.MultiHeadDotProductAttention(H, dtype=dtype), nn.MultiHeadDotProductAttention(H)
     x = normal(rng, B, T, WIDTH, dtype=dtype)
     params = module.init(jax.random.key(0), x, x)
     mask = (lambda x: nn.make_causal_mask(x[..., 0])) if causal else (lambda x: None)
-    check_fused(lambda p, x: module.apply(p, x, x, mask=mask(x)), params, x, counts={"attention": 1}, floor_ulps=64)
+    check_fused(lambda p, x: module.apply(p, x, x, mask=mask(x)), params, x, counts={"attention": 1}, floor_ulps=64,
+                oracle=lambda p, x: wide.apply(p, x, x, mask=mask(x)))
 
 
 @pytest.mark.parametrize("module", [nn.LayerNorm(), nn.LayerNorm(use_fast_variance=False), nn.RMSNorm()],
@@ -137,9 +141,9 @@ def test_jax_nn_attention_with_mask_and_bias_is_fused(rng, check_fused, shape, k
                 *qkv(rng, kv_heads=kv_heads), normal(rng, *shape), mask, counts={"attention": 1})
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-def test_jax_nn_attention_in_half_precision_is_fused(rng, check_fused, dtype):
-    check_fused(lambda *a: jax.nn.dot_product_attention(*a, is_causal=True), *qkv(rng, dtype=dtype),
+def test_jax_nn_attention_in_bfloat16_is_fused(rng, check_fused):
+    # Not in float16: jax.nn's own gradient fails there on the CPU, "F16_F16_F32 is not supported by dot_general".
+    check_fused(lambda *a: jax.nn.dot_product_attention(*a, is_causal=True), *qkv(rng, dtype=jnp.bfloat16),
                 counts={"attention": 1})
 
 
@@ -221,13 +225,30 @@ def test_attention_with_additive_mask_is_fused_as_a_band(rng, check_fused):
     assert "causal" in report.fused[0].detail and "bias" not in report.fused[0].detail
 
 
-def test_attention_upcast_to_float32_in_the_middle_is_fused(rng, check_fused):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_attention_upcast_to_float32_in_the_middle_is_fused(rng, check_fused, dtype):
     def function(q, k, v):
         logits = jnp.einsum("bthd,bshd->bhts", q, k).astype(jnp.float32) * D**-0.5
         logits = jnp.where(jnp.tril(jnp.ones((T, S), bool)), logits, jnp.finfo(jnp.float32).min)
         return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits).astype(q.dtype), v)
 
-    check_fused(function, *qkv(rng, dtype=jnp.bfloat16), counts={"attention": 1})
+    check_fused(function, *qkv(rng, dtype=dtype), counts={"attention": 1})
+
+
+@pytest.mark.parametrize("make", [
+    lambda: jnp.tril(jnp.ones((T, S), bool)), lambda: np.tril(np.ones((1, 1, T, S), bool)),
+    lambda: jnp.arange(T)[:, None] >= jnp.arange(S)[None], lambda: np.tri(T, S) > 0,
+], ids=["jnp.tril", "np.tril", "jnp.arange", "np.tri"])
+def test_causal_mask_that_is_a_constant_is_a_band(rng, check_fused, make):
+    mask = make()
+    report = check_fused(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask), *qkv(rng),
+                         counts={"attention": 1})
+    assert "causal" in report.fused[0].detail and "mask" not in report.fused[0].detail
+
+
+def test_longer_axis_of_a_grouped_query_is_its_length(rng, check_fused):
+    report = check_fused(jax.nn.dot_product_attention, *qkv(rng, kv_heads=2), counts={"attention": 1})
+    assert f"t{T} " in report.fused[0].detail
 
 
 def test_grouped_attention_by_hand_is_fused(rng, check_fused):
@@ -309,8 +330,7 @@ def test_two_norms_of_one_sum_are_both_fused(rng, check_fused):
     ("gelu_tanh", lambda x: x * jax.nn.sigmoid(1.5957691216 * (x + 0.044715 * x**3))),
     ("gelu_erf", lambda x: x / 2 * (1 + jax.lax.erf(x / np.sqrt(2)))),
     ("gelu_erf", lambda x: x * (0.5 + 0.5 * jax.scipy.special.erf(x * 0.7071067811865476))),
-    ("gelu_erf", lambda x: x * jax.scipy.stats.norm.cdf(x)),
-], ids=["x / (1 + exp)", "sigmoid", "products", "factored", "by sigmoid", "erf of a quotient", "halves", "normal cdf"])
+], ids=["x / (1 + exp)", "sigmoid", "products", "factored", "by sigmoid", "erf of a quotient", "halves"])
 def test_activations_by_hand_are_fused(rng, check_fused, name, function):
     check_fused(function, normal(rng, B, T, WIDTH) * 2, counts={name: 1})
 

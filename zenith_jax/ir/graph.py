@@ -1,7 +1,9 @@
-"""A jaxpr as a graph: inlined, deduplicated, with producers, users and constants. Pure; nothing here knows an op.
+"""A jaxpr as a graph: inlined, with producers, users, constants and value numbers. Pure; nothing here knows an op.
 
-`Graph.of(jaxpr)` inlines nested `jit`, removes duplicate and dead equations, and indexes what is left.
-`graph.rewritten(replacements)` gives the jaxpr with equations replaced, in a valid order.
+`Graph.of(jaxpr)` inlines nested `jit`, removes dead equations, and indexes what is left. Values that are computed twice
+are known to be the same (`graph.same`) and stay two values: what a program computes once for each of two norms may be
+fused into both of them, what it computes once and uses twice may not.
+`graph.rewritten(replacements)` gives the jaxpr with equations replaced, in a valid order, without duplicates.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from zenith_jax.ir import _compat
@@ -19,13 +22,12 @@ Atom = Any  # Var | Literal
 
 INLINED = {"jit", "pjit", "closed_call", "core_call"}
 
-# Primitives that are deduplicated: deterministic, without sub-jaxprs, their params hashable.
-DEDUPLICATED = set(
+# Primitives that are value-numbered: deterministic, without sub-jaxprs, their params hashable.
+NUMBERED = set(
     "abs add and broadcast_in_dim convert_element_type copy copy_p cos div dot_general eq erf erfc exp expand_dims ge "
     "gt integer_pow iota is_finite le log logistic lt max min mul ne neg not or pow reduce_max reduce_min reduce_sum "
-    "reshape rsqrt select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose pvary".split()
+    "reshape rsqrt select_n sign sin sqrt square squeeze stop_gradient sub tanh transpose pvary zenith_call".split()
 )
-
 
 VIEWS = frozenset(
     "broadcast_in_dim convert_element_type copy copy_p expand_dims pvary reshape squeeze transpose".split()
@@ -44,12 +46,13 @@ class Graph:
     outvars: Sequence[Atom]
     producers: Mapping[Var, int]
     users: Mapping[Var, Sequence[int]]
+    numbers: Mapping[Var, Var]  # a value that is computed again -> the first one
     _constants: dict[Var, Any] = dataclasses.field(default_factory=dict)
+    _arrays: Mapping[Var, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, jaxpr: Any) -> Graph:
         eqns, outvars, constvars, consts = _inlined(jaxpr)
-        eqns, outvars = _deduplicated(eqns, outvars)
         eqns = _live(eqns, outvars)
         producers = {v: i for i, e in enumerate(eqns) for v in e.outvars}
         users: dict[Var, list[int]] = {}
@@ -57,9 +60,21 @@ class Graph:
             for atom in eqn.invars:
                 if isinstance(atom, Var):
                     users.setdefault(atom, []).append(i)
+        known = {v: c for v, c in zip(constvars, consts, strict=False) if _is_concrete(c)}
+        scalars = {v: np.asarray(c).reshape(())[()] for v, c in known.items() if np.size(c) == 1}
         return cls(
-            jaxpr, _compat.opened(jaxpr).invars, constvars, consts, eqns, outvars, producers, users
+            jaxpr, _compat.opened(jaxpr).invars, constvars, consts, eqns, outvars, producers, users,
+            _numbered(eqns), scalars, known,
         )
+
+    def same(self, a: Atom, b: Atom) -> bool:
+        """Whether two variables hold the same value."""
+        return a is b or (isinstance(a, Var) and isinstance(b, Var)
+                          and self.numbers.get(a, a) is self.numbers.get(b, b))
+
+    def array(self, atom: Atom) -> Any | None:
+        """The value of a constant that the program closes over, as an array; None for anything else."""
+        return self._arrays.get(atom) if isinstance(atom, Var) else None
 
     def producer(self, atom: Atom) -> JaxprEqn | None:
         """The equation that computes `atom`; None for an input, a constant or a literal."""
@@ -79,11 +94,20 @@ class Graph:
         """A value computed by `inner`, other than `results`, that something outside of `inner` uses.
 
         Views and casts of what `inner` takes from outside do not count: they are as cheap to share as their source.
+        Nor do second computations of values of `inner` that nothing else uses: they are dead with it.
         """
         by_index = sorted({self.producers[e.outvars[0]]: e for e in inner}.items())
         inner_ids = {id(e) for _, e in by_index}
         kept = set(results)
         computed: set[Var] = set()
+        numbers = {self.numbers.get(v, v) for _, e in by_index for v in e.outvars}
+
+        def is_inside(eqn: JaxprEqn) -> bool:
+            return id(eqn) in inner_ids or all(
+                self.numbers.get(v, v) in numbers and not self.is_output(v) and all(map(is_inside, self.users_of(v)))
+                for v in eqn.outvars
+            )
+
         for _, eqn in by_index:
             if eqn.primitive.name in VIEWS and not any(a in computed for a in eqn.invars if isinstance(a, Var)):
                 continue
@@ -91,7 +115,7 @@ class Graph:
             for var in eqn.outvars:
                 if var in kept or isinstance(var, DropVar):
                     continue
-                if self.is_output(var) or any(id(u) not in inner_ids for u in self.users_of(var)):
+                if self.is_output(var) or not all(map(is_inside, self.users_of(var))):
                     return var
         return None
 
@@ -155,9 +179,9 @@ class Graph:
                 eqns.extend(replacements[i])
             if i not in replacements and not any(v in replaced for v in eqn.outvars):
                 eqns.append(eqn)
-        eqns = _live(_sorted(eqns), self.outvars)
+        eqns, outvars = _deduplicated(_sorted(eqns), self.outvars)
         return _compat.rebuilt(
-            self.source, eqns, self.outvars, [*self.constvars, *constvars], [*self.consts, *consts]
+            self.source, _live(eqns, outvars), outvars, [*self.constvars, *constvars], [*self.consts, *consts]
         )
 
 
@@ -255,35 +279,46 @@ def _inlined(jaxpr: Any) -> tuple[list[JaxprEqn], list[Atom], list[Var], list[An
     return eqns, outvars, constvars, consts
 
 
-def _deduplicated(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> tuple[list[JaxprEqn], list[Atom]]:
-    seen: dict[Any, Sequence[Var]] = {}
-    env: dict[Var, Var] = {}
+def _is_concrete(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, np.generic, jax.Array)) and not isinstance(value, jax.core.Tracer)
 
-    def read(atom: Atom) -> Atom:
-        return env.get(atom, atom) if isinstance(atom, Var) else atom
+
+def _numbered(eqns: Sequence[JaxprEqn]) -> dict[Var, Var]:
+    """For each variable that an earlier one equals, the earliest of them."""
+    seen: dict[Any, Sequence[Var]] = {}
+    numbers: dict[Var, Var] = {}
 
     def key(atom: Atom) -> Any:
         if isinstance(atom, Literal):
             value = np.asarray(atom.val)
             return (value.tobytes(), str(atom.aval)) if value.dtype != object else id(atom)
-        return atom
+        return numbers.get(atom, atom)
 
-    kept = []
     for eqn in eqns:
-        if env:
-            eqn = eqn.replace(invars=[read(a) for a in eqn.invars])
-        if eqn.primitive.name in DEDUPLICATED and not eqn.effects:
-            params = sorted(((n, v) for n, v in eqn.params.items() if v is not None), key=lambda i: i[0])
-            identity = (eqn.primitive.name, tuple(map(key, eqn.invars)), tuple(params))
-            try:
-                first = seen.setdefault(identity, eqn.outvars)
-            except TypeError:  # an unhashable param: this equation is kept as it is
-                first = eqn.outvars
-            if first is not eqn.outvars and not any(isinstance(v, DropVar) for v in (*first, *eqn.outvars)):
-                env.update(zip(eqn.outvars, first, strict=True))
-                continue
-        kept.append(eqn)
-    return kept, [read(a) for a in outvars]
+        if eqn.primitive.name not in NUMBERED or eqn.effects:
+            continue
+        params = sorted(((n, v) for n, v in eqn.params.items() if v is not None), key=lambda i: i[0])
+        identity = (eqn.primitive.name, tuple(map(key, eqn.invars)), tuple(params))
+        try:
+            first = seen.setdefault(identity, eqn.outvars)
+        except TypeError:  # an unhashable param
+            continue
+        if first is not eqn.outvars:
+            numbers.update(
+                (v, w) for v, w in zip(eqn.outvars, first, strict=True)
+                if not isinstance(v, DropVar) and not isinstance(w, DropVar)
+            )
+    return numbers
+
+
+def _deduplicated(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> tuple[list[JaxprEqn], list[Atom]]:
+    """The equations reading only first computations; the others are dead then."""
+    numbers = _numbered(eqns)
+
+    def read(atom: Atom) -> Atom:
+        return numbers.get(atom, atom) if isinstance(atom, Var) else atom
+
+    return [e.replace(invars=list(map(read, e.invars))) for e in eqns], list(map(read, outvars))
 
 
 def _live(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> list[JaxprEqn]:

@@ -244,7 +244,7 @@ class Terms:
     def unify(self, pattern: Term, term: Term, fresh: Sequence[Axis]) -> dict[Axis, Axis] | None:
         """Axes to put for the `fresh` ones so that both terms, peeled, are the same value; None if there are none."""
         pattern, term = self.peel(pattern), self.peel(term)
-        if pattern.atom is not term.atom or isinstance(pattern.atom, Literal):
+        if isinstance(pattern.atom, Literal) or not self.graph.same(pattern.atom, term.atom):
             return None
         bound: dict[Axis, Axis] = {}
         for p, t in zip(pattern.axes, term.axes, strict=True):

@@ -66,7 +66,7 @@ def _value(terms: Terms, term: Term, x: Term, inner: dict[int, JaxprEqn], depth:
         return np.float64(constant)
     steps: list[JaxprEqn] = []
     while True:
-        if term.atom is x.atom:
+        if terms.graph.same(term.atom, x.atom):
             if term.axes != x.axes:
                 raise _NotAFunctionOfX
             break
@@ -77,7 +77,7 @@ def _value(terms: Terms, term: Term, x: Term, inner: dict[int, JaxprEqn], depth:
         steps.append(eqn)  # pyright: ignore[reportArgumentType]
         term = below
     inner.update((id(e), e) for e in steps)
-    if term.atom is x.atom:
+    if terms.graph.same(term.atom, x.atom):
         return _POINTS
     eqn = terms.graph.producer(term.atom)
     if eqn is None or eqn.primitive.name not in _ANALYTIC or depth == 0:

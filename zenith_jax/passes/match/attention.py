@@ -318,7 +318,8 @@ def _roles(root: Term, left: Term, right: Term, value: Term, s: Axis, query_axis
     ordered = [a for a in query.axes if a in query_only]
     if len(ordered) > 2:
         return refuse("the query has {n} axes that key and value lack, attention two", n=len(ordered), depth=5)
-    t = query_axis if query_axis is not None else (ordered[-1] if ordered else None)
+    # Of two axes without a band to tell them apart, the query length is the longer one; results are the same.
+    t = query_axis if query_axis is not None else max(reversed(ordered), key=lambda a: a.size, default=None)
     group = next((a for a in ordered if a is not t), None)
     by_order = [a for a in query.axes if a in batch] + [a for a in key.axes if a in batch and a not in query.axis_set]
     by_order += [a for a in batch if a not in by_order]

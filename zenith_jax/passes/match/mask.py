@@ -10,10 +10,14 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir.term import Axis, Term, Terms
 from zenith_jax.ops.attention import UNBOUNDED
+
+# Constant arrays up to this size are looked at while tracing.
+MAX_CONSTANT_SIZE = 1 << 24
 
 # a compared with b, written as a bound on a - b: (sign, offset): sign * (a - b) + offset >= 0
 _COMPARISONS = {"ge": (1, 0), "gt": (1, -1), "le": (-1, 0), "lt": (-1, -1)}
@@ -68,6 +72,11 @@ def mask_form(terms: Terms, mask: Term, key_axis: Axis, negated: bool = False) -
         chosen = _select_form(terms, mask, eqn, key_axis, negated)
         if chosen is not None:
             return chosen
+    array = terms.graph.array(mask.atom)
+    if array is not None and np.size(array) <= MAX_CONSTANT_SIZE:
+        constant_band = _band_of_constant(np.asarray(array) != negated, mask.axes, key_axis)
+        if constant_band is not None:
+            return constant_band
     if eqn is not None and name in _COMPARISONS:
         band = _band(terms, mask, _NEGATED[name] if negated else name, eqn, key_axis)
         if band is not None:
@@ -136,6 +145,23 @@ def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -
     return MaskForm(right=bound, query_axis=query[0])
 
 
+def _band_of_constant(allowed: np.ndarray, axes: tuple[Axis | None, ...], key_axis: Axis) -> MaskForm | None:
+    """A constant mask over query and key positions, jnp.tril outside of the traced code, that is a band."""
+    named = [(d, axis) for d, axis in enumerate(axes) if axis is not None]
+    if len(named) != 2 or key_axis not in axes or not allowed.any():
+        return None
+    (query_dim, query_axis), = [(d, axis) for d, axis in named if axis is not key_axis]
+    order = [query_dim, axes.index(key_axis), *(d for d, axis in enumerate(axes) if axis is None)]
+    allowed = allowed.transpose(order).reshape(query_axis.size, key_axis.size)
+    distance = np.arange(key_axis.size)[None, :] - np.arange(query_axis.size)[:, None]
+    left, right = -int(distance[allowed].min()), int(distance[allowed].max())
+    if not np.array_equal(allowed, (distance >= -left) & (distance <= right)):
+        return None
+    # A bound at the corner of the matrix is none.
+    return MaskForm(UNBOUNDED if left >= query_axis.size - 1 else left,
+                    UNBOUNDED if right >= key_axis.size - 1 else right, query_axis)
+
+
 def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
     """An integer-valued term as constant + sum of coefficient * axis position, all of it exact in the term's dtype."""
     path: list[Any] = []
@@ -143,6 +169,19 @@ def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
     found = _affine_below(terms, below)
     dtypes = {term.dtype, below.dtype, *(e.outvars[0].aval.dtype for e in path)}
     return found if found is not None and all(_is_exact(d, *found) for d in dtypes) else None
+
+
+def _progression(array: np.ndarray, axes: tuple[Axis | None, ...]) -> tuple[int, dict[Axis, int]] | None:
+    """jnp.arange outside of the traced code is a constant array; so is anything else."""
+    if array.dtype.kind not in "iu" or array.size == 0:
+        return None
+    offset = int(array.flat[0])
+    steps = [int(np.take(array, [1], axis=d).flat[0]) - offset if n > 1 else 0 for d, n in enumerate(array.shape)]
+    positions = sum((np.expand_dims(np.arange(n, dtype=np.int64) * step, [e for e in range(array.ndim) if e != d])
+                     for d, (n, step) in enumerate(zip(array.shape, steps, strict=True))), np.int64(offset))
+    if not np.array_equal(np.broadcast_to(positions, array.shape), array):
+        return None
+    return offset, {axis: step for axis, step in zip(axes, steps, strict=True) if axis is not None and step}
 
 
 def _is_exact(dtype: Any, offset: int, coefficients: dict[Axis, int]) -> bool:
@@ -162,6 +201,9 @@ def _affine_below(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | Non
     cast = terms.producer(term, "convert_element_type")
     if cast is not None:
         return _affine(terms, terms.operands(term, cast)[0])
+    array = terms.graph.array(term.atom)
+    if array is not None:
+        return _progression(np.asarray(array), term.axes) if np.size(array) <= MAX_CONSTANT_SIZE else None
     eqn = terms.producer(term, "iota", "add", "sub")
     if eqn is None:
         return None
