@@ -25,11 +25,10 @@ endif()
 
 file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cu)
 zenith_kernels(zenith_cuda_kernels ${cuda_sources})
-target_compile_options(
-  zenith_cuda_kernels
-  PRIVATE ${gencode} --expt-relaxed-constexpr
-          "SHELL:-Xcompiler=-Wall,-Wextra$<$<BOOL:${ZENITH_WERROR}>:,-Werror>"
-          $<$<BOOL:${ZENITH_WERROR}>:SHELL:-Werror all-warnings>)
+set(nvcc_options ${gencode} --expt-relaxed-constexpr
+    "SHELL:-Xcompiler=-Wall,-Wextra$<$<BOOL:${ZENITH_WERROR}>:,-Werror>"
+    "$<$<BOOL:${ZENITH_WERROR}>:SHELL:-Werror all-warnings>")
+target_compile_options(zenith_cuda_kernels PRIVATE ${nvcc_options})
 
 zenith_handlers(zenith_cuda_handlers)
 target_compile_definitions(zenith_cuda_handlers PRIVATE ZENITH_BACKEND_CUDA)
@@ -37,3 +36,7 @@ target_include_directories(zenith_cuda_handlers SYSTEM PRIVATE ${CUDAToolkit_INC
 zenith_module(_cuda zenith_cuda_kernels zenith_cuda_handlers CUDA::cudart_static)
 target_compile_definitions(_cuda PRIVATE ZENITH_BACKEND_CUDA)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+
+if(ZENITH_CUDA_TESTS)
+  add_subdirectory(tests/cuda)
+endif()

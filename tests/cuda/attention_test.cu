@@ -1,0 +1,436 @@
+// AttentionForward and AttentionBackward against cuda/attention/naive_*.cu. How to build and run:
+// CMakeLists.txt. Axes as in ffi/kernels/attention.h.
+//
+// Tolerances, by row of features (of keys in dbias): |got - want| <= relative * |want| + absolute,
+// Euclidean norms. A wrong element of a row of 64 stands out 30 times above bfloat16's.
+//   relative: for 16-bit types 4 roundoffs: fast and naive result are rounded, and the fast
+//     kernels round p and dlogits before the products of tensor cores. In float32 both kernels err:
+//     p relatively by the absolute error of a logit, and sums of n terms by sqrt(n) roundoffs.
+//     With L the largest logit that |query| |key| allows:
+//       2^-23 * (16 + 2 sqrt(n) + 4 L)
+//   absolute: dlogits = p * (dp - delta) may cancel to nothing (one key: always), which leaves the
+//     rounding errors of dp and delta: 2^-23 * 16 |dout| |value|.
+//   |want| counts as at least a tenth of the tensor's root mean square of rows: a row whose terms
+//     cancel by chance, or that 16-bit p underflows in, is not held to its own size.
+#include <algorithm>
+
+#include "cuda/attention/kernels.h"
+#include "tests/cuda/harness.cuh"
+
+namespace zenith::test {
+namespace {
+
+struct Problem {
+  DType dtype = DType::kBF16;
+  int64_t batch = 1, kv_heads = 1, groups = 1, q_len = 1, kv_len = 1, qk_dim = 64, v_dim = 64;
+  int64_t left = kUnbounded, right = kUnbounded;
+  MaskedRow masked_row = MaskedRow::kMean;
+  /// A digit per axis of (batch, kv_head, group, query, key): 1 full, 0 broadcast. Then 'd': every
+  /// third query is allowed no key; 't': the key axis is not the innermost in memory.
+  std::string mask = "", bias = "";
+  DType bias_dtype = DType::kF32;
+  bool length_first = false;  // (batch, length, head, feature) in memory, else head before length
+  float scale = NAN;          // NaN: 1 / sqrt(qk_dim)
+  double amplitude = 1;       // of query, key and value
+  int64_t offset = 0;         // in elements
+
+  int64_t heads() const { return kv_heads * groups; }
+  int64_t scores() const { return batch * heads() * q_len * kv_len; }
+
+  std::string text() const {
+    const auto n = [](int64_t value) { return std::to_string(value); };
+    std::string s;
+    const std::pair<const char*, int64_t> sizes[] = {
+        {"b", batch},   {" h", kv_heads}, {"x", groups}, {" t", q_len},
+        {" s", kv_len}, {" d", qk_dim},   {" e", v_dim}};
+    for (const auto& [axis, size] : sizes) s.append(axis).append(n(size));
+    if (left != kUnbounded || right != kUnbounded) {
+      s += " band " + (left == kUnbounded ? "all" : n(left)) + ".." +
+           (right == kUnbounded ? "all" : n(right));
+    }
+    if (!mask.empty()) s += " mask " + mask;
+    if (!bias.empty()) s += " bias " + bias + " " + Name(bias_dtype);
+    if (masked_row == MaskedRow::kNan) s += " nan";
+    if (length_first) s += " bthd";
+    if (!std::isnan(scale)) s += " scale " + std::to_string(scale);
+    if (amplitude != 1) s += " amplitude " + std::to_string(amplitude);
+    if (offset) s += " unaligned";
+    return s;
+  }
+};
+
+HeadStrides StridesOf(const Problem& p, int64_t heads, int64_t length, int64_t features) {
+  return p.length_first ? HeadStrides{length * heads * features, features, heads * features}
+                        : HeadStrides{heads * length * features, length * features, features};
+}
+
+/// A tensor that is broadcast to the scores.
+struct ScoreLayout {
+  ScoreStrides strides;
+  int64_t size = 1;
+
+  ScoreLayout(const Problem& p, const std::string& pattern) {
+    int64_t* const stride[] = {&strides.batch, &strides.kv_head, &strides.group, &strides.query,
+                               &strides.key};
+    const int64_t sizes[] = {p.batch, p.kv_heads, p.groups, p.q_len, p.kv_len};
+    const bool key_outside = pattern.find('t') != std::string::npos;
+    for (const int axis : {4, 3, 2, 1, 0}) {
+      const int stored = key_outside && axis >= 3 ? 7 - axis : axis;
+      if (pattern[static_cast<size_t>(stored)] != '1') continue;
+      if (sizes[stored] != 1) *stride[stored] = size;
+      size *= sizes[stored];
+    }
+  }
+};
+
+std::vector<char> RandomMask(Random& random, const Problem& p, const ScoreLayout& layout) {
+  std::vector<char> mask(static_cast<size_t>(layout.size));
+  const bool dead_rows = p.mask.find('d') != std::string::npos && layout.strides.query != 0;
+  for (int64_t i = 0; i < layout.size; ++i) {
+    const bool dead = dead_rows && i / layout.strides.query % p.q_len % 3 == 0;
+    mask[static_cast<size_t>(i)] = !dead && random.Chance(0.7);
+  }
+  return mask;
+}
+
+std::vector<double> RowNorms(const std::vector<float>& values, int64_t cols) {
+  std::vector<double> norms;
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (static_cast<int64_t>(i) % cols == 0) norms.push_back(0);
+    if (std::isfinite(values[i])) norms.back() += double{values[i]} * values[i];
+  }
+  for (double& norm : norms) norm = std::sqrt(norm);
+  return norms;
+}
+
+double Largest(const std::vector<double>& values) {
+  return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
+}
+
+/// See the tolerances above.
+void CompareRows(Report& report, const char* family, const char* what, const Array& got,
+                 const Array& want, int64_t cols, double relative, double absolute) {
+  const std::vector<float> g = got.Values(), w = want.Values();
+  const std::vector<double> norms = RowNorms(w, cols);
+  double mean_square = 0;
+  for (const double norm : norms) mean_square += norm * norm / static_cast<double>(norms.size());
+  double worst = 0;
+  for (size_t row = 0; row < norms.size(); ++row) {
+    double square = 0;
+    for (size_t i = row * static_cast<size_t>(cols); i < (row + 1) * static_cast<size_t>(cols);
+         ++i) {
+      if (std::isfinite(g[i]) && std::isfinite(w[i])) {
+        square += (double{g[i]} - w[i]) * (double{g[i]} - w[i]);
+      } else if (!(std::isnan(g[i]) && std::isnan(w[i])) && g[i] != w[i]) {
+        square = HUGE_VAL;
+      }
+    }
+    const double size = std::fmax(norms[row], 0.1 * std::sqrt(mean_square));
+    worst = std::fmax(worst, std::sqrt(square) / (relative * size + absolute + 1e-30));
+  }
+  report.Add(family, what, got.dtype(), worst);
+}
+
+/// delta[b,h,t] = sum_e dout * out in float64.
+std::vector<float> Delta(const Problem& p, const Array& out, const Array& dout) {
+  const std::vector<float> o = out.Values(), d = dout.Values();
+  const HeadStrides strides = StridesOf(p, p.heads(), p.q_len, p.v_dim);
+  std::vector<float> delta;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t h = 0; h < p.heads(); ++h) {
+      for (int64_t t = 0; t < p.q_len; ++t) {
+        double sum = 0;
+        const int64_t row = b * strides.batch + h * strides.head + t * strides.length;
+        for (int64_t i = row; i < row + p.v_dim; ++i) {
+          sum += double{o[static_cast<size_t>(i)]} * d[static_cast<size_t>(i)];
+        }
+        delta.push_back(static_cast<float>(sum));
+      }
+    }
+  }
+  return delta;
+}
+
+void Test(Report& report, const Problem& p) {
+  report.Problem(p.text());
+  Random random(5);
+  const int64_t queries = p.batch * p.heads() * p.q_len, keys = p.batch * p.kv_heads * p.kv_len;
+  const auto input = [&](int64_t rows, int64_t features, double amplitude) {
+    return Array(p.dtype, random.Normals(rows * features, amplitude, 4), p.offset);
+  };
+  const Array query = input(queries, p.qk_dim, p.amplitude);
+  const Array key = input(keys, p.qk_dim, p.amplitude);
+  const Array value = input(keys, p.v_dim, p.amplitude), dout = input(queries, p.v_dim, 1);
+  Array mask, bias, dbias, want_dbias;
+
+  AttentionBackwardArgs args{};
+  args.dtype = p.dtype;
+  args.batch = p.batch, args.kv_heads = p.kv_heads, args.groups = p.groups;
+  args.q_len = p.q_len, args.kv_len = p.kv_len, args.qk_dim = p.qk_dim, args.v_dim = p.v_dim;
+  args.scale = std::isnan(p.scale)
+                   ? 1 / std::sqrt(static_cast<float>(std::max<int64_t>(p.qk_dim, 1)))
+                   : p.scale;
+  args.left = p.left, args.right = p.right, args.masked_row = p.masked_row;
+  args.query_strides = StridesOf(p, p.heads(), p.q_len, p.qk_dim);
+  args.key_strides = StridesOf(p, p.kv_heads, p.kv_len, p.qk_dim);
+  args.value_strides = StridesOf(p, p.kv_heads, p.kv_len, p.v_dim);
+  args.out_strides = StridesOf(p, p.heads(), p.q_len, p.v_dim);
+  args.query = query.data(), args.key = key.data(), args.value = value.data();
+  if (!p.mask.empty()) {
+    const ScoreLayout layout(p, p.mask);
+    mask = Array(RandomMask(random, p, layout));
+    args.mask = mask.data<bool>();
+    args.mask_strides = layout.strides;
+  }
+  double largest_bias = 0;
+  if (!p.bias.empty()) {
+    const ScoreLayout layout(p, p.bias);
+    bias = Array(p.bias_dtype, random.Normals(layout.size, 1, 5));
+    for (const float term : bias.Values()) largest_bias = std::fmax(largest_bias, std::fabs(term));
+    args.bias = bias.data();
+    args.bias_dtype = p.bias_dtype;
+    args.bias_strides = layout.strides;
+    dbias = Array(DType::kF32, p.scores());
+    want_dbias = Array(DType::kF32, p.scores());
+  }
+
+  const double q = Largest(RowNorms(query.Values(), p.qk_dim));
+  const double k = Largest(RowNorms(key.Values(), p.qk_dim));
+  const double v = Largest(RowNorms(value.Values(), p.v_dim));
+  const double dy = Largest(RowNorms(dout.Values(), p.v_dim));
+  const double scale = std::fabs(args.scale), logit = scale * q * k + largest_bias;
+  const double rows = static_cast<double>(p.groups * p.q_len);
+  const double terms = std::fmax(rows, static_cast<double>(p.kv_len));
+  const double relative = (p.dtype == DType::kF32 ? 0 : 4 * Roundoff(p.dtype)) +
+                          2 * kFloatRoundoff * (16 + 2 * std::sqrt(terms) + 4 * logit);
+  const double noise = 2 * kFloatRoundoff * 16 * dy * v;  // of dlogits
+
+  Array out(p.dtype, queries * p.v_dim, p.offset), lse(DType::kF32, queries);
+  Array want_out(p.dtype, queries * p.v_dim, p.offset), want_lse(DType::kF32, queries);
+  AttentionForwardArgs forward{}, naive{};
+  static_cast<AttentionProblem&>(forward) = args;
+  naive = forward;
+  forward.out = out.data(), forward.lse = lse.data<float>();
+  naive.out = want_out.data(), naive.lse = want_lse.data<float>();
+  RunOracle(report, "forward", {&want_out, &want_lse},
+            [&](Launch l) { return attention::NaiveForward(naive, l); });
+  RunTwice(report, "forward", {&out, &lse}, [&](Launch l) { return AttentionForward(forward, l); });
+  CompareRows(report, "attention forward", "out", out, want_out, p.v_dim, relative, 0);
+  report.Compare("attention forward", "lse", lse, want_lse,
+                 [&](int64_t) { return 2 * kFloatRoundoff * (16 + 4 * logit); });
+
+  // Both kernels get the naive out and lse. Each has its own delta: the naive ones' is float64's.
+  Array delta(DType::kF32, queries);
+  Array want_delta(DType::kF32, Delta(p, want_out, dout));
+  Array dquery(p.dtype, query.size(), p.offset), want_dquery(p.dtype, query.size(), p.offset);
+  Array dkey(p.dtype, key.size(), p.offset), want_dkey(p.dtype, key.size(), p.offset);
+  Array dvalue(p.dtype, value.size(), p.offset), want_dvalue(p.dtype, value.size(), p.offset);
+  args.out = want_out.data(), args.dout = dout.data(), args.lse = want_lse.data<float>();
+  args.delta = delta.data<float>(), args.dbias = dbias.data<float>();
+  args.dquery = dquery.data(), args.dkey = dkey.data(), args.dvalue = dvalue.data();
+  AttentionBackwardArgs oracle = args;
+  oracle.delta = want_delta.data<float>(), oracle.dbias = want_dbias.data<float>();
+  oracle.dquery = want_dquery.data(), oracle.dkey = want_dkey.data();
+  oracle.dvalue = want_dvalue.data();
+  RunOracle(report, "backward", {&want_dquery, &want_dkey, &want_dvalue, &want_dbias},
+            [&](Launch l) { return attention::NaiveBackward(oracle, l); });
+  RunTwice(report, "backward", {&delta, &dquery, &dkey, &dvalue, &dbias},
+           [&](Launch l) { return AttentionBackward(args, l); });
+  report.Compare("attention backward", "delta", delta, want_delta,
+                 [&](int64_t) { return noise + 1e-30; });
+  CompareRows(report, "attention backward", "dquery", dquery, want_dquery, p.qk_dim, relative,
+              scale * k * noise);
+  CompareRows(report, "attention backward", "dkey", dkey, want_dkey, p.qk_dim, relative,
+              scale * q * noise * std::sqrt(rows));
+  CompareRows(report, "attention backward", "dvalue", dvalue, want_dvalue, p.v_dim, relative, 0);
+  if (!p.bias.empty()) {
+    CompareRows(report, "attention backward", "dbias", dbias, want_dbias, p.kv_len,
+                relative - (p.dtype == DType::kF32 ? 0 : 4 * Roundoff(p.dtype)), noise);
+  }
+}
+
+constexpr MaskedRow kMaskedRows[] = {MaskedRow::kNan, MaskedRow::kMean};
+constexpr int64_t kOpen = kUnbounded;
+
+/// Head sizes: tiles of 64, 128 and 256 features, full and not, equal or not, and what only the
+/// naive kernel takes (20, 111 and 300 features, pointers that are not aligned).
+void AddSizes(std::vector<Problem>& problems, DType dtype) {
+  for (const int64_t d : {8, 20, 32, 40, 64, 96, 111, 128, 192, 256, 300}) {
+    problems.push_back({.dtype = dtype,
+                        .batch = 2,
+                        .kv_heads = 2,
+                        .q_len = 129,
+                        .kv_len = 257,
+                        .qk_dim = d,
+                        .v_dim = d});
+    problems.push_back({.dtype = dtype,
+                        .kv_heads = 2,
+                        .groups = 2,
+                        .q_len = 200,
+                        .kv_len = 200,
+                        .qk_dim = d,
+                        .v_dim = d,
+                        .right = 0,
+                        .length_first = true});
+  }
+  constexpr int64_t kUnequal[][2] = {{64, 32},  {32, 128}, {192, 128}, {128, 64},
+                                     {64, 256}, {72, 136}, {4, 12},    {33, 64}};
+  for (const auto& [d, e] : kUnequal) {
+    problems.push_back({.dtype = dtype,
+                        .kv_heads = 2,
+                        .groups = 3,
+                        .q_len = 150,
+                        .kv_len = 140,
+                        .qk_dim = d,
+                        .v_dim = e,
+                        .right = 0,
+                        .length_first = true});
+  }
+  problems.push_back({.dtype = dtype, .kv_heads = 2, .q_len = 65, .kv_len = 70, .offset = 1});
+  constexpr int64_t kLengths[][2] = {{1, 1},     {1, 1000}, {17, 17},    {127, 129},
+                                     {129, 127}, {1000, 1}, {300, 1000}, {1000, 300}};
+  for (const auto& [t, s] : kLengths) {
+    for (const int64_t d : {64, 128}) {
+      problems.push_back(
+          {.dtype = dtype, .groups = 2, .q_len = t, .kv_len = s, .qk_dim = d, .v_dim = d});
+      problems.push_back(
+          {.dtype = dtype, .q_len = t, .kv_len = s, .qk_dim = d, .v_dim = d, .right = 0});
+      for (const MaskedRow row : kMaskedRows) {  // causal from the end: without keys where t > s
+        problems.push_back({.dtype = dtype,
+                            .kv_heads = 2,
+                            .q_len = t,
+                            .kv_len = s,
+                            .qk_dim = d,
+                            .v_dim = d,
+                            .right = s - t,
+                            .masked_row = row});
+      }
+    }
+  }
+  for (const MaskedRow row : kMaskedRows) {
+    const Problem empty{.dtype = dtype, .groups = 2, .q_len = 5, .kv_len = 7, .masked_row = row};
+    for (const auto size : {&Problem::batch, &Problem::kv_heads, &Problem::groups, &Problem::q_len,
+                            &Problem::kv_len, &Problem::qk_dim, &Problem::v_dim}) {
+      problems.push_back(empty);
+      problems.back().*size = 0;
+    }
+  }
+}
+
+/// Bands, masks, biases and scales for one tile size.
+void AddScores(std::vector<Problem>& problems, DType dtype, int64_t d) {
+  constexpr int64_t kBands[][2] = {{16, 0},   {100, 100},    {0, 0},        {-5, 20},
+                                   {30, -10}, {kOpen, -130}, {-130, kOpen}, {5, -6}};
+  for (const auto& [left, right] : kBands) {
+    for (const MaskedRow row : kMaskedRows) {
+      problems.push_back({.dtype = dtype,
+                          .groups = 2,
+                          .q_len = 260,
+                          .kv_len = 250,
+                          .qk_dim = d,
+                          .v_dim = d,
+                          .left = left,
+                          .right = right,
+                          .masked_row = row});
+    }
+  }
+  for (const char* mask : {"10001", "11111", "00010", "00011", "00011t", "11111d", "10010d"}) {
+    for (const MaskedRow row : kMaskedRows) {
+      problems.push_back({.dtype = dtype,
+                          .batch = 2,
+                          .kv_heads = 2,
+                          .groups = 2,
+                          .q_len = 133,
+                          .kv_len = 150,
+                          .qk_dim = d,
+                          .v_dim = d,
+                          .masked_row = row,
+                          .mask = mask});
+    }
+  }
+  for (const char* bias : {"00111", "11111", "10001", "01010", "00011t"}) {
+    for (const DType bias_dtype : {dtype, DType::kF32}) {
+      problems.push_back({.dtype = dtype,
+                          .batch = 2,
+                          .kv_heads = 2,
+                          .groups = 2,
+                          .q_len = 133,
+                          .kv_len = 150,
+                          .qk_dim = d,
+                          .v_dim = d,
+                          .bias = bias,
+                          .bias_dtype = bias_dtype});
+      problems.push_back({.dtype = dtype,
+                          .groups = 2,
+                          .q_len = 300,
+                          .kv_len = 310,
+                          .qk_dim = d,
+                          .v_dim = d,
+                          .right = 0,
+                          .mask = "11111d",
+                          .bias = bias,
+                          .bias_dtype = bias_dtype,
+                          .length_first = true});
+    }
+  }
+  for (const float scale : {-0.2f, 0.f, 3.f}) {
+    problems.push_back(
+        {.dtype = dtype, .q_len = 100, .kv_len = 130, .qk_dim = d, .v_dim = d, .scale = scale});
+  }
+  problems.push_back({.dtype = dtype,
+                      .q_len = 300,
+                      .kv_len = 300,
+                      .qk_dim = d,
+                      .v_dim = d,
+                      .scale = 0.3f,
+                      .amplitude = 4});
+}
+
+/// Every kernel with partial tiles, a band, a mask and a bias, for compute-sanitizer.
+void AddSmall(std::vector<Problem>& problems, DType dtype) {
+  for (const int64_t d : {64, 128, 256}) {
+    problems.push_back(
+        {.dtype = dtype, .q_len = 70, .kv_len = 133, .qk_dim = d, .v_dim = d - 32, .right = 0});
+    problems.push_back({.dtype = dtype,
+                        .groups = 2,
+                        .q_len = 67,
+                        .kv_len = 37,
+                        .qk_dim = d - 8,
+                        .v_dim = d,
+                        .left = 9,
+                        .right = 9,
+                        .masked_row = MaskedRow::kNan,
+                        .mask = "00111d",
+                        .bias = "01011",
+                        .bias_dtype = dtype,
+                        .length_first = true});
+  }
+  problems.push_back({.dtype = dtype, .qk_dim = 8, .v_dim = 8});
+  problems.push_back({.dtype = dtype,
+                      .q_len = 17,
+                      .kv_len = 19,
+                      .qk_dim = 20,
+                      .v_dim = 33,
+                      .mask = "00001",
+                      .bias = "00010"});
+}
+
+int Main(bool small) {
+  Report report;
+  for (const DType dtype : kDTypes) {
+    std::vector<Problem> problems;
+    if (small) {
+      AddSmall(problems, dtype);
+    } else {
+      AddSizes(problems, dtype);
+      for (const int64_t d : {64, 128, 256}) AddScores(problems, dtype, d);
+    }
+    for (const Problem& problem : problems) Test(report, problem);
+  }
+  return report.Finish();
+}
+
+}  // namespace
+}  // namespace zenith::test
+
+int main(int argc, char** argv) { return zenith::test::Main(zenith::test::IsSmall(argc, argv)); }
