@@ -193,7 +193,10 @@ def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attribut
         return results, list(_reference_jvp(kernel, attributes, live, primals, live_tangents, visible=False))
     # Named so that a remat policy can save them: the output and the log-sum-exp together; one alone still recomputes.
     results = [checkpoint_name(r, f"zenith_{kernel.name}") for r in results]
-    visible = tangent_p.bind(*primals, *results, *live_tangents, kernel=kernel, attributes=attributes, live=live)
+    present, missing = _without_absent(kernel, primals)
+    visible = tangent_p.bind(
+        *present, *results, *live_tangents, kernel=kernel, attributes=attributes, live=live, missing=missing
+    )
     hidden = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results[kernel.visible :]]
     return results, [*visible, *hidden]
 
@@ -249,26 +252,49 @@ batching.primitive_batchers[call_p] = _call_batch
 
 
 # --- tangent_p: (*operands, *results, *tangents of the live operands) -> tangents of the visible results --------------
+#
+# Absent operands are left out and named by the param `missing`, ((index, dtype), ...): operands and results become
+# residuals, and XLA's partitioner crashes on a residual of size 0 that is sharded over devices (`jax.grad` of
+# `jax.shard_map`, jaxlib 0.11.2).
 
 tangent_p = Primitive("zenith_tangent")
 tangent_p.multiple_results = True
 
 
-def _split(kernel: Kernel, args: Sequence) -> tuple[Sequence, Sequence, Sequence]:
-    operands = len(kernel.signature.operands)
+def _without_absent(kernel: Kernel, operands: Sequence) -> tuple[list[Any], tuple[tuple[int, str], ...]]:
+    """The operands that are there, and `missing`."""
+    is_missing = [s.optional and is_absent(x) for s, x in zip(kernel.signature.operands, operands, strict=True)]
+    present = [x for x, gone in zip(operands, is_missing, strict=True) if not gone]
+    return present, tuple((i, np.dtype(operands[i].dtype).name) for i, gone in enumerate(is_missing) if gone)
+
+
+def _split(kernel: Kernel, args: Sequence, missing: tuple) -> tuple[list[Any], list[Any], list[Any]]:
+    """(operands that are there, results, tangents)."""
+    operands = len(kernel.signature.operands) - len(missing)
     results = operands + len(kernel.signature.results)
-    return args[:operands], args[operands:results], args[results:]
+    return list(args[:operands]), list(args[operands:results]), list(args[results:])
 
 
-def tangents_of(*args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...]) -> Sequence[Any]:
+def _with_absent(operands: Sequence, missing: tuple) -> list[Any]:
+    full = list(operands)
+    for index, dtype in missing:  # in ascending order
+        full.insert(index, absent(dtype))
+    return full
+
+
+def tangents_of(
+    *args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...], missing: tuple
+) -> Sequence[Any]:
     """What `tangent_p` computes, by the reference."""
-    operands, _, tangents = _split(kernel, args)
-    return _reference_jvp(kernel, attributes, live, operands, tangents, visible=True)
+    operands, _, tangents = _split(kernel, args, missing)
+    return _reference_jvp(kernel, attributes, live, _with_absent(operands, missing), tangents, visible=True)
 
 
-def _tangent_abstract(*avals: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...]) -> list[Any]:
+def _tangent_abstract(
+    *avals: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...], missing: tuple
+) -> list[Any]:
     del attributes, live
-    return list(_split(kernel, avals)[1][: kernel.visible])
+    return _split(kernel, avals, missing)[1][: kernel.visible]
 
 
 def _tangent_jvp(primals: Sequence, tangents: Sequence, **params: Any):
@@ -285,20 +311,26 @@ def _tangent_jvp(primals: Sequence, tangents: Sequence, **params: Any):
     return jax.jvp(of_moving, values, directions)
 
 
-def _tangent_transpose(cotangents: Sequence, *args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...]):
-    operands, results, tangents = _split(kernel, args)
+def _tangent_transpose(
+    cotangents: Sequence, *args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...], missing: tuple
+):
+    operands, results, tangents = _split(kernel, args, missing)
     needed = tuple(i for i, t in zip(live, tangents, strict=True) if ad.is_undefined_primal(t))
     assert kernel.backward is not None
     found = kernel.backward(
-        operands, results, [ad.instantiate_zeros(c) for c in cotangents], needed, **dict(attributes)
+        _with_absent(operands, missing), results, [ad.instantiate_zeros(c) for c in cotangents], needed, **dict(attributes)
     )
     return [None] * (len(operands) + len(results)) + [found.get(i) for i in live]
 
 
-def _tangent_batch(args: Sequence, dims: Sequence, *, kernel: Kernel, attributes: tuple, live: tuple[int, ...]):
+def _tangent_batch(
+    args: Sequence, dims: Sequence, *, kernel: Kernel, attributes: tuple, live: tuple[int, ...], missing: tuple
+):
     signature = kernel.signature
-    specs = [*signature.operands, *signature.results, *(signature.operands[i] for i in live)]
-    params = dict(kernel=kernel, attributes=attributes, live=live)
+    gone = {i for i, _ in missing}
+    present = [s for i, s in enumerate(signature.operands) if i not in gone]
+    specs = [*present, *signature.results, *(signature.operands[i] for i in live)]
+    params = dict(kernel=kernel, attributes=attributes, live=live, missing=missing)
     moved = _batch_to_front(specs, args, dims)
     if moved is None:
         out = jax.vmap(ft.partial(tangents_of, **params), in_axes=tuple(dims))(*args)

@@ -95,7 +95,9 @@ def plan(graph: Graph, context: Context) -> list[Match]:
             found = _attempt(matcher, graph, eqn)
             if found is None:
                 continue
-            if isinstance(found, Match) and any(id(e) in claimed for e in found.inner if e is not eqn):
+            while isinstance(found, Match) and any(id(e) in claimed for e in found.inner if e is not eqn):
+                found = found.simpler
+            if found is None:
                 continue  # another match has equations of this one, and computes them
             op = found.op if isinstance(found, Match) else matcher.__module__.rsplit(".", 1)[-1]
             refusal = (

@@ -32,6 +32,8 @@ class Match:
     detail: str = ""
     # The cases the cost model chooses by: shapes, dtype, flags. See passes/choose.py.
     case: tuple[tuple[str, Any], ...] = ()
+    # What to fuse instead where another match has taken some of `inner`: the norm without the sum before it.
+    simpler: Match | None = None
 
 
 Order = tuple[int, ...]

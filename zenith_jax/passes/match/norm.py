@@ -310,19 +310,20 @@ def _finish(
     name = "layer_norm" if moments.centred else "rms_norm"
     case = (("dtype", x.dtype.name), ("cols", axis.size), ("size", x.atom.aval.size))
     residual = _residual(terms, x, parameters)
+    alone = Match(
+        op=name, root=root, results=(result,), inner=tuple(all_inner),
+        leaves=(x.atom, *(t.atom for t in parameters)), emit=emit, static=tuple(static.items()),
+        detail=f"rows of {axis.size}", case=case,
+    )
     if residual is not None:
         addition, first, second = residual
         total = addition.outvars[0]
         return Match(
             op=f"add_{name}", root=root, results=(result, total), inner=(*all_inner, addition),
             leaves=(first, second, *(t.atom for t in parameters)), emit=emit_with_residual,
-            static=tuple(static.items()), detail=f"rows of {axis.size}", case=case,
+            static=tuple(static.items()), detail=f"rows of {axis.size}", case=case, simpler=alone,
         )
-    return Match(
-        op=name, root=root, results=(result,), inner=tuple(all_inner),
-        leaves=(x.atom, *(t.atom for t in parameters)), emit=emit, static=tuple(static.items()),
-        detail=f"rows of {axis.size}", case=case,
-    )
+    return alone
 
 
 def _add_bias(terms: Terms, found: _Found, axis: Axis) -> tuple[Var, Term | None, list[JaxprEqn]]:
