@@ -48,8 +48,10 @@ def loss(params, x):
 @pytest.fixture
 def params():
     rng = np.random.default_rng(20260105)
+
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape) / 4, jnp.float32)
+
     return {"qkv": tuple(normal(WIDTH, H, D) for _ in range(3)), "scale": normal(WIDTH) + 1, "w": normal(WIDTH, WIDTH)}
 
 
@@ -67,8 +69,9 @@ def check(function, *args, counts, floor_ulps=32):
     """`function`, fused, against itself unfused and in float64; `counts`: what explain says is fused."""
     report = zenith.explain(function)(*args)
     assert report.counts() == counts, str(report)
-    assert_error_ratio(zenith.jit(function)(*args), jax.jit(function)(*args), in_float64(function)(*args),
-                       floor_ulps=floor_ulps)
+    assert_error_ratio(
+        zenith.jit(function)(*args), jax.jit(function)(*args), in_float64(function)(*args), floor_ulps=floor_ulps
+    )
     return report
 
 
@@ -124,14 +127,16 @@ def test_jacobians_inside_are_right(x, of):
     def function(x):
         return of(lambda row: jnp.sin(jax.nn.gelu(row) / jnp.sqrt(jnp.mean(row * row) + 0.1)))(x)
 
-    assert_error_ratio(zenith.jit(function)(x[0, 0]), jax.jit(function)(x[0, 0]), in_float64(function)(x[0, 0]),
-                       floor_ulps=32)
+    assert_error_ratio(
+        zenith.jit(function)(x[0, 0]), jax.jit(function)(x[0, 0]), in_float64(function)(x[0, 0]), floor_ulps=32
+    )
 
 
 @pytest.mark.parametrize("of", [jax.jacrev, jax.jacfwd, jax.hessian], ids=lambda f: f.__name__)
 def test_jacobians_outside_are_right(x, of):
     def row_loss(row):
         return jnp.sin(jax.nn.gelu(row) / jnp.sqrt(jnp.mean(row * row) + 0.1))
+
     fused, plain = of(zenith.jit(row_loss)), of(row_loss)
     assert_error_ratio(fused(x[0, 0]), plain(x[0, 0]), in_float64(plain)(x[0, 0]), floor_ulps=32)
 
@@ -141,8 +146,17 @@ def tangent(tree):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", ["jvp", "linearize", "hvp forward over reverse", "hvp reverse over forward",
-                                  "hvp reverse over reverse", "grad of grad"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jvp",
+        "linearize",
+        "hvp forward over reverse",
+        "hvp reverse over forward",
+        "hvp reverse over reverse",
+        "grad of grad",
+    ],
+)
 def test_forward_mode_and_higher_orders_are_right(params, x, name, inside):
     def transformed(f):
         def grad_dot(p, x):
@@ -152,8 +166,9 @@ def test_forward_mode_and_higher_orders_are_right(params, x, name, inside):
             "jvp": lambda p, x: jax.jvp(ft.partial(f, p), (x,), (tangent(x),)),
             "linearize": lambda p, x: jax.linearize(ft.partial(f, p), x)[1](tangent(x)),
             "hvp forward over reverse": lambda p, x: jax.jvp(jax.grad(ft.partial(f, p)), (x,), (tangent(x),))[1],
-            "hvp reverse over forward":
-                lambda p, x: jax.grad(lambda x: jax.jvp(ft.partial(f, p), (x,), (tangent(x),))[1])(x),
+            "hvp reverse over forward": lambda p, x: jax.grad(
+                lambda x: jax.jvp(ft.partial(f, p), (x,), (tangent(x),))[1]
+            )(x),
             "hvp reverse over reverse": jax.grad(grad_dot, 1),
             "grad of grad": jax.grad(grad_dot, 0),
         }[name]
@@ -176,8 +191,9 @@ def test_vmap_of_grad_with_parameters_of_each_example(params, x):
 
 def test_vmap_outside_is_right(params, x):
     fused, plain = jax.vmap(zenith.jit(loss), (None, 0)), jax.vmap(loss, (None, 0))
-    assert_error_ratio(fused(params, x[:, None]), plain(params, x[:, None]), in_float64(plain)(params, x[:, None]),
-                       floor_ulps=32)
+    assert_error_ratio(
+        fused(params, x[:, None]), plain(params, x[:, None]), in_float64(plain)(params, x[:, None]), floor_ulps=32
+    )
 
 
 # --- control flow -----------------------------------------------------------------------------------------------------
@@ -190,8 +206,11 @@ def stacked(params, n=3):
 @pytest.mark.parametrize("policy", [None, "none", "dots_saveable", "everything_saveable", "nothing_saveable"])
 def test_scan_over_layers_with_remat_is_fused(params, x, policy):
     policies = jax.checkpoint_policies
-    wrapped = layer if policy is None else jax.checkpoint(
-        layer, policy=None if policy == "none" else getattr(policies, policy))
+    wrapped = (
+        layer
+        if policy is None
+        else jax.checkpoint(layer, policy=None if policy == "none" else getattr(policies, policy))
+    )
 
     def function(params, x):
         y, _ = lax.scan(lambda x, p: (wrapped(p, x), None), x, params)
@@ -251,12 +270,18 @@ def test_scan_over_microbatches_that_calls_grad_is_fused(params, x):
 
 def test_nested_decorated_function_is_fused_once(params, x):
     inner = zenith.jit(layer)
+
     def function(p, x):
         return jnp.sum(jnp.sin(inner(p, x)))
+
     found = calls(zenith.jit(jax.grad(function)), params, x)
     assert found["attention_fwd"] == found["attention_bwd"] == 1, found
-    assert_error_ratio(zenith.jit(jax.grad(function))(params, x), jax.jit(jax.grad(loss))(params, x),
-                       in_float64(jax.grad(loss))(params, x), floor_ulps=32)
+    assert_error_ratio(
+        zenith.jit(jax.grad(function))(params, x),
+        jax.jit(jax.grad(loss))(params, x),
+        in_float64(jax.grad(loss))(params, x),
+        floor_ulps=32,
+    )
 
 
 # --- user-defined derivatives -----------------------------------------------------------------------------------------
@@ -280,10 +305,15 @@ def _(primals, tangents):
     return own_tangent(*primals), 3 * tangents[0] * jnp.cos(primals[0])
 
 
-@pytest.mark.parametrize("function, counts", [
-    # The primal is fused, and again what the rule puts in its place.
-    (doubled_gradient, {"gelu_tanh": 2, "softmax": 1}), (own_tangent, {"gelu_tanh": 2}),
-], ids=["custom_vjp", "custom_jvp"])
+@pytest.mark.parametrize(
+    "function, counts",
+    [
+        # The primal is fused, and again what the rule puts in its place.
+        (doubled_gradient, {"gelu_tanh": 2, "softmax": 1}),
+        (own_tangent, {"gelu_tanh": 2}),
+    ],
+    ids=["custom_vjp", "custom_jvp"],
+)
 def test_user_rules_for_derivatives_are_kept(x, function, counts):
     check(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(function(x)))), x, counts=counts)
     inside = zenith.jit(jax.grad(lambda x: function(x).sum()))
@@ -379,8 +409,12 @@ def test_pytrees_with_none_keywords_and_non_arrays_pass_through(x):
     out = function({"x": x, "none": None, "python": 2.0}, name="n")
     assert out["none"] is None and out["name"] == "n" and out["list"][1] == (2.0,)
     np.testing.assert_allclose(out["y"], jax.nn.gelu(x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(function({"x": x, "none": None, "python": 2.0}, scale=3.0, name="n")["y"],
-                               3 * jax.nn.gelu(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        function({"x": x, "none": None, "python": 2.0}, scale=3.0, name="n")["y"],
+        3 * jax.nn.gelu(x),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_lower_trace_and_eval_shape_are_those_of_jit(params, x):
@@ -397,18 +431,26 @@ def test_lower_trace_and_eval_shape_are_those_of_jit(params, x):
 def test_numpy_arguments_and_weak_types_keep_their_result_types():
     def function(x, c):
         return jax.nn.gelu(x) * c
-    for x, c in ((np.ones((4, 8), np.float32), 2.0), (np.ones((4, 8), np.float32), np.float32(2)),
-                 (jnp.ones((4, 8), jnp.bfloat16), 2.0), (jnp.ones((4, 8), jnp.bfloat16), 2)):
+
+    for x, c in (
+        (np.ones((4, 8), np.float32), 2.0),
+        (np.ones((4, 8), np.float32), np.float32(2)),
+        (jnp.ones((4, 8), jnp.bfloat16), 2.0),
+        (jnp.ones((4, 8), jnp.bfloat16), 2),
+    ):
         fused, plain = zenith.jit(function)(x, c), jax.jit(function)(x, c)
         assert (fused.dtype, fused.shape, fused.weak_type) == (plain.dtype, plain.shape, plain.weak_type)
 
 
 def test_function_used_outside_stays_unfused(params, x):
     inner = jax.jit(jax.value_and_grad(loss))
+
     def outside():
         return calls(lambda p, x: inner(p, x), params, x)
+
     def inside():
         return calls(zenith.jit(lambda p, x: inner(p, x)), params, x)
+
     assert not outside()
     assert inside()["attention_bwd"] == 1
     assert not outside()
@@ -461,12 +503,15 @@ def test_closed_over_tracers_and_arrays_work(params, x):
 
     def plain(p, x):
         return 2 * layer(p, x)
-    assert_error_ratio(jax.jit(function)(params, x), jax.jit(plain)(params, x), in_float64(plain)(params, x),
-                       floor_ulps=32)
+
+    assert_error_ratio(
+        jax.jit(function)(params, x), jax.jit(plain)(params, x), in_float64(plain)(params, x), floor_ulps=32
+    )
     gradient = jax.jit(jax.grad(lambda p, x: jnp.sum(jnp.sin(function(p, x)))))
     plain_gradient = jax.grad(lambda p, x: jnp.sum(jnp.sin(plain(p, x))))
-    assert_error_ratio(gradient(params, x), jax.jit(plain_gradient)(params, x), in_float64(plain_gradient)(params, x),
-                       floor_ulps=64)
+    assert_error_ratio(
+        gradient(params, x), jax.jit(plain_gradient)(params, x), in_float64(plain_gradient)(params, x), floor_ulps=64
+    )
 
 
 def test_cost_of_tracing_grows_linearly_with_depth(params, x):
@@ -481,8 +526,10 @@ def test_cost_of_tracing_grows_linearly_with_depth(params, x):
     def seconds(function):
         best = float("inf")
         for _ in range(3):
+
             def fresh(p, x, f=function):
                 return f(p, x)
+
             start = time.perf_counter()
             zenith.jit(fresh).trace(params, x)
             best = min(best, time.perf_counter() - start)

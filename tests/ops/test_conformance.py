@@ -54,7 +54,8 @@ class Case:
     def arguments(self, dtype: Any = jnp.float32, seed: int = SEED) -> list[Any]:
         rng = np.random.default_rng(seed)
         return [
-            jnp.asarray(rng.random(s.shape) < 0.7) if isinstance(s, Mask)
+            jnp.asarray(rng.random(s.shape) < 0.7)
+            if isinstance(s, Mask)
             else jnp.asarray(rng.normal(size=s) + (i in self.shared), dtype)
             for i, s in enumerate(self.shapes)
         ]
@@ -70,8 +71,9 @@ Q, K, V = (2, 9, 4, 6), (2, 7, 4, 6), (2, 7, 4, 6)
 
 
 def _attention(name, *more, q=Q, k=K, v=V, **options):
-    return Case("attention", name, ft.partial(zenith_attention, **options), ft.partial(attention, **options),
-                (q, k, v, *more))
+    return Case(
+        "attention", name, ft.partial(zenith_attention, **options), ft.partial(attention, **options), (q, k, v, *more)
+    )
 
 
 CASES = [
@@ -123,8 +125,10 @@ def loss_of(function: Callable) -> Callable:
 
     def loss(*args: Any) -> Any:
         return sum(
-            jnp.vdot(r.astype(wide := jnp.promote_types(r.dtype, jnp.float32)).ravel(),
-                     jnp.cos(0.7 * jnp.arange(r.size, dtype=wide)))
+            jnp.vdot(
+                r.astype(wide := jnp.promote_types(r.dtype, jnp.float32)).ravel(),
+                jnp.cos(0.7 * jnp.arange(r.size, dtype=wide)),
+            )
             for r in jax.tree.leaves(function(*args))
         )
 
@@ -139,8 +143,9 @@ def close(transform: Callable[[Callable], Callable], case: Case, args: Sequence[
     """transform(op)(*args) against transform(formula): error ratio with float64."""
     fused, plain = transform(case.function), transform(case.formula)
     with np.errstate(all="ignore"):
-        assert_error_ratio(jax.jit(fused)(*args), jax.jit(plain)(*args), in_float64(plain)(*args),
-                           floor_ulps=floor_ulps)
+        assert_error_ratio(
+            jax.jit(fused)(*args), jax.jit(plain)(*args), in_float64(plain)(*args), floor_ulps=floor_ulps
+        )
 
 
 # --- values and first derivatives -------------------------------------------------------------------------------------
@@ -173,8 +178,9 @@ def test_eager_call_equals_jitted_call(case):
 def test_float64_runs_as_the_reference(case):
     with jax.enable_x64(True):
         args = [jnp.asarray(np.asarray(a), np.float64) if a.dtype == np.float32 else a for a in case.arguments()]
-        for value, expected in zip(jax.tree.leaves(case.function(*args)), jax.tree.leaves(case.formula(*args)),
-                                   strict=True):
+        for value, expected in zip(
+            jax.tree.leaves(case.function(*args)), jax.tree.leaves(case.formula(*args)), strict=True
+        ):
             assert value.dtype == np.float64
             np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12)
 
@@ -230,8 +236,9 @@ def test_nested_vmap(case):
 
 
 def directions(args: Sequence[Any]) -> list[Any]:
-    return [jnp.sin(1.3 * jnp.arange(args[i].size, dtype=args[i].dtype)).reshape(args[i].shape)
-            for i in float_indices(args)]
+    return [
+        jnp.sin(1.3 * jnp.arange(args[i].size, dtype=args[i].dtype)).reshape(args[i].shape) for i in float_indices(args)
+    ]
 
 
 def at_floats(function: Callable, args: Sequence[Any]) -> tuple[Callable, list[Any]]:
@@ -273,10 +280,16 @@ def grad_of_grad(f, *args):
 
 
 @main_case
-@pytest.mark.parametrize("transform, floor", [
-    (jvp, GRADIENT_ULPS), (hvp_forward_over_reverse, SECOND_ULPS), (hvp_reverse_over_forward, SECOND_ULPS),
-    (grad_of_grad, SECOND_ULPS),
-], ids=["jvp", "hvp fwd over rev", "hvp rev over fwd", "grad of grad"])
+@pytest.mark.parametrize(
+    "transform, floor",
+    [
+        (jvp, GRADIENT_ULPS),
+        (hvp_forward_over_reverse, SECOND_ULPS),
+        (hvp_reverse_over_forward, SECOND_ULPS),
+        (grad_of_grad, SECOND_ULPS),
+    ],
+    ids=["jvp", "hvp fwd over rev", "hvp rev over fwd", "grad of grad"],
+)
 def test_higher_derivatives(case, transform, floor):
     close(lambda f: ft.partial(transform, f), case, case.arguments(), floor)
 
@@ -310,17 +323,27 @@ def test_remat_scan_and_cond(case):
 ODD_ROWS = [(1,), (7,), (1, 1), (3, 1), (1, 129), (2, 111), (2, 3, 2, 128), (5, 4097)]
 EMPTY_ROWS = [(0, 8), (0, 3, 8), (2, 0, 8)]
 ROW_OPS = {
-    "layer_norm": (ops.layer_norm, layer_norm, 3), "rms_norm": (ops.rms_norm, rms_norm, 2),
-    "add_layer_norm": (ops.add_layer_norm, add_layer_norm, -4), "add_rms_norm": (ops.add_rms_norm, add_rms_norm, -3),
-    "softmax": (ops.softmax, softmax, 1), "gelu": (ops.gelu, gelu, 1), "silu": (ops.silu, silu, 1),
+    "layer_norm": (ops.layer_norm, layer_norm, 3),
+    "rms_norm": (ops.rms_norm, rms_norm, 2),
+    "add_layer_norm": (ops.add_layer_norm, add_layer_norm, -4),
+    "add_rms_norm": (ops.add_rms_norm, add_rms_norm, -3),
+    "softmax": (ops.softmax, softmax, 1),
+    "gelu": (ops.gelu, gelu, 1),
+    "silu": (ops.silu, silu, 1),
 }
 
 
 def row_case(op: str, shape: tuple[int, ...]) -> Case:
     function, formula, arity = ROW_OPS[op]
     rows = 2 if arity < 0 else 1
-    return Case(op, str(shape), function, formula, (shape,) * rows + (shape[-1:],) * (abs(arity) - rows),
-                tuple(range(rows, abs(arity))))
+    return Case(
+        op,
+        str(shape),
+        function,
+        formula,
+        (shape,) * rows + (shape[-1:],) * (abs(arity) - rows),
+        tuple(range(rows, abs(arity))),
+    )
 
 
 @pytest.mark.parametrize("shape", ODD_ROWS, ids=str)
@@ -332,8 +355,9 @@ def test_odd_sizes_of_rows(op, shape):
     if shape[-1] > 1:
         close(lambda f: gradient_of(f, args), case, args, GRADIENT_ULPS)
     else:  # dx is 0, as a difference of terms of 1/sqrt(eps) = 316 (1000 for rms_norm) times dy
-        for found, expected in zip(gradient_of(case.function, args)(*args),
-                                   in_float64(gradient_of(case.formula, args))(*args), strict=True):
+        for found, expected in zip(
+            gradient_of(case.function, args)(*args), in_float64(gradient_of(case.formula, args))(*args), strict=True
+        ):
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1000 * 4 * np.finfo(np.float32).eps)
 
 
@@ -342,16 +366,23 @@ def test_odd_sizes_of_rows(op, shape):
 def test_empty_arrays_give_empty_arrays_and_zero_gradients(op, shape):
     case = row_case(op, shape)
     args = case.arguments()
-    for value, expected in zip(jax.tree.leaves(jax.jit(case.function)(*args)),
-                               jax.tree.leaves(jax.eval_shape(case.formula, *args)), strict=True):
+    for value, expected in zip(
+        jax.tree.leaves(jax.jit(case.function)(*args)),
+        jax.tree.leaves(jax.eval_shape(case.formula, *args)),
+        strict=True,
+    ):
         assert (value.shape, value.dtype) == (expected.shape, expected.dtype)
     for gradient, arg in zip(jax.jit(gradient_of(case.function, args))(*args), args, strict=True):
         np.testing.assert_array_equal(gradient, np.zeros(arg.shape))
 
 
 SIZES = [  # b, t, s, h, k, d, e
-    (1, 1, 1, 1, 1, 1, 1), (1, 17, 1, 2, 1, 3, 5), (2, 1, 33, 2, 2, 8, 8), (1, 65, 129, 2, 1, 16, 17),
-    (1, 130, 67, 1, 1, 64, 64), (3, 5, 5, 3, 3, 7, 129),
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 17, 1, 2, 1, 3, 5),
+    (2, 1, 33, 2, 2, 8, 8),
+    (1, 65, 129, 2, 1, 16, 17),
+    (1, 130, 67, 1, 1, 64, 64),
+    (3, 5, 5, 3, 3, 7, 129),
 ]
 
 
@@ -359,8 +390,9 @@ SIZES = [  # b, t, s, h, k, d, e
 @pytest.mark.parametrize("causal", [False, True])
 def test_odd_sizes_of_attention(sizes, causal):
     b, t, s, h, k, d, e = sizes
-    case = _attention(str(sizes), Mask((b, 1, t, s)), (1, h, t, s), q=(b, t, h, d), k=(b, s, k, d), v=(b, s, k, e),
-                      is_causal=causal)
+    case = _attention(
+        str(sizes), Mask((b, 1, t, s)), (1, h, t, s), q=(b, t, h, d), k=(b, s, k, d), v=(b, s, k, e), is_causal=causal
+    )
     args = case.arguments()
     close(lambda f: f, case, args, VALUE_ULPS)
     close(lambda f: gradient_of(f, args), case, args, GRADIENT_ULPS)
@@ -410,8 +442,11 @@ def test_softmax_of_minus_infinities():
 def test_large_values_do_not_overflow():
     x = jnp.asarray([[1e4, 1e4 - 1, -1e4, 88.0, 3e38, -3e38]])
     np.testing.assert_allclose(ops.softmax(x), jax.nn.softmax(x), rtol=1e-6)
-    for op, formula in ((ops.silu, jax.nn.silu), (ops.gelu, gelu), (ft.partial(ops.gelu, approximate=False),
-                                                                    ft.partial(gelu, approximate=False))):
+    for op, formula in (
+        (ops.silu, jax.nn.silu),
+        (ops.gelu, gelu),
+        (ft.partial(ops.gelu, approximate=False), ft.partial(gelu, approximate=False)),
+    ):
         np.testing.assert_allclose(op(x), in_float64(formula)(x), rtol=2e-6)
 
 
@@ -464,45 +499,95 @@ def test_attention_commutes_with_permutations_of_keys():
 
 f32 = ft.partial(jnp.zeros, dtype=jnp.float32)
 WRONG = {
-    "layer_norm: scale": (ShapeError, lambda: ops.layer_norm(f32((2, 5, 8)), f32(7)),
-                          "layer_norm: scale must have shape (8,) to match x of shape (2, 5, 8), got (7,)"),
-    "layer_norm: bias": (ShapeError, lambda: ops.layer_norm(f32((2, 8)), f32(8), f32((1, 8))),
-                         "layer_norm: bias must have shape (8,) to match x of shape (2, 8), got (1, 8)"),
+    "layer_norm: scale": (
+        ShapeError,
+        lambda: ops.layer_norm(f32((2, 5, 8)), f32(7)),
+        "layer_norm: scale must have shape (8,) to match x of shape (2, 5, 8), got (7,)",
+    ),
+    "layer_norm: bias": (
+        ShapeError,
+        lambda: ops.layer_norm(f32((2, 8)), f32(8), f32((1, 8))),
+        "layer_norm: bias must have shape (8,) to match x of shape (2, 8), got (1, 8)",
+    ),
     "layer_norm: rank": (ShapeError, lambda: ops.layer_norm(f32(())), "layer_norm: x must have at least one axis"),
-    "layer_norm: dtype": (DTypeError, lambda: ops.layer_norm(jnp.zeros((2, 8), jnp.int32)),
-                          "layer_norm: x must have a real floating dtype, got int32; convert it first"),
-    "rms_norm: complex": (DTypeError, lambda: ops.rms_norm(jnp.zeros((2, 8), jnp.complex64)),
-                          "rms_norm: x must have a real floating dtype, got complex64"),
-    "add_layer_norm: residual": (ShapeError, lambda: ops.add_layer_norm(f32((2, 8)), f32((8,))),
-                                 "residual must have the shape and dtype of x, (2, 8) float32, got (8,) float32"),
-    "add_rms_norm: dtype": (ShapeError, lambda: ops.add_rms_norm(f32((2, 8)), jnp.zeros((2, 8), jnp.bfloat16)),
-                            "got (2, 8) bfloat16"),
-    "softmax: axis": (ShapeError, lambda: ops.softmax(f32((2, 8)), axis=2),
-                      "softmax: axis must be in [-2, 2) for x of shape (2, 8), got 2"),
+    "layer_norm: dtype": (
+        DTypeError,
+        lambda: ops.layer_norm(jnp.zeros((2, 8), jnp.int32)),
+        "layer_norm: x must have a real floating dtype, got int32; convert it first",
+    ),
+    "rms_norm: complex": (
+        DTypeError,
+        lambda: ops.rms_norm(jnp.zeros((2, 8), jnp.complex64)),
+        "rms_norm: x must have a real floating dtype, got complex64",
+    ),
+    "add_layer_norm: residual": (
+        ShapeError,
+        lambda: ops.add_layer_norm(f32((2, 8)), f32((8,))),
+        "residual must have the shape and dtype of x, (2, 8) float32, got (8,) float32",
+    ),
+    "add_rms_norm: dtype": (
+        ShapeError,
+        lambda: ops.add_rms_norm(f32((2, 8)), jnp.zeros((2, 8), jnp.bfloat16)),
+        "got (2, 8) bfloat16",
+    ),
+    "softmax: axis": (
+        ShapeError,
+        lambda: ops.softmax(f32((2, 8)), axis=2),
+        "softmax: axis must be in [-2, 2) for x of shape (2, 8), got 2",
+    ),
     "softmax: dtype": (DTypeError, lambda: ops.softmax(jnp.zeros((2, 8), bool)), "softmax: x must have a real"),
     "gelu: dtype": (DTypeError, lambda: ops.gelu(jnp.zeros(3, jnp.int8)), "gelu_tanh: x must have a real floating"),
     "silu: dtype": (DTypeError, lambda: ops.silu(jnp.zeros(3, jnp.uint8)), "silu: x must have a real floating"),
-    "attention: rank": (ShapeError, lambda: ops.attention(f32((2, 4)), f32((2, 4)), f32((2, 4))),
-                        "attention: query, key and value must have rank 4 (or all rank 3), got shapes (2, 4)"),
-    "attention: features": (ShapeError, lambda: ops.attention(f32((1, 3, 2, 4)), f32((1, 3, 2, 5)), f32((1, 3, 2, 4))),
-                            "must have the same number of features, got query (1, 3, 2, 4) and key (1, 3, 2, 5)"),
-    "attention: lengths": (ShapeError, lambda: ops.attention(f32((1, 3, 2, 4)), f32((1, 5, 2, 4)), f32((1, 6, 2, 4))),
-                           "key and value must agree in batch, length and heads"),
-    "attention: batch": (ShapeError, lambda: ops.attention(f32((1, 3, 2, 4)), f32((2, 5, 2, 4)), f32((2, 5, 2, 4))),
-                         "query and key must agree in batch"),
-    "attention: heads": (ShapeError, lambda: ops.attention(f32((1, 3, 3, 4)), f32((1, 5, 2, 4)), f32((1, 5, 2, 4))),
-                         "must be a multiple of the key/value heads"),
-    "attention: mask": (ShapeError, lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, mask=jnp.ones((1, 2, 3, 4), bool)),
-                        "mask must be broadcastable to (batch, heads, query length, key length) = (1, 2, 3, 3), got"),
-    "attention: mask dtype": (DTypeError, lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, mask=f32((1, 2, 3, 3))),
-                              "mask must be bool (True = attend), got float32; an additive mask is a bias"),
-    "attention: bias": (DTypeError, lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, bias=jnp.ones((3, 3), bool)),
-                        "bias must have a real floating dtype, got bool"),
-    "attention: dtypes": (DTypeError, lambda: ops.attention(
-        f32((1, 3, 2, 4)), *[jnp.zeros((1, 3, 2, 4), jnp.bfloat16)] * 2),
-                          "must have one real floating dtype, got float32, bfloat16, bfloat16; convert them first"),
-    "attention: window": (ShapeError, lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, local_window_size=(-1, 0)),
-                          "local_window_size must not be negative, got (-1, 0)"),
+    "attention: rank": (
+        ShapeError,
+        lambda: ops.attention(f32((2, 4)), f32((2, 4)), f32((2, 4))),
+        "attention: query, key and value must have rank 4 (or all rank 3), got shapes (2, 4)",
+    ),
+    "attention: features": (
+        ShapeError,
+        lambda: ops.attention(f32((1, 3, 2, 4)), f32((1, 3, 2, 5)), f32((1, 3, 2, 4))),
+        "must have the same number of features, got query (1, 3, 2, 4) and key (1, 3, 2, 5)",
+    ),
+    "attention: lengths": (
+        ShapeError,
+        lambda: ops.attention(f32((1, 3, 2, 4)), f32((1, 5, 2, 4)), f32((1, 6, 2, 4))),
+        "key and value must agree in batch, length and heads",
+    ),
+    "attention: batch": (
+        ShapeError,
+        lambda: ops.attention(f32((1, 3, 2, 4)), f32((2, 5, 2, 4)), f32((2, 5, 2, 4))),
+        "query and key must agree in batch",
+    ),
+    "attention: heads": (
+        ShapeError,
+        lambda: ops.attention(f32((1, 3, 3, 4)), f32((1, 5, 2, 4)), f32((1, 5, 2, 4))),
+        "must be a multiple of the key/value heads",
+    ),
+    "attention: mask": (
+        ShapeError,
+        lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, mask=jnp.ones((1, 2, 3, 4), bool)),
+        "mask must be broadcastable to (batch, heads, query length, key length) = (1, 2, 3, 3), got",
+    ),
+    "attention: mask dtype": (
+        DTypeError,
+        lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, mask=f32((1, 2, 3, 3))),
+        "mask must be bool (True = attend), got float32; an additive mask is a bias",
+    ),
+    "attention: bias": (
+        DTypeError,
+        lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, bias=jnp.ones((3, 3), bool)),
+        "bias must have a real floating dtype, got bool",
+    ),
+    "attention: dtypes": (
+        DTypeError,
+        lambda: ops.attention(f32((1, 3, 2, 4)), *[jnp.zeros((1, 3, 2, 4), jnp.bfloat16)] * 2),
+        "must have one real floating dtype, got float32, bfloat16, bfloat16; convert them first",
+    ),
+    "attention: window": (
+        ShapeError,
+        lambda: ops.attention(*[f32((1, 3, 2, 4))] * 3, local_window_size=(-1, 0)),
+        "local_window_size must not be negative, got (-1, 0)",
+    ),
 }
 
 

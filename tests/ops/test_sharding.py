@@ -60,12 +60,15 @@ def value_and_gradients(function: Callable, args: Sequence[Any]) -> Callable:
                 full[i] = value
             results = function(*full)
             # Weights that differ everywhere, made from an iota so that they are sharded like the results.
-            weighted = [r * jnp.cos(sum((0.3 + d) * lax.broadcasted_iota(r.dtype, r.shape, d) for d in range(r.ndim)))
-                        for r in jax.tree.leaves(results)]
+            weighted = [
+                r * jnp.cos(sum((0.3 + d) * lax.broadcasted_iota(r.dtype, r.shape, d) for d in range(r.ndim)))
+                for r in jax.tree.leaves(results)
+            ]
             return sum(jnp.sum(w) for w in weighted), results
 
         (_, results), gradients = jax.value_and_grad(loss, tuple(range(len(floats))), has_aux=True)(
-            *(args[i] for i in floats))
+            *(args[i] for i in floats)
+        )
         return results, gradients
 
     return both
@@ -93,10 +96,13 @@ def check(function, formula, args, specs, mesh, *, reduces: bool):
 # --- norms, softmax, activations --------------------------------------------------------------------------------------
 
 ROWS = {
-    "layer_norm": (ops.layer_norm, layer_norm, 1, 2), "rms_norm": (ops.rms_norm, rms_norm, 1, 1),
+    "layer_norm": (ops.layer_norm, layer_norm, 1, 2),
+    "rms_norm": (ops.rms_norm, rms_norm, 1, 1),
     "add_layer_norm": (ops.add_layer_norm, add_layer_norm, 2, 2),
-    "add_rms_norm": (ops.add_rms_norm, add_rms_norm, 2, 1), "softmax": (ops.softmax, softmax, 1, 0),
-    "gelu": (ops.gelu, gelu, 1, 0), "silu": (ops.silu, silu, 1, 0),
+    "add_rms_norm": (ops.add_rms_norm, add_rms_norm, 2, 1),
+    "softmax": (ops.softmax, softmax, 1, 0),
+    "gelu": (ops.gelu, gelu, 1, 0),
+    "silu": (ops.silu, silu, 1, 0),
 }
 ROW_SPECS = {"batch": P("x"), "sequence": P(None, "x"), "batch and sequence": P("x", "y")}
 
@@ -141,8 +147,14 @@ def scores_spec(shape: Sequence[int], axes: tuple[Any, Any]) -> P:
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_stays_on_its_device(axes, is_causal, shape):
     options = dict(is_causal=is_causal)
-    check(ft.partial(ops.attention, **options), ft.partial(attention, **options), qkv(),
-          [P(axes[0], None, axes[1])] * 3, mesh_of(shape), reduces=False)
+    check(
+        ft.partial(ops.attention, **options),
+        ft.partial(attention, **options),
+        qkv(),
+        [P(axes[0], None, axes[1])] * 3,
+        mesh_of(shape),
+        reduces=False,
+    )
 
 
 @pytest.mark.parametrize("axes", ATTENTION_SPECS.values(), ids=ATTENTION_SPECS)
@@ -154,9 +166,14 @@ def test_grouped_attention_stays_on_its_device(axes):
 @pytest.mark.parametrize("axes", ATTENTION_SPECS.values(), ids=ATTENTION_SPECS)
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 def test_masked_attention_stays_on_its_device(scores, axes, shape):
-    check(lambda q, k, v, m: ops.attention(q, k, v, mask=m), lambda q, k, v, m: attention(q, k, v, mask=m),
-          [*qkv(), mask(*scores)], [P(axes[0], None, axes[1])] * 3 + [scores_spec(scores, axes)], mesh_of(shape),
-          reduces=False)
+    check(
+        lambda q, k, v, m: ops.attention(q, k, v, mask=m),
+        lambda q, k, v, m: attention(q, k, v, mask=m),
+        [*qkv(), mask(*scores)],
+        [P(axes[0], None, axes[1])] * 3 + [scores_spec(scores, axes)],
+        mesh_of(shape),
+        reduces=False,
+    )
 
 
 @each_mesh
@@ -164,36 +181,60 @@ def test_masked_attention_stays_on_its_device(scores, axes, shape):
 @pytest.mark.parametrize("scores", SCORES, ids=str)
 def test_biased_attention_stays_on_its_device_and_its_bias_has_a_gradient(scores, axes, shape):
     reduces = any(n == 1 and axis is not None for n, axis in zip(scores, axes, strict=False))
-    check(lambda q, k, v, b: ops.attention(q, k, v, bias=b), lambda q, k, v, b: attention(q, k, v, bias=b),
-          [*qkv(), normal(*scores)], [P(axes[0], None, axes[1])] * 3 + [scores_spec(scores, axes)], mesh_of(shape),
-          reduces=reduces)
+    check(
+        lambda q, k, v, b: ops.attention(q, k, v, bias=b),
+        lambda q, k, v, b: attention(q, k, v, bias=b),
+        [*qkv(), normal(*scores)],
+        [P(axes[0], None, axes[1])] * 3 + [scores_spec(scores, axes)],
+        mesh_of(shape),
+        reduces=reduces,
+    )
 
 
 def test_replicated_mask_and_bias_are_right():
     """Not sharded as query is: the partitioner slices them itself."""
     args = [*qkv(), mask(B, H, T, S), normal(B, H, T, S)]
-    check(lambda q, k, v, m, b: ops.attention(q, k, v, mask=m, bias=b),
-          lambda q, k, v, m, b: attention(q, k, v, mask=m, bias=b), args, [P("x", None, "y")] * 3 + [P(), P()],
-          mesh_of((2, 2)), reduces=False)
+    check(
+        lambda q, k, v, m, b: ops.attention(q, k, v, mask=m, bias=b),
+        lambda q, k, v, m, b: attention(q, k, v, mask=m, bias=b),
+        args,
+        [P("x", None, "y")] * 3 + [P(), P()],
+        mesh_of((2, 2)),
+        reduces=False,
+    )
 
 
 def test_vmapped_ops_stay_on_their_device():
     args = [normal(8, 3, 5, 24), normal(24)]
-    check(jax.vmap(ops.rms_norm, (0, None)), jax.vmap(rms_norm, (0, None)), args, [P("x"), P()], mesh_of((4, 1)),
-          reduces=True)
+    check(
+        jax.vmap(ops.rms_norm, (0, None)),
+        jax.vmap(rms_norm, (0, None)),
+        args,
+        [P("x"), P()],
+        mesh_of((4, 1)),
+        reduces=True,
+    )
 
 
 # --- Explicit axes and shard_map --------------------------------------------------------------------------------------
 
 SOME = {
-    "layer_norm": (ops.layer_norm, layer_norm, lambda: [normal(8, 16, 24), normal(24), normal(24) + 1],
-                   [P("x", "y"), P(), P()], [P("x"), P(), P()]),
+    "layer_norm": (
+        ops.layer_norm,
+        layer_norm,
+        lambda: [normal(8, 16, 24), normal(24), normal(24) + 1],
+        [P("x", "y"), P(), P()],
+        [P("x"), P(), P()],
+    ),
     "softmax": (ops.softmax, softmax, lambda: [normal(8, 16, 24)], [P("x", "y")], [P("x")]),
     "gelu": (ops.gelu, gelu, lambda: [normal(8, 16, 24)], [P("x", "y")], [P("x")]),
-    "attention": (lambda q, k, v, m, b: ops.attention(q, k, v, mask=m, bias=b),
-                  lambda q, k, v, m, b: attention(q, k, v, mask=m, bias=b),
-                  lambda: [*qkv(), mask(B, 1, T, S), normal(1, H, T, S)],
-                  [P("x", None, "y")] * 3 + [P("x"), P(None, "y")], [P("x")] * 3 + [P("x"), P()]),
+    "attention": (
+        lambda q, k, v, m, b: ops.attention(q, k, v, mask=m, bias=b),
+        lambda q, k, v, m, b: attention(q, k, v, mask=m, bias=b),
+        lambda: [*qkv(), mask(B, 1, T, S), normal(1, H, T, S)],
+        [P("x", None, "y")] * 3 + [P("x"), P(None, "y")],
+        [P("x")] * 3 + [P("x"), P()],
+    ),
 }
 
 

@@ -60,8 +60,12 @@ def check_fused() -> Callable[..., zenith.Report]:
     """
 
     def check(
-        function: Callable[..., Any], *args: Any, counts: dict[str, int], gradient_counts: dict[str, int] | None = None,
-        floor_ulps: float = 8.0, oracle: Callable[..., Any] | None = None,
+        function: Callable[..., Any],
+        *args: Any,
+        counts: dict[str, int],
+        gradient_counts: dict[str, int] | None = None,
+        floor_ulps: float = 8.0,
+        oracle: Callable[..., Any] | None = None,
     ) -> zenith.Report:
         report = zenith.explain(function)(*args)
         assert report.counts() == counts, str(report)

@@ -36,7 +36,8 @@ def test_nnx_multi_head_attention_is_fused(rng, check_fused, mask):
             "none": None,
             "causal": nnx.make_causal_mask(x[..., 0]),
             "padding and causal": nnx.combine_masks(
-                nnx.make_attention_mask(lengths, lengths), nnx.make_causal_mask(x[..., 0])),
+                nnx.make_attention_mask(lengths, lengths), nnx.make_causal_mask(x[..., 0])
+            ),
         }
         return apply(state, x, mask=masks[mask])
 
@@ -47,15 +48,25 @@ def test_nnx_multi_head_attention_is_fused(rng, check_fused, mask):
 
 def test_nnx_multi_head_attention_in_bfloat16_is_fused(rng, check_fused):
     make = lambda dtype: split(  # noqa: E731
-        nnx.MultiHeadAttention(H, WIDTH, decode=False, dtype=dtype, use_bias=False, rngs=nnx.Rngs(0)))
+        nnx.MultiHeadAttention(H, WIDTH, decode=False, dtype=dtype, use_bias=False, rngs=nnx.Rngs(0))
+    )
     apply, state = make(jnp.bfloat16)
-    check_fused(apply, state, normal(rng, B, T, WIDTH, dtype=jnp.bfloat16), counts={"attention": 1},
-                oracle=make(None)[0])
+    check_fused(
+        apply, state, normal(rng, B, T, WIDTH, dtype=jnp.bfloat16), counts={"attention": 1}, oracle=make(None)[0]
+    )
 
 
-@pytest.mark.parametrize("options", [
-    {}, dict(use_fast_variance=False), dict(use_bias=False), dict(use_scale=False), dict(dtype=jnp.bfloat16),
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(use_fast_variance=False),
+        dict(use_bias=False),
+        dict(use_scale=False),
+        dict(dtype=jnp.bfloat16),
+    ],
+    ids=str,
+)
 def test_nnx_layer_norm_is_fused(rng, check_fused, options):
     apply, state = split(nnx.LayerNorm(WIDTH, rngs=nnx.Rngs(0), **options))
     wide, _ = split(nnx.LayerNorm(WIDTH, rngs=nnx.Rngs(0), **{**options, "dtype": None}))
@@ -78,12 +89,21 @@ def test_linen_attention_is_fused(rng, check_fused, causal, dtype):
     x = normal(rng, B, T, WIDTH, dtype=dtype)
     params = module.init(jax.random.key(0), x, x)
     mask = (lambda x: nn.make_causal_mask(x[..., 0])) if causal else (lambda x: None)
-    check_fused(lambda p, x: module.apply(p, x, x, mask=mask(x)), params, x, counts={"attention": 1}, floor_ulps=64,
-                oracle=lambda p, x: wide.apply(p, x, x, mask=mask(x)))
+    check_fused(
+        lambda p, x: module.apply(p, x, x, mask=mask(x)),
+        params,
+        x,
+        counts={"attention": 1},
+        floor_ulps=64,
+        oracle=lambda p, x: wide.apply(p, x, x, mask=mask(x)),
+    )
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(), nn.LayerNorm(use_fast_variance=False), nn.RMSNorm()],
-                         ids=["layer norm", "two-pass layer norm", "rms norm"])
+@pytest.mark.parametrize(
+    "module",
+    [nn.LayerNorm(), nn.LayerNorm(use_fast_variance=False), nn.RMSNorm()],
+    ids=["layer norm", "two-pass layer norm", "rms norm"],
+)
 def test_linen_norms_are_fused(rng, check_fused, module):
     x = normal(rng, B, T, WIDTH) * 2 + 1
     params = module.init(jax.random.key(0), x)
@@ -104,32 +124,56 @@ def test_equinox_attention_is_fused(rng, check_fused, masked):
     apply, params = partition(eqx.nn.MultiheadAttention(H, WIDTH, key=jax.random.key(0)))
     mask = jnp.tril(jnp.ones((T, T), bool)) if masked else None
     check_fused(
-        lambda p, x: jax.vmap(lambda row: apply(p, row, row, row, mask=mask))(x), params, normal(rng, B, T, WIDTH),
-        counts={"attention": 1}, floor_ulps=64)
+        lambda p, x: jax.vmap(lambda row: apply(p, row, row, row, mask=mask))(x),
+        params,
+        normal(rng, B, T, WIDTH),
+        counts={"attention": 1},
+        floor_ulps=64,
+    )
 
 
 @pytest.mark.parametrize("make, name", [(eqx.nn.LayerNorm, "layer_norm"), (eqx.nn.RMSNorm, "rms_norm")])
 def test_equinox_norms_are_fused(rng, check_fused, make, name):
     apply, params = partition(make(WIDTH))
-    check_fused(lambda p, x: jax.vmap(jax.vmap(lambda row: apply(p, row)))(x), params, normal(rng, B, T, WIDTH) + 1,
-                counts={name: 1})
+    check_fused(
+        lambda p, x: jax.vmap(jax.vmap(lambda row: apply(p, row)))(x),
+        params,
+        normal(rng, B, T, WIDTH) + 1,
+        counts={name: 1},
+    )
 
 
 # --- jax.nn -----------------------------------------------------------------------------------------------------------
 
 
 def qkv(rng, heads=H, kv_heads=H, t=T, s=S, dtype=np.float32, e=D):
-    return (normal(rng, B, t, heads, D, dtype=dtype), normal(rng, B, s, kv_heads, D, dtype=dtype),
-            normal(rng, B, s, kv_heads, e, dtype=dtype))
+    return (
+        normal(rng, B, t, heads, D, dtype=dtype),
+        normal(rng, B, s, kv_heads, D, dtype=dtype),
+        normal(rng, B, s, kv_heads, e, dtype=dtype),
+    )
 
 
-@pytest.mark.parametrize("options, kv_heads", [
-    ({}, H), ({}, 2), ({}, 1), (dict(is_causal=True), H), (dict(is_causal=True), 2), (dict(scale=0.2), H),
-    (dict(is_causal=True, local_window_size=(3, 0)), H), (dict(local_window_size=(2, 1)), 2),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, kv_heads",
+    [
+        ({}, H),
+        ({}, 2),
+        ({}, 1),
+        (dict(is_causal=True), H),
+        (dict(is_causal=True), 2),
+        (dict(scale=0.2), H),
+        (dict(is_causal=True, local_window_size=(3, 0)), H),
+        (dict(local_window_size=(2, 1)), 2),
+    ],
+    ids=str,
+)
 def test_jax_nn_attention_is_fused(rng, check_fused, options, kv_heads):
-    report = check_fused(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options),
-                         *qkv(rng, kv_heads=kv_heads), counts={"attention": 1})
+    report = check_fused(
+        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, **options),
+        *qkv(rng, kv_heads=kv_heads),
+        counts={"attention": 1},
+    )
     assert "mask" not in report.fused[0].detail  # bands are proved and not read from memory
 
 
@@ -137,24 +181,36 @@ def test_jax_nn_attention_is_fused(rng, check_fused, options, kv_heads):
 @pytest.mark.parametrize("kv_heads", [H, 2])
 def test_jax_nn_attention_with_mask_and_bias_is_fused(rng, check_fused, shape, kv_heads):
     mask = jnp.asarray(rng.random(shape) < 0.7)
-    check_fused(lambda q, k, v, bias, mask: jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask),
-                *qkv(rng, kv_heads=kv_heads), normal(rng, *shape), mask, counts={"attention": 1})
+    check_fused(
+        lambda q, k, v, bias, mask: jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask),
+        *qkv(rng, kv_heads=kv_heads),
+        normal(rng, *shape),
+        mask,
+        counts={"attention": 1},
+    )
 
 
 def test_jax_nn_attention_in_bfloat16_is_fused(rng, check_fused):
     # Not in float16: jax.nn's own gradient fails there on the CPU, "F16_F16_F32 is not supported by dot_general".
-    check_fused(lambda *a: jax.nn.dot_product_attention(*a, is_causal=True), *qkv(rng, dtype=jnp.bfloat16),
-                counts={"attention": 1})
+    check_fused(
+        lambda *a: jax.nn.dot_product_attention(*a, is_causal=True),
+        *qkv(rng, dtype=jnp.bfloat16),
+        counts={"attention": 1},
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("name, function", [
-    ("gelu_tanh", jax.nn.gelu),
-    ("gelu_erf", lambda x: jax.nn.gelu(x, approximate=False)),
-    ("silu", jax.nn.silu),
-    ("softmax", jax.nn.softmax),
-    ("softmax", lambda x: jax.nn.softmax(x, axis=1)),
-], ids=["gelu_tanh", "gelu_erf", "silu", "softmax", "softmax axis 1"])
+@pytest.mark.parametrize(
+    "name, function",
+    [
+        ("gelu_tanh", jax.nn.gelu),
+        ("gelu_erf", lambda x: jax.nn.gelu(x, approximate=False)),
+        ("silu", jax.nn.silu),
+        ("softmax", jax.nn.softmax),
+        ("softmax", lambda x: jax.nn.softmax(x, axis=1)),
+    ],
+    ids=["gelu_tanh", "gelu_erf", "silu", "softmax", "softmax axis 1"],
+)
 def test_jax_nn_activations_and_softmax_are_fused(rng, check_fused, name, function, dtype):
     check_fused(function, normal(rng, B, T, WIDTH, dtype=dtype) * 3, counts={name: 1})
 
@@ -207,13 +263,17 @@ def test_attention_of_one_query_is_fused(rng, check_fused):
     def function(q, k, v):
         return jnp.einsum("bhs,bshe->bhe", jax.nn.softmax(jnp.einsum("bhd,bshd->bhs", q, k)), v)
 
-    check_fused(function, normal(rng, B, H, D), normal(rng, B, S, H, D), normal(rng, B, S, H, E),
-                counts={"attention": 1})
+    check_fused(
+        function, normal(rng, B, H, D), normal(rng, B, S, H, D), normal(rng, B, S, H, E), counts={"attention": 1}
+    )
 
 
 def test_attention_with_value_heads_of_another_size_is_fused(rng, check_fused):
-    check_fused(lambda q, k, v: jnp.einsum("bhts,bshe->bthe", jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k)), v),
-                *qkv(rng, e=E), counts={"attention": 1})
+    check_fused(
+        lambda q, k, v: jnp.einsum("bhts,bshe->bthe", jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k)), v),
+        *qkv(rng, e=E),
+        counts={"attention": 1},
+    )
 
 
 def test_attention_with_additive_mask_is_fused_as_a_band(rng, check_fused):
@@ -235,14 +295,21 @@ def test_attention_upcast_to_float32_in_the_middle_is_fused(rng, check_fused, dt
     check_fused(function, *qkv(rng, dtype=dtype), counts={"attention": 1})
 
 
-@pytest.mark.parametrize("make", [
-    lambda: jnp.tril(jnp.ones((T, S), bool)), lambda: np.tril(np.ones((1, 1, T, S), bool)),
-    lambda: jnp.arange(T)[:, None] >= jnp.arange(S)[None], lambda: np.tri(T, S) > 0,
-], ids=["jnp.tril", "np.tril", "jnp.arange", "np.tri"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jnp.tril(jnp.ones((T, S), bool)),
+        lambda: np.tril(np.ones((1, 1, T, S), bool)),
+        lambda: jnp.arange(T)[:, None] >= jnp.arange(S)[None],
+        lambda: np.tri(T, S) > 0,
+    ],
+    ids=["jnp.tril", "np.tril", "jnp.arange", "np.tri"],
+)
 def test_causal_mask_that_is_a_constant_is_a_band(rng, check_fused, make):
     mask = make()
-    report = check_fused(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask), *qkv(rng),
-                         counts={"attention": 1})
+    report = check_fused(
+        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=mask), *qkv(rng), counts={"attention": 1}
+    )
     assert "causal" in report.fused[0].detail and "mask" not in report.fused[0].detail
 
 
@@ -296,12 +363,16 @@ def test_rms_norm_by_hand_is_fused(rng, check_fused, cast):
     def function(x, scale):
         wide = x.astype(jnp.float32)
         y = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + 1e-3)
-        return {"before scale": lambda: y.astype(x.dtype) * scale, "after scale": lambda: (y * scale).astype(x.dtype),
-                "none": lambda: y * scale}[cast]()
+        return {
+            "before scale": lambda: y.astype(x.dtype) * scale,
+            "after scale": lambda: (y * scale).astype(x.dtype),
+            "none": lambda: y * scale,
+        }[cast]()
 
     dtype = jnp.float32 if cast == "none" else jnp.bfloat16
-    check_fused(function, normal(rng, B, T, WIDTH, dtype=dtype), normal(rng, WIDTH, dtype=dtype),
-                counts={"rms_norm": 1})
+    check_fused(
+        function, normal(rng, B, T, WIDTH, dtype=dtype), normal(rng, WIDTH, dtype=dtype), counts={"rms_norm": 1}
+    )
 
 
 def test_residual_add_joins_the_norm(rng, check_fused):
@@ -309,8 +380,14 @@ def test_residual_add_joins_the_norm(rng, check_fused):
         total = x + y
         return layer_norm(total, scale, bias), total
 
-    check_fused(function, normal(rng, B, T, WIDTH), normal(rng, B, T, WIDTH), normal(rng, WIDTH), normal(rng, WIDTH),
-                counts={"add_layer_norm": 1})
+    check_fused(
+        function,
+        normal(rng, B, T, WIDTH),
+        normal(rng, B, T, WIDTH),
+        normal(rng, WIDTH),
+        normal(rng, WIDTH),
+        counts={"add_layer_norm": 1},
+    )
 
 
 def test_two_norms_of_one_sum_are_both_fused(rng, check_fused):
@@ -318,23 +395,32 @@ def test_two_norms_of_one_sum_are_both_fused(rng, check_fused):
         total = x + y
         return layer_norm(total, scale, bias), layer_norm(total, bias, scale, eps=0.1)
 
-    check_fused(function, normal(rng, B, T, WIDTH), normal(rng, B, T, WIDTH), normal(rng, WIDTH), normal(rng, WIDTH),
-                counts={"add_layer_norm": 1, "layer_norm": 1})
+    check_fused(
+        function,
+        normal(rng, B, T, WIDTH),
+        normal(rng, B, T, WIDTH),
+        normal(rng, WIDTH),
+        normal(rng, WIDTH),
+        counts={"add_layer_norm": 1, "layer_norm": 1},
+    )
 
 
-@pytest.mark.parametrize("name, function", [
-    ("silu", lambda x: x / (1 + jnp.exp(-x))),
-    ("silu", lambda x: jax.nn.sigmoid(x) * x),
-    ("gelu_tanh", lambda x: x * 0.5 * (1.0 + jnp.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))),
-    ("gelu_tanh", lambda x: 0.5 * x * (1 + jnp.tanh(0.7978845608 * x * (1 + 0.044715 * x**2)))),
-    ("gelu_tanh", lambda x: x * jax.nn.sigmoid(1.5957691216 * (x + 0.044715 * x**3))),
-    ("gelu_erf", lambda x: x / 2 * (1 + jax.lax.erf(x / np.sqrt(2)))),
-    ("gelu_erf", lambda x: x * (0.5 + 0.5 * jax.scipy.special.erf(x * 0.7071067811865476))),
-], ids=["x / (1 + exp)", "sigmoid", "products", "factored", "by sigmoid", "erf of a quotient", "halves"])
+@pytest.mark.parametrize(
+    "name, function",
+    [
+        ("silu", lambda x: x / (1 + jnp.exp(-x))),
+        ("silu", lambda x: jax.nn.sigmoid(x) * x),
+        ("gelu_tanh", lambda x: x * 0.5 * (1.0 + jnp.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))),
+        ("gelu_tanh", lambda x: 0.5 * x * (1 + jnp.tanh(0.7978845608 * x * (1 + 0.044715 * x**2)))),
+        ("gelu_tanh", lambda x: x * jax.nn.sigmoid(1.5957691216 * (x + 0.044715 * x**3))),
+        ("gelu_erf", lambda x: x / 2 * (1 + jax.lax.erf(x / np.sqrt(2)))),
+        ("gelu_erf", lambda x: x * (0.5 + 0.5 * jax.scipy.special.erf(x * 0.7071067811865476))),
+    ],
+    ids=["x / (1 + exp)", "sigmoid", "products", "factored", "by sigmoid", "erf of a quotient", "halves"],
+)
 def test_activations_by_hand_are_fused(rng, check_fused, name, function):
     check_fused(function, normal(rng, B, T, WIDTH) * 2, counts={name: 1})
 
 
 def test_gated_activation_is_fused_around_its_gate(rng, check_fused):
-    check_fused(lambda x, y: jax.nn.silu(x * 1.5) * y, normal(rng, B, WIDTH), normal(rng, B, WIDTH),
-                counts={"silu": 1})
+    check_fused(lambda x, y: jax.nn.silu(x * 1.5) * y, normal(rng, B, WIDTH), normal(rng, B, WIDTH), counts={"silu": 1})

@@ -215,9 +215,25 @@ class Program:
 # --- mutations --------------------------------------------------------------------------------------------------------
 
 SWAPPED = {
-    "add": "sub", "sub": "add", "mul": "div", "div": "mul", "max": "min", "min": "max", "exp": "tanh", "tanh": "exp",
-    "rsqrt": "sqrt", "sqrt": "rsqrt", "and": "or", "or": "and", "erf": "tanh", "erfc": "erf", "logistic": "tanh",
-    "reduce_max": "reduce_min", "reduce_sum": "reduce_max", "square": "abs", "neg": "abs",
+    "add": "sub",
+    "sub": "add",
+    "mul": "div",
+    "div": "mul",
+    "max": "min",
+    "min": "max",
+    "exp": "tanh",
+    "tanh": "exp",
+    "rsqrt": "sqrt",
+    "sqrt": "rsqrt",
+    "and": "or",
+    "or": "and",
+    "erf": "tanh",
+    "erfc": "erf",
+    "logistic": "tanh",
+    "reduce_max": "reduce_min",
+    "reduce_sum": "reduce_max",
+    "square": "abs",
+    "neg": "abs",
 }
 COMPARISONS = ("ge", "gt", "le", "lt", "eq", "ne")
 
@@ -226,11 +242,30 @@ def _primitives() -> dict[str, Any]:
     """{name: (primitive, its params)}, gathered from traces."""
     x = jnp.ones((2, 2))
     functions = [
-        lambda x: x + x, lambda x: x - x, lambda x: x * x, lambda x: x / x, jnp.exp, jnp.tanh, jnp.abs, jnp.square,
-        jax.lax.rsqrt, jax.lax.sqrt, jax.lax.erf, lambda x: jax.lax.max(x, x + 1), lambda x: jax.lax.min(x, x + 1),
-        lambda x: (x > 0) & (x < 1), lambda x: (x > 0) | (x < 1), lambda x: x >= x, lambda x: x <= x, lambda x: x == x,
-        lambda x: x != x, lambda x: jax.lax.reduce_max(x, (0,)), lambda x: jax.lax.reduce_min(x, (0,)),
-        jax.lax.stop_gradient, lambda x: -x, jax.lax.logistic,
+        lambda x: x + x,
+        lambda x: x - x,
+        lambda x: x * x,
+        lambda x: x / x,
+        jnp.exp,
+        jnp.tanh,
+        jnp.abs,
+        jnp.square,
+        jax.lax.rsqrt,
+        jax.lax.sqrt,
+        jax.lax.erf,
+        lambda x: jax.lax.max(x, x + 1),
+        lambda x: jax.lax.min(x, x + 1),
+        lambda x: (x > 0) & (x < 1),
+        lambda x: (x > 0) | (x < 1),
+        lambda x: x >= x,
+        lambda x: x <= x,
+        lambda x: x == x,
+        lambda x: x != x,
+        lambda x: jax.lax.reduce_max(x, (0,)),
+        lambda x: jax.lax.reduce_min(x, (0,)),
+        jax.lax.stop_gradient,
+        lambda x: -x,
+        jax.lax.logistic,
     ]
     found = {}
     for function in functions:
@@ -335,13 +370,12 @@ def _changed_operand(eqn: Eqn, j: int, program: Program, i: int) -> Iterator[tup
     known = {*range(program.arity + len(program.consts)), *(v for e in program.eqns[:i] for v in e.outputs)}
     for other in sorted(known):
         if other != eqn.inputs[j] and (program.avals[other].shape, program.avals[other].dtype) == (
-            aval.shape, aval.dtype
+            aval.shape,
+            aval.dtype,
         ):
             yield f"operand {j} is value {other}", _with_input(eqn, j, other)
     if np.issubdtype(aval.dtype, np.floating):
-        yield f"operand {j} stopped", dataclasses.replace(
-            eqn, primitive=_Stopped(eqn.primitive, j)
-        )
+        yield f"operand {j} stopped", dataclasses.replace(eqn, primitive=_Stopped(eqn.primitive, j))
 
 
 class _Stopped:

@@ -63,14 +63,24 @@ class Graph:
         known = {v: c for v, c in zip(constvars, consts, strict=False) if _is_concrete(c)}
         scalars = {v: np.asarray(c).reshape(())[()] for v, c in known.items() if np.size(c) == 1}
         return cls(
-            jaxpr, _compat.opened(jaxpr).invars, constvars, consts, eqns, outvars, producers, users,
-            _numbered(eqns), scalars, known,
+            jaxpr,
+            _compat.opened(jaxpr).invars,
+            constvars,
+            consts,
+            eqns,
+            outvars,
+            producers,
+            users,
+            _numbered(eqns),
+            scalars,
+            known,
         )
 
     def same(self, a: Atom, b: Atom) -> bool:
         """Whether two variables hold the same value."""
-        return a is b or (isinstance(a, Var) and isinstance(b, Var)
-                          and self.numbers.get(a, a) is self.numbers.get(b, b))
+        return a is b or (
+            isinstance(a, Var) and isinstance(b, Var) and self.numbers.get(a, a) is self.numbers.get(b, b)
+        )
 
     def array(self, atom: Atom) -> Any | None:
         """The value of a constant that the program closes over, as an array; None for anything else."""
@@ -264,9 +274,7 @@ def _inlined(jaxpr: Any) -> tuple[list[JaxprEqn], list[Atom], list[Var], list[An
                         consts.append(value)
                     inner_env[var] = by_identity[id(value)]
                 results = walk(body, inner_env, eqn.source_info.name_stack)
-                env.update(
-                    (v, r) for v, r in zip(eqn.outvars, results, strict=True) if not isinstance(v, DropVar)
-                )
+                env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not isinstance(v, DropVar))
                 continue
             outvars = eqn.outvars
             if inner is not jaxpr:  # the body of a cached jit may be inlined twice: its variables are renamed
@@ -305,7 +313,8 @@ def _numbered(eqns: Sequence[JaxprEqn]) -> dict[Var, Var]:
             continue
         if first is not eqn.outvars:
             numbers.update(
-                (v, w) for v, w in zip(eqn.outvars, first, strict=True)
+                (v, w)
+                for v, w in zip(eqn.outvars, first, strict=True)
                 if not isinstance(v, DropVar) and not isinstance(w, DropVar)
             )
     return numbers

@@ -123,9 +123,7 @@ class Terms:
         lhs_rank, rhs_rank = len(lhs.aval.shape), len(rhs.aval.shape)
         lhs_free = [i for i in range(lhs_rank) if i not in (*lhs_contract, *lhs_batch)]
         rhs_free = [i for i in range(rhs_rank) if i not in (*rhs_contract, *rhs_batch)]
-        fresh = [
-            None if lhs.aval.shape[i] == 1 else Axis(lhs.aval.shape[i], "c") for i in lhs_contract
-        ]
+        fresh = [None if lhs.aval.shape[i] == 1 else Axis(lhs.aval.shape[i], "c") for i in lhs_contract]
         lhs_axes: list[Axis | None] = [None] * lhs_rank
         rhs_axes: list[Axis | None] = [None] * rhs_rank
         for i, j, axis in zip(lhs_batch, rhs_batch, batch, strict=True):
@@ -167,9 +165,9 @@ class Terms:
             return Term(operand, tuple(axes))
         if name == "broadcast_in_dim":
             dims = eqn.params["broadcast_dimensions"]
-            return Term(operand, tuple(
-                None if n == 1 else term.axes[d] for n, d in zip(operand.aval.shape, dims, strict=True)
-            ))
+            return Term(
+                operand, tuple(None if n == 1 else term.axes[d] for n, d in zip(operand.aval.shape, dims, strict=True))
+            )
         if name in ("reshape", "squeeze", "expand_dims"):
             return self._below_unit_reshape(term, operand)
         if name == "select_n":  # jnp.var: where(N - ddof > 0, var, nan) with a constant condition
@@ -221,8 +219,10 @@ class Terms:
             inner = self.peel(term, steps)
             eqn = self.graph.producer(inner.atom)
             single = all(self.graph.use_count(e.outvars[0]) == 1 for e in steps)
-            if eqn is None or eqn.primitive.name not in ("mul", "div", "neg") or not (
-                top or (single and self.graph.use_count(eqn.outvars[0]) == 1)
+            if (
+                eqn is None
+                or eqn.primitive.name not in ("mul", "div", "neg")
+                or not (top or (single and self.graph.use_count(eqn.outvars[0]) == 1))
             ):
                 walked.extend(steps)
                 factors.append((inner, exponent))

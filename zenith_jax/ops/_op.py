@@ -282,9 +282,7 @@ def _with_absent(operands: Sequence, missing: tuple) -> list[Any]:
     return full
 
 
-def tangents_of(
-    *args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...], missing: tuple
-) -> Sequence[Any]:
+def tangents_of(*args: Any, kernel: Kernel, attributes: tuple, live: tuple[int, ...], missing: tuple) -> Sequence[Any]:
     """What `tangent_p` computes, by the reference."""
     operands, _, tangents = _split(kernel, args, missing)
     return _reference_jvp(kernel, attributes, live, _with_absent(operands, missing), tangents, visible=True)
@@ -318,7 +316,11 @@ def _tangent_transpose(
     needed = tuple(i for i, t in zip(live, tangents, strict=True) if ad.is_undefined_primal(t))
     assert kernel.backward is not None
     found = kernel.backward(
-        _with_absent(operands, missing), results, [ad.instantiate_zeros(c) for c in cotangents], needed, **dict(attributes)
+        _with_absent(operands, missing),
+        results,
+        [ad.instantiate_zeros(c) for c in cotangents],
+        needed,
+        **dict(attributes),
     )
     return [None] * (len(operands) + len(results)) + [found.get(i) for i in live]
 

@@ -27,10 +27,12 @@ from zenith_jax.passes.match._match import Match
 
 ANCHORS = ("erf", "erfc", "tanh", "logistic", "exp")
 
-_POINTS = np.concatenate([
-    np.sqrt([0.0007, 0.013, 0.11, 0.37, 0.73, 1.3, 1.9, 2.7, 3.9, 5.3, 7.7, 11.3, 17.9, 29.3, 47.1, 83.7]),
-    -np.sqrt([0.0011, 0.017, 0.13, 0.31, 0.79, 1.1, 2.1, 2.9, 4.1, 5.9, 8.3, 12.7, 19.1, 27.7, 41.3, 79.9]),
-])
+_POINTS = np.concatenate(
+    [
+        np.sqrt([0.0007, 0.013, 0.11, 0.37, 0.73, 1.3, 1.9, 2.7, 3.9, 5.3, 7.7, 11.3, 17.9, 29.3, 47.1, 83.7]),
+        -np.sqrt([0.0011, 0.017, 0.13, 0.31, 0.79, 1.1, 2.1, 2.9, 4.1, 5.9, 8.3, 12.7, 19.1, 27.7, 41.3, 79.9]),
+    ]
+)
 # Literals of one formula, computed along two ways, differ by a few float32 ulps (6e-8), which the cubic term and the
 # tails amplify about tenfold. 0.0447 instead of 0.044715 differs by 1e-3 at x = -3.
 _RTOL, _ATOL = 2e-6, 1e-10
@@ -137,8 +139,9 @@ def _inputs(terms: Terms, root: Term, anchor: JaxprEqn) -> list[Term]:
         if isinstance(term.atom, Var) and term.atom.aval.shape == root.atom.aval.shape:
             found.append(term)
             eqn = terms.graph.producer(term.atom)
-            if eqn is not None and (eqn.primitive.name in _ANALYTIC or eqn.primitive.name in (
-                    "convert_element_type", "copy", "copy_p")):
+            if eqn is not None and (
+                eqn.primitive.name in _ANALYTIC or eqn.primitive.name in ("convert_element_type", "copy", "copy_p")
+            ):
                 queue.extend(terms.operands(term, eqn))
     return found
 
@@ -181,7 +184,12 @@ def _build(terms: Terms, name: str, root: Var, x: Term, inner: dict[int, JaxprEq
     producer = terms.graph.producer(root)
     assert producer is not None
     return Match(
-        op=name, root=producer, results=(root,), inner=tuple(inner.values()), leaves=(x.atom,), emit=emit,
+        op=name,
+        root=producer,
+        results=(root,),
+        inner=tuple(inner.values()),
+        leaves=(x.atom,),
+        emit=emit,
         static=(("name", name), ("dtype", root.aval.dtype.name)),
         case=(("dtype", x.dtype.name), ("size", root.aval.size)),
     )
@@ -189,5 +197,3 @@ def _build(terms: Terms, name: str, root: Var, x: Term, inner: dict[int, JaxprEq
 
 def emit(x, *, name: str, dtype: str):
     return (activation(name, x).astype(dtype),)
-
-

@@ -76,9 +76,13 @@ def _softmax_above(terms: Terms, term: Term) -> Refusal | None:
             form = softmax_form(terms, below)
             if isinstance(form, SoftmaxForm) or (form is not None and form.reason == MULTIPLIED):
                 what = {"select_n": "dropout or a mask", "mul": "dropout or a mask"}.get(eqn.primitive.name, "")
-                return refuse("{what} `{primitive}` stands between the softmax and its product with value",
-                              what=what or "the operation", primitive=eqn.primitive.name, depth=2,
-                              advice="mask the logits before the softmax; switch dropout off for inference")
+                return refuse(
+                    "{what} `{primitive}` stands between the softmax and its product with value",
+                    what=what or "the operation",
+                    primitive=eqn.primitive.name,
+                    depth=2,
+                    advice="mask the logits before the softmax; switch dropout off for inference",
+                )
         term = next((t for t in terms.operands(term, eqn) if terms.constant(t) is None and t.axes), term)
     return None
 
@@ -105,8 +109,12 @@ def _match(
     inner = [eqn, *form.inner, *logits.inner, dot]
     escaped = terms.graph.escapes(inner, [eqn.outvars[0]])
     if escaped is not None:
-        return refuse("an inner value ({aval}: the logits or the probabilities) is used elsewhere too",
-                      aval=escaped.aval, depth=8, advice="do not return the attention weights")
+        return refuse(
+            "an inner value ({aval}: the logits or the probabilities) is used elsewhere too",
+            aval=escaped.aval,
+            depth=8,
+            advice="do not return the attention weights",
+        )
     return _build(terms, eqn, root, query, key, value, axes, s, logits, logits.scale * left_scale * right_scale, inner)
 
 
@@ -177,8 +185,11 @@ def _walk_scale(terms: Terms, x: Term, eqn: JaxprEqn, logits: Logits) -> Term | 
             i = 0 if constants[0] is None else 1
             factor, below = float(constants[1 - i]), operands[i]  # pyright: ignore[reportArgumentType]
         else:
-            return refuse("the scale of the logits depends on data", depth=4,
-                          advice="a Python number or a constant scale is fused")
+            return refuse(
+                "the scale of the logits depends on data",
+                depth=4,
+                advice="a Python number or a constant scale is fused",
+            )
     if not math.isfinite(factor) or (factor <= 0 and logits.fills):
         return refuse("the logits are scaled by {factor}", factor=factor, depth=4)
     logits.scale *= factor
@@ -197,11 +208,19 @@ def _walk_mask(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) ->
     fill_after = _at_softmax(fill, x, logits)
     limit = FILL_LIMIT.get(x.dtype.name, DEFAULT_FILL_LIMIT)
     if not fill_after <= limit:
-        return refuse("the mask's fill {fill} is not low enough to vanish in the softmax", fill=fill_after, depth=5,
-                      advice="-inf or jnp.finfo(dtype).min is")
+        return refuse(
+            "the mask's fill {fill} is not low enough to vanish in the softmax",
+            fill=fill_after,
+            depth=5,
+            advice="-inf or jnp.finfo(dtype).min is",
+        )
     if logits.bias is not None and fill_after != -math.inf:
-        return refuse("a bias is added after the mask, whose fill {fill} is finite", fill=fill, depth=5,
-                      advice="add the bias first, or fill with -inf")
+        return refuse(
+            "a bias is added after the mask, whose fill {fill} is finite",
+            fill=fill,
+            depth=5,
+            advice="add the bias first, or fill with -inf",
+        )
     mask = mask_form(terms, which, s, negated)
     if isinstance(mask, Refusal):
         return mask
@@ -352,8 +371,17 @@ def _unscaled(terms: Terms, term: Term) -> tuple[Term, float]:
 
 
 def _build(
-    terms: Terms, eqn: JaxprEqn, root: Term, query: Term, key: Term, value: Term, roles: Roles, s: Axis,
-    logits: Logits, scale: float, inner: list[JaxprEqn],
+    terms: Terms,
+    eqn: JaxprEqn,
+    root: Term,
+    query: Term,
+    key: Term,
+    value: Term,
+    roles: Roles,
+    s: Axis,
+    logits: Logits,
+    scale: float,
+    inner: list[JaxprEqn],
 ) -> Match | Refusal:
     batch: tuple[Axis | None, ...] = (None,) * (2 - len(roles.batch)) + roles.batch
     scores = (*batch, roles.group, roles.t, s)
@@ -370,8 +398,11 @@ def _build(
     t_size = roles.t.size if roles.t is not None else 1
     empty_rows = bool(logits.mask.tensors) or logits.mask.has_empty_rows(t_size, s.size)
     if empty_rows and (len(set(logits.fills)) > 1 or logits.added_fill):
-        return refuse("a row without any allowed key has different fills, or logits, in it", depth=6,
-                      advice="fill with one value, in one jnp.where")
+        return refuse(
+            "a row without any allowed key has different fills, or logits, in it",
+            depth=6,
+            advice="fill with one value, in one jnp.where",
+        )
     # Without a finite fill, only -inf can empty a row: NaN, as softmax gives.
     masked_row = MASKED_ROW_NAN if all(f == -math.inf for f in logits.fills) else MASKED_ROW_MEAN
     dtype = _common_dtype(query, key, value)
@@ -404,9 +435,16 @@ def _build(
         emit=emit,
         static=tuple(static.items()),
         detail=_detail(logits, roles, s, bool(bias), len(masks)),
-        case=(("dtype", dtype), ("batch", batch_size * groups), ("t", t_size), ("s", s.size), ("d", roles.d.size),
-              ("e", roles.e.size), ("has_scores", bool(bias or masks)),
-              ("causal", logits.mask.right == 0)),
+        case=(
+            ("dtype", dtype),
+            ("batch", batch_size * groups),
+            ("t", t_size),
+            ("s", s.size),
+            ("d", roles.d.size),
+            ("e", roles.e.size),
+            ("has_scores", bool(bias or masks)),
+            ("causal", logits.mask.right == 0),
+        ),
     )
 
 
@@ -419,8 +457,9 @@ def _is_length_major(query: Term, roles: Roles) -> bool:
     if roles.t is None or not roles.batch:
         return False
     heads = [a for a in (roles.batch[-1], roles.group) if a is not None]
-    return len(roles.batch) > 1 and all(query.axes.index(roles.t) < query.axes.index(a) for a in heads
-                                        if a in query.axes)
+    return len(roles.batch) > 1 and all(
+        query.axes.index(roles.t) < query.axes.index(a) for a in heads if a in query.axes
+    )
 
 
 def _detail(logits: Logits, roles: Roles, s: Axis, has_bias: bool, masks: int) -> str:
@@ -436,8 +475,22 @@ def _detail(logits: Logits, roles: Roles, s: Axis, has_bias: bool, masks: int) -
 
 
 def emit(
-    query, key, value, *scores, orders: tuple[tuple[str, Order], ...], mask_orders, bias_order, batch_sizes, scale,
-    left, right, masked_row, layout, dtype, shape, result_dtype,
+    query,
+    key,
+    value,
+    *scores,
+    orders: tuple[tuple[str, Order], ...],
+    mask_orders,
+    bias_order,
+    batch_sizes,
+    scale,
+    left,
+    right,
+    masked_row,
+    layout,
+    dtype,
+    shape,
+    result_dtype,
 ):
     """Canonical attention on arrays in the program's own order of dimensions."""
     order = dict(orders)
@@ -453,8 +506,18 @@ def emit(
     if bias_order is not None:
         bias = arranged(scores[-1], bias_order[0])
         bias = bias if bias_order[1] == 1 else bias * jnp.asarray(bias_order[1], bias.dtype)
-    out = attention_canonical(query, key, value, mask=mask, bias=bias, scale=scale, left=left, right=right,
-                              masked_row=masked_row, layout=layout)
+    out = attention_canonical(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        left=left,
+        right=right,
+        masked_row=masked_row,
+        layout=layout,
+    )
     return (restored(out, order["result"], shape, result_dtype),)
 
 

@@ -150,7 +150,7 @@ def _band_of_constant(allowed: np.ndarray, axes: tuple[Axis | None, ...], key_ax
     named = [(d, axis) for d, axis in enumerate(axes) if axis is not None]
     if len(named) != 2 or key_axis not in axes or not allowed.any():
         return None
-    (query_dim, query_axis), = [(d, axis) for d, axis in named if axis is not key_axis]
+    ((query_dim, query_axis),) = [(d, axis) for d, axis in named if axis is not key_axis]
     order = [query_dim, axes.index(key_axis), *(d for d, axis in enumerate(axes) if axis is None)]
     allowed = allowed.transpose(order).reshape(query_axis.size, key_axis.size)
     distance = np.arange(key_axis.size)[None, :] - np.arange(query_axis.size)[:, None]
@@ -158,8 +158,11 @@ def _band_of_constant(allowed: np.ndarray, axes: tuple[Axis | None, ...], key_ax
     if not np.array_equal(allowed, (distance >= -left) & (distance <= right)):
         return None
     # A bound at the corner of the matrix is none.
-    return MaskForm(UNBOUNDED if left >= query_axis.size - 1 else left,
-                    UNBOUNDED if right >= key_axis.size - 1 else right, query_axis)
+    return MaskForm(
+        UNBOUNDED if left >= query_axis.size - 1 else left,
+        UNBOUNDED if right >= key_axis.size - 1 else right,
+        query_axis,
+    )
 
 
 def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
@@ -177,8 +180,13 @@ def _progression(array: np.ndarray, axes: tuple[Axis | None, ...]) -> tuple[int,
         return None
     offset = int(array.flat[0])
     steps = [int(np.take(array, [1], axis=d).flat[0]) - offset if n > 1 else 0 for d, n in enumerate(array.shape)]
-    positions = sum((np.expand_dims(np.arange(n, dtype=np.int64) * step, [e for e in range(array.ndim) if e != d])
-                     for d, (n, step) in enumerate(zip(array.shape, steps, strict=True))), np.int64(offset))
+    positions = sum(
+        (
+            np.expand_dims(np.arange(n, dtype=np.int64) * step, [e for e in range(array.ndim) if e != d])
+            for d, (n, step) in enumerate(zip(array.shape, steps, strict=True))
+        ),
+        np.int64(offset),
+    )
     if not np.array_equal(np.broadcast_to(positions, array.shape), array):
         return None
     return offset, {axis: step for axis, step in zip(axes, steps, strict=True) if axis is not None and step}

@@ -37,8 +37,11 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     addition = terms.producer(inside, "add")
     if addition is None:
         if isinstance(_moments(terms, inside, []), Moments):
-            return refuse("there is no eps inside the square root", depth=1,
-                          advice="x / sqrt(var + eps) is fused; sqrt(var) + eps is another function")
+            return refuse(
+                "there is no eps inside the square root",
+                depth=1,
+                advice="x / sqrt(var + eps) is fused; sqrt(var) + eps is another function",
+            )
         return None
     operands = terms.operands(inside, addition)
     constants = [terms.constant(t) for t in operands]
@@ -89,12 +92,19 @@ def _mean(terms: Terms, term: Term, path: list[JaxprEqn]) -> tuple[Term, Axis] |
         return None  # a sum, as in an L2 norm: nothing like a mean
     # As the program computes it: N or 1/N rounded to the literal's dtype, and nothing else.
     rounded = np.asarray(size, literal_dtype)
-    expected = {float(np.asarray(1.0 / size, literal_dtype)), float(np.asarray(1.0, literal_dtype) / rounded)} if (
-        inverse) else {float(rounded)}
+    expected = (
+        {float(np.asarray(1.0 / size, literal_dtype)), float(np.asarray(1.0, literal_dtype) / rounded)}
+        if (inverse)
+        else {float(rounded)}
+    )
     if divisor not in expected:
-        return refuse("the sum over {n} elements is divided by {d}", n=size, depth=2,
-                      d=(1 / divisor if divisor else 0) if inverse else divisor,
-                      advice="a mean divides by their number")
+        return refuse(
+            "the sum over {n} elements is divided by {d}",
+            n=size,
+            depth=2,
+            d=(1 / divisor if divisor else 0) if inverse else divisor,
+            advice="a mean divides by their number",
+        )
     path.extend(walked)
     return terms.peel(operand, path), reduced[0]
 
@@ -204,8 +214,12 @@ def _climb(
         users = graph.users_of(var)
         if len(users) != 1 or graph.is_output(var):
             if best is None:
-                refusal = refusal or refuse("1/sqrt(variance + eps) is used {n} times, a norm uses it once", depth=3,
-                                            n=graph.use_count(var), advice="do not return the statistics")
+                refusal = refusal or refuse(
+                    "1/sqrt(variance + eps) is used {n} times, a norm uses it once",
+                    depth=3,
+                    n=graph.use_count(var),
+                    advice="do not return the statistics",
+                )
             break
         user = users[0]
         name = user.primitive.name
@@ -260,9 +274,7 @@ def _normalised(terms: Terms, var: Var, root: JaxprEqn, rstd: Term, moments: Mom
     return _Found(var, top, scale, x, axis, (*product_path, *steps))
 
 
-def _centred(
-    terms: Terms, term: Term, moments: Moments
-) -> tuple[Term, dict[Axis, Axis], list[JaxprEqn]] | Refusal:
+def _centred(terms: Terms, term: Term, moments: Moments) -> tuple[Term, dict[Axis, Axis], list[JaxprEqn]] | Refusal:
     """Reads the factor as x - mean(x), or x for rms: (x, the axes of the moments renamed to the result's, path)."""
     steps: list[JaxprEqn] = []
     term = terms.peel(term, steps)
@@ -292,8 +304,12 @@ def _finish(
     x, axis = found.x, found.axis
     dims = [i for i, n in enumerate(x.atom.aval.shape) if n != 1]
     if not dims or x.axes[dims[-1]] is not axis or dims[-1] != len(x.axes) - 1:
-        return refuse("the normalised axis is not the last of x, of shape {shape}", shape=x.atom.aval.shape, depth=5,
-                      advice="kernels read rows; move the axis to the end once, outside of the model")
+        return refuse(
+            "the normalised axis is not the last of x, of shape {shape}",
+            shape=x.atom.aval.shape,
+            depth=5,
+            advice="kernels read rows; move the axis to the end once, outside of the model",
+        )
     if [a for a in x.axes if a is not None] != [a for a in found.top.axes if a is not None]:
         return refuse("the norm's result is transposed against x", depth=5)
     result, bias, all_inner = found.var, None, [*inner, *moments.inner, *found.inner]
@@ -302,26 +318,49 @@ def _finish(
         all_inner += steps
     escaped = graph.escapes(all_inner, [result])
     if escaped is not None:
-        return refuse("an inner value ({aval}: mean, variance or x - mean) is used elsewhere", aval=escaped.aval,
-                      depth=6, advice="do not return the statistics")
+        return refuse(
+            "an inner value ({aval}: mean, variance or x - mean) is used elsewhere",
+            aval=escaped.aval,
+            depth=6,
+            advice="do not return the statistics",
+        )
     parameters = [t for t in (found.scale, bias) if t is not None]
-    static = dict(kind="layer" if moments.centred else "rms", eps=eps, has_scale=found.scale is not None,
-                  has_bias=bias is not None, shape=tuple(result.aval.shape), dtype=result.aval.dtype.name)
+    static = dict(
+        kind="layer" if moments.centred else "rms",
+        eps=eps,
+        has_scale=found.scale is not None,
+        has_bias=bias is not None,
+        shape=tuple(result.aval.shape),
+        dtype=result.aval.dtype.name,
+    )
     name = "layer_norm" if moments.centred else "rms_norm"
     case = (("dtype", x.dtype.name), ("cols", axis.size), ("size", x.atom.aval.size))
     residual = _residual(terms, x, parameters)
     alone = Match(
-        op=name, root=root, results=(result,), inner=tuple(all_inner),
-        leaves=(x.atom, *(t.atom for t in parameters)), emit=emit, static=tuple(static.items()),
-        detail=f"rows of {axis.size}", case=case,
+        op=name,
+        root=root,
+        results=(result,),
+        inner=tuple(all_inner),
+        leaves=(x.atom, *(t.atom for t in parameters)),
+        emit=emit,
+        static=tuple(static.items()),
+        detail=f"rows of {axis.size}",
+        case=case,
     )
     if residual is not None:
         addition, first, second = residual
         total = addition.outvars[0]
         return Match(
-            op=f"add_{name}", root=root, results=(result, total), inner=(*all_inner, addition),
-            leaves=(first, second, *(t.atom for t in parameters)), emit=emit_with_residual,
-            static=tuple(static.items()), detail=f"rows of {axis.size}", case=case, simpler=alone,
+            op=f"add_{name}",
+            root=root,
+            results=(result, total),
+            inner=(*all_inner, addition),
+            leaves=(first, second, *(t.atom for t in parameters)),
+            emit=emit_with_residual,
+            static=tuple(static.items()),
+            detail=f"rows of {axis.size}",
+            case=case,
+            simpler=alone,
         )
     return alone
 
@@ -359,8 +398,9 @@ def _residual(terms: Terms, x: Term, parameters: list[Term]) -> tuple[JaxprEqn, 
     if eqn is None or eqn.primitive.name != "add":
         return None
     first, second = eqn.invars
-    if any(not isinstance(a, Var) or a.aval.shape != x.atom.aval.shape or a.aval.dtype != x.dtype
-           for a in (first, second)):
+    if any(
+        not isinstance(a, Var) or a.aval.shape != x.atom.aval.shape or a.aval.dtype != x.dtype for a in (first, second)
+    ):
         return None
     if any(terms.graph.constant(a) is not None for a in (first, second)):
         return None

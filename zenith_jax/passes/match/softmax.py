@@ -58,8 +58,11 @@ def softmax_form(terms: Terms, term: Term) -> SoftmaxForm | Refusal | None:
     shifted = terms.peel(terms.operands(numerator, exponential)[0], inner)
     subtraction = terms.producer(shifted, "sub")
     if subtraction is None:
-        return refuse("exp(x) / sum(exp(x)) without the maximum subtracted first", depth=1,
-                      advice="jax.nn.softmax is safe from overflow and is fused")
+        return refuse(
+            "exp(x) / sum(exp(x)) without the maximum subtracted first",
+            depth=1,
+            advice="jax.nn.softmax is safe from overflow and is fused",
+        )
     x, shift = terms.operands(shifted, subtraction)
     refusal = _check_shift(terms, x, shift, axis, inner)
     if refusal is not None:
@@ -132,8 +135,11 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         inner=form.inner,
         leaves=(form.x.atom,),
         emit=_emit_reshaped,
-        static=(("axis", form.x.axes.index(form.axis)), ("dtype", root.aval.dtype.name),
-                ("shape", tuple(root.aval.shape))),
+        static=(
+            ("axis", form.x.axes.index(form.axis)),
+            ("dtype", root.aval.dtype.name),
+            ("shape", tuple(root.aval.shape)),
+        ),
         case=(("dtype", form.x.dtype.name), ("cols", form.axis.size), ("size", root.aval.size)),
     )
 
