@@ -27,8 +27,8 @@ std::vector<float> Inputs(Random& random, int64_t size) {
 }
 
 void Test(Report& report, Activation kind, DType dtype, int64_t size, int64_t offset) {
-  report.Problem(std::string(Name(kind)) + " of " + std::to_string(size) +
-                 (offset ? ", unaligned" : ""));
+  report.Problem(dtype, std::string(Name(kind)) + " of " + std::to_string(size) +
+                            (offset ? ", unaligned" : ""));
   Random random(1);
   const Array x(dtype, Inputs(random, size), offset);
   const Array dy(dtype, random.Normals(size, 1, 30), offset);

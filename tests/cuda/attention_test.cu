@@ -128,7 +128,7 @@ void CompareRows(Report& report, const char* family, const char* what, const Arr
     const double size = std::fmax(norms[row], 0.1 * std::sqrt(mean_square));
     worst = std::fmax(worst, std::sqrt(square) / (relative * size + absolute + 1e-30));
   }
-  report.Add(family, what, got.dtype(), worst);
+  report.Add(family, what, worst);
 }
 
 /// delta[b,h,t] = sum_e dout * out in float64.
@@ -152,7 +152,7 @@ std::vector<float> Delta(const Problem& p, const Array& out, const Array& dout) 
 }
 
 void Test(Report& report, const Problem& p) {
-  report.Problem(p.text());
+  report.Problem(p.dtype, p.text());
   Random random(5);
   const int64_t queries = p.batch * p.heads() * p.q_len, keys = p.batch * p.kv_heads * p.kv_len;
   const auto input = [&](int64_t rows, int64_t features, double amplitude) {

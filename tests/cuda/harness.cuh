@@ -178,12 +178,16 @@ class Array {
 /// A line per family of kernels; what is worse than its tolerance fails the program.
 class Report {
  public:
-  /// What the following belongs to.
-  void Problem(std::string text) { problem_ = std::move(text); }
+  /// What the following belongs to. dtype: the inputs'; float32 results are counted there too.
+  void Problem(DType dtype, std::string text) {
+    dtype_ = dtype;
+    problem_ = std::move(text);
+  }
 
   void Require(bool holds, const std::string& claim) {
     if (holds) return;
-    if (++failures_ <= kShown) std::printf("FAILED: %s: %s\n", problem_.c_str(), claim.c_str());
+    if (++failures_ <= kShown)
+      std::printf("FAILED: %s %s: %s\n", Name(dtype_), problem_.c_str(), claim.c_str());
   }
   void Require(const Status& status, const std::string& what) {
     if (!status.ok()) Require(false, what + ": " + status.message);
@@ -204,12 +208,12 @@ class Report {
         worst = HUGE_VAL;
       }
     }
-    Add(family, what, got.dtype(), worst);
+    Add(family, what, worst);
   }
 
   /// `ratio`: an error as a multiple of its tolerance.
-  void Add(const std::string& family, const char* what, DType dtype, double ratio) {
-    Line& line = lines_[family + " " + Name(dtype)];
+  void Add(const std::string& family, const char* what, double ratio) {
+    Line& line = lines_[family + " " + Name(dtype_)];
     if (line.last_problem != problem_) ++line.problems;
     line.last_problem = problem_;
     if (ratio >= line.worst) line.worst = ratio, line.where = std::string(what) + ", " + problem_;
@@ -238,6 +242,7 @@ class Report {
     std::string where, last_problem;
   };
   std::map<std::string, Line> lines_;
+  DType dtype_ = DType::kF32;
   std::string problem_;
   int failures_ = 0;
 };

@@ -79,8 +79,8 @@ std::vector<float> NormInputs(Random& random, const Shape& shape, double shift) 
 
 void TestNormForward(Report& report, NormKind kind, DType dtype, DType param_dtype,
                      const Shape& shape, bool residual, double shift = 1) {
-  report.Problem(std::string(kind == NormKind::kLayer ? "layer " : "rms ") + shape.text() +
-                 ", parameters " + Name(param_dtype) + (residual ? ", residual" : ""));
+  report.Problem(dtype, std::string(kind == NormKind::kLayer ? "layer " : "rms ") + shape.text() +
+                            ", parameters " + Name(param_dtype) + (residual ? ", residual" : ""));
   Random random(2);
   const bool layer = kind == NormKind::kLayer;
   const int64_t size = shape.size(), cols = shape.cols;
@@ -127,8 +127,8 @@ void TestNormForward(Report& report, NormKind kind, DType dtype, DType param_dty
 
 void TestNormBackward(Report& report, NormKind kind, DType dtype, DType param_dtype,
                       const Shape& shape, bool with_dsum) {
-  report.Problem(std::string(kind == NormKind::kLayer ? "layer " : "rms ") + shape.text() +
-                 ", parameters " + Name(param_dtype) + (with_dsum ? ", dsum" : ""));
+  report.Problem(dtype, std::string(kind == NormKind::kLayer ? "layer " : "rms ") + shape.text() +
+                            ", parameters " + Name(param_dtype) + (with_dsum ? ", dsum" : ""));
   Random random(3);
   const bool layer = kind == NormKind::kLayer;
   const int64_t size = shape.size(), cols = shape.cols;
@@ -217,7 +217,7 @@ std::vector<float> SoftmaxInputs(Random& random, const Shape& shape) {
 }
 
 void TestSoftmax(Report& report, DType dtype, const Shape& shape) {
-  report.Problem(shape.text());
+  report.Problem(dtype, shape.text());
   Random random(4);
   const int64_t size = shape.size(), cols = shape.cols;
   const Array x(dtype, SoftmaxInputs(random, shape), shape.offset);
