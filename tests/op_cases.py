@@ -1,0 +1,144 @@
+"""Cases of every op, shared by tests/ops, and the comparison with formulas.py by error ratio.
+
+A new op is one more function in formulas.py and one more line in CASES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formulas import add_layer_norm, add_rms_norm, attention, gelu, layer_norm, rms_norm, silu, softmax
+from numerics import assert_error_ratio, in_float64
+
+from zenith_jax import ops
+
+SEED = 20260107
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+
+def zenith_attention(q, k, v, *scores, **options):
+    for x in scores:
+        options["mask" if x.dtype == bool else "bias"] = x
+    return ops.attention(q, k, v, **options)
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """shapes: of the operands, floats; a mask where the shape is wrapped in `Mask`. shared: operands that all examples
+    of a batch have in common."""
+
+    op: str
+    name: str
+    function: Callable[..., Any]
+    formula: Callable[..., Any]
+    shapes: tuple[Any, ...]
+    shared: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}"
+
+    def arguments(self, dtype: Any = jnp.float32, seed: int = SEED) -> list[Any]:
+        rng = np.random.default_rng(seed)
+        return [
+            jnp.asarray(rng.random(s.shape) < 0.7)
+            if isinstance(s, Mask)
+            else jnp.asarray(rng.normal(size=s) + (i in self.shared), dtype)
+            for i, s in enumerate(self.shapes)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    shape: tuple[int, ...]
+
+
+X, W = (3, 5, 37), (37,)  # no size a multiple of a vector's
+Q, K, V = (2, 9, 4, 6), (2, 7, 4, 6), (2, 7, 4, 6)
+
+
+def attention_case(name, *more, q=Q, k=K, v=V, **options):
+    return Case(
+        "attention", name, ft.partial(zenith_attention, **options), ft.partial(attention, **options), (q, k, v, *more)
+    )
+
+
+CASES = [
+    Case("layer_norm", "", ops.layer_norm, layer_norm, (X,)),
+    Case("layer_norm", "scale bias", ops.layer_norm, layer_norm, (X, W, W), (1, 2)),
+    Case("layer_norm", "large eps", ft.partial(ops.layer_norm, eps=0.5), ft.partial(layer_norm, eps=0.5), (X, W), (1,)),
+    Case("rms_norm", "", ops.rms_norm, rms_norm, (X,)),
+    Case("rms_norm", "scale", ops.rms_norm, rms_norm, (X, W), (1,)),
+    Case("add_layer_norm", "scale bias", ops.add_layer_norm, add_layer_norm, (X, X, W, W), (2, 3)),
+    Case("add_rms_norm", "scale", ops.add_rms_norm, add_rms_norm, (X, X, W), (2,)),
+    Case("softmax", "", ops.softmax, softmax, (X,)),
+    Case("softmax", "axis 1", ft.partial(ops.softmax, axis=1), ft.partial(softmax, axis=1), (X,)),
+    Case("gelu", "tanh", ops.gelu, gelu, (X,)),
+    Case("gelu", "erf", ft.partial(ops.gelu, approximate=False), ft.partial(gelu, approximate=False), (X,)),
+    Case("silu", "", ops.silu, silu, (X,)),
+    attention_case(""),
+    attention_case("causal", is_causal=True),
+    attention_case("window", local_window_size=(2, 1)),
+    attention_case("causal window, some rows empty", is_causal=True, local_window_size=(1, 0)),
+    attention_case("mask", Mask((2, 4, 9, 7))),
+    attention_case("mask of keys", Mask((2, 1, 1, 7))),
+    attention_case("bias", (2, 4, 9, 7)),
+    attention_case("bias of heads", (1, 4, 1, 7)),
+    attention_case("mask and bias, causal", Mask((2, 1, 9, 7)), (1, 1, 9, 7), is_causal=True),
+    attention_case("grouped", k=(2, 7, 2, 6), v=(2, 7, 2, 6)),
+    attention_case("multi-query, mask, bias", Mask((2, 4, 9, 7)), (1, 4, 9, 7), k=(2, 7, 1, 6), v=(2, 7, 1, 6)),
+    attention_case("value size", v=(2, 7, 4, 11)),
+    attention_case("scale", scale=0.7),
+    attention_case("one query", q=(2, 1, 4, 6)),
+]
+# One case of each op with parameters, and the hard ones of attention, for the dearer transformations.
+MAIN_NAMES = ("scale bias", "scale", "axis 1", "tanh", "erf", "mask and bias, causal", "grouped")
+MAIN = [c for c in CASES if c.name in MAIN_NAMES or c.op in ("silu", "softmax")]
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+main_case = pytest.mark.parametrize("case", MAIN, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+
+# Ulps at the largest value that are let pass where the plain formula happens to be exact: sums in another order.
+VALUE_ULPS, GRADIENT_ULPS, SECOND_ULPS = 4.0, 16.0, 64.0
+
+
+def float_indices(args: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def loss_of(function: Callable) -> Callable:
+    """A scalar with unequal weights on all results; in the widened dtype, as training losses are."""
+
+    def loss(*args: Any) -> Any:
+        return sum(
+            jnp.vdot(
+                r.astype(wide := jnp.promote_types(r.dtype, jnp.float32)).ravel(),
+                jnp.cos(0.7 * jnp.arange(r.size, dtype=wide)),
+            )
+            for r in jax.tree.leaves(function(*args))
+        )
+
+    return loss
+
+
+def gradient_of(function: Callable, args: Sequence[Any]) -> Callable:
+    return jax.grad(loss_of(function), float_indices(args))
+
+
+def close(transform: Callable[[Callable], Callable], case: Case, args: Sequence[Any], floor_ulps: float) -> None:
+    """transform(op)(*args) against transform(formula): error ratio with float64."""
+    fused, plain = transform(case.function), transform(case.formula)
+    with np.errstate(all="ignore"):
+        assert_error_ratio(
+            jax.jit(fused)(*args), jax.jit(plain)(*args), in_float64(plain)(*args), floor_ulps=floor_ulps
+        )
