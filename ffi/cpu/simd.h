@@ -114,6 +114,24 @@ ZENITH_INLINE F32 Reciprocal(F32 x) {
 #endif
 }
 
+/// Whether any lane of a comparison holds.
+ZENITH_INLINE bool Any(I32 mask) {
+#if defined(ZENITH_AVX512)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  int32_t any = 0;
+  for (int64_t i = 0; i < kLanes; ++i) any |= mask[i];
+  return any != 0;
+#endif
+}
+
+#if defined(ZENITH_AVX512)
+/// Element index % 32 of the 32 floats (low, high): one operation, no memory access.
+ZENITH_INLINE F32 Lookup(I32 index, F32 low, F32 high) {
+  return (F32)_mm512_permutex2var_ps((__m512)low, (__m512i)index, (__m512)high);
+}
+#endif
+
 // --- Loads and stores. With a `Part` they touch only the first n elements, 0 < n < kLanes; a load
 // fills the other lanes with 0.
 
