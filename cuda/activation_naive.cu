@@ -24,9 +24,11 @@ __device__ Point Evaluate(Activation kind, double x) {
       return {x * cumulative, cumulative + x * kInverseSqrtTwoPi * exp(-x * x / 2)};
     }
     case Activation::kGeluTanh: {
-      const double t = tanh(kSqrtTwoOverPi * (x + 0.044715 * x * x * x));
+      // (1 + tanh(w)) / 2 = 1 / (1 + exp(-2 w)): 1 + tanh(w) has no digits left from w = -19 on.
+      const double w = kSqrtTwoOverPi * (x + 0.044715 * x * x * x);
       const double slope = kSqrtTwoOverPi * (1 + 3 * 0.044715 * x * x);
-      return {x / 2 * (1 + t), (1 + t) / 2 + x / 2 * (1 - t * t) * slope};
+      const double cumulative = 1 / (1 + exp(-2 * w));
+      return {x * cumulative, cumulative + 2 * x * cumulative * (1 - cumulative) * slope};
     }
     case Activation::kSilu: {
       const double sigmoid = 1 / (1 + exp(-x));
