@@ -32,6 +32,8 @@ each_mesh = pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
 
 
 def mesh_of(shape: tuple[int, int], kind: AxisType = AxisType.Auto) -> Any:
+    if jax.device_count() < shape[0] * shape[1]:
+        pytest.skip(f"needs {shape[0] * shape[1]} devices, {jax.default_backend()} has {jax.device_count()}")
     return jax.make_mesh(shape, ("x", "y"), axis_types=(kind, kind), devices=jax.devices()[: shape[0] * shape[1]])
 
 
