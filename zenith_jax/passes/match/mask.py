@@ -182,7 +182,7 @@ def _progression(array: np.ndarray, axes: tuple[Axis | None, ...]) -> tuple[int,
     steps = [int(np.take(array, [1], axis=d).flat[0]) - offset if n > 1 else 0 for d, n in enumerate(array.shape)]
     positions = sum(
         (
-            np.expand_dims(np.arange(n, dtype=np.int64) * step, [e for e in range(array.ndim) if e != d])
+            np.expand_dims(np.arange(n, dtype=np.int64) * step, tuple(e for e in range(array.ndim) if e != d))
             for d, (n, step) in enumerate(zip(array.shape, steps, strict=True))
         ),
         np.int64(offset),
