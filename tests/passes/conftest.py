@@ -74,7 +74,8 @@ def check_fused() -> Callable[..., zenith.Report]:
         assert gradient_report.counts() == (counts if gradient_counts is None else gradient_counts), gradient_report
         # 8 ulps of the largest value: the fused sums run in another order than XLA's.
         expected = in_float64(value_and_gradients(oracle or function))(*args)
-        assert_error_ratio(jax.jit(zenith.fuse(both))(*args), jax.jit(both)(*args), expected, floor_ulps=floor_ulps)
+        fused, plain = jax.jit(zenith.fuse(both))(*args), jax.jit(both)(*args)
+        assert_error_ratio(fused, plain, expected, floor_ulps=floor_ulps, cancelling="attention" in counts)
         return report
 
     return check
