@@ -256,7 +256,3 @@ class Terms:
 
     def same(self, a: Term, b: Term) -> bool:
         return self.unify(a, b, ()) is not None
-
-
-def is_var(atom: Atom) -> bool:
-    return isinstance(atom, Var)

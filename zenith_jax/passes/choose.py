@@ -9,12 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from zenith_jax.errors import Refusal, refuse
+from zenith_jax.ops._op import check_kernel_dtype
 from zenith_jax.passes.match import Match
-
-KERNEL_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def _cpu_attention(case: dict[str, Any], differentiated: bool) -> Refusal | None:
@@ -105,10 +103,9 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
     case = dict(match.case)
     if platform not in ("cpu", "cuda"):
         return refuse("there are no kernels for {platform}", platform=platform)
-    if np.dtype(case["dtype"]).name not in KERNEL_DTYPES:
-        return refuse(
-            "there is no kernel for {dtype}", dtype=case["dtype"], advice="float32, float16 and bfloat16 have one"
-        )
+    unsupported = check_kernel_dtype(match.op, case["dtype"])
+    if unsupported is not None:
+        return unsupported
     if any(n == 0 for v in match.leaves for n in v.aval.shape):
         return refuse("an operand is empty")
     if platform == "cuda" and match.op == "attention" and max(case["d"], case["e"]) > 256:

@@ -102,8 +102,8 @@ def _check_shift(terms: Terms, x: Term, shift: Term, axis: Axis, inner: list[Jax
     return None
 
 
-def emit(x, *, axis: int, dtype: str):
-    return (softmax_op(x, axis=axis).astype(dtype),)
+def emit(x, *, axis: int, dtype: str, shape: tuple[int, ...]):
+    return (softmax_op(x, axis=axis).astype(dtype).reshape(shape),)
 
 
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
@@ -134,7 +134,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         results=(root,),
         inner=form.inner,
         leaves=(form.x.atom,),
-        emit=_emit_reshaped,
+        emit=emit,
         static=(
             ("axis", form.x.axes.index(form.axis)),
             ("dtype", root.aval.dtype.name),
@@ -142,7 +142,3 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         ),
         case=(("dtype", form.x.dtype.name), ("cols", form.axis.size), ("size", root.aval.size)),
     )
-
-
-def _emit_reshaped(x, *, axis: int, dtype: str, shape: tuple[int, ...]):
-    return (emit(x, axis=axis, dtype=dtype)[0].reshape(shape),)
