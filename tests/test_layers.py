@@ -16,6 +16,7 @@ LAYERS = [
     {"__init__"},  # the public names: what `import zenith_jax` gives
     {"verify"},
     {"api"},
+    {"frontends"},
     {"doctor", "passes"},
     {"ops"},
     {"ir", "native", "report"},

@@ -1,0 +1,1 @@
+"""ONNX operators, a file for each family. Importing this package registers all of them."""
