@@ -28,6 +28,8 @@ class Node:
     """What an operator may ask about the node that it computes.
 
     wanted: for each output whether somebody reads it. opset: the version of the node's domain in force.
+    size_bound: for an output whose size depends on data, the size that the user allows inside `jax.jit`, or None. Under
+    it the result has exactly that size: what is too much is cut off, what is missing is filled with zeros.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Node:
     domain: str
     opset: int
     wanted: tuple[bool, ...]
+    size_bound: int | None = None
 
     def __str__(self) -> str:
         return f"{self.domain + '.' if self.domain else ''}{self.op_type} {self.name!r}"

@@ -1,18 +1,17 @@
-"""Values while a graph is converted: static (NumPy) or traced (JAX)."""
+"""Values while a graph is converted: static (NumPy) or not (JAX: traced, or concrete outside of `jax.jit`)."""
 
 from __future__ import annotations
 
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zenith_jax.errors import ZenithError
+from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError, UnsupportedError
 
-
-class NotStaticError(ZenithError):
-    """An operand whose value must be known while tracing is traced. The converter adds the node's name."""
+__all__ = ["NotStaticError", "OnnxError", "UnsupportedError", "ints", "is_known", "is_static", "static", "xp"]
 
 
 def is_static(value: Any) -> bool:
@@ -27,9 +26,20 @@ def xp(*values: Any) -> ModuleType:
     return np if all(is_static(v) for v in values) else jnp
 
 
+def is_known(value: Any) -> bool:
+    """Whether `static` can give the value: it is static, or a JAX array outside of any tracing."""
+    if isinstance(value, list | tuple):
+        return all(is_known(v) for v in value)
+    return not isinstance(value, jax.core.Tracer)
+
+
 def static(value: Any, name: str) -> np.ndarray:
-    """The operand `name` as a NumPy array. Raises NotStaticError for a traced one."""
-    if not is_static(value):
+    """The operand `name` as a NumPy array. A JAX array outside of tracing is read; a tracer raises NotStaticError.
+
+    So a model whose shapes depend on data runs exactly when it is called outside of `jax.jit`. Whether to compute with
+    NumPy is another question, answered by `xp`: a JAX array stays one.
+    """
+    if not is_known(value):
         raise NotStaticError(f"the value of {name!r} must be known while tracing, because it decides a shape")
     return np.asarray(value)
 
