@@ -58,7 +58,19 @@ def test_interleaved_gives_each_its_own_median():
         {"slow": lambda: (calls.append("slow"), time.sleep(0.02)), "quick": lambda: calls.append("quick")}, runs=4
     )
     assert times["slow"] >= 0.02 > times["quick"]
-    assert calls[-8:] == ["slow", "quick", "quick", "slow"] * 2  # after both were warmed up
+    slow, quick = (["slow"] * timing.BURST, ["quick"] * timing.BURST)
+    assert calls[4:] == slow + quick + quick + slow + slow + quick  # after both were warmed up
+
+
+def test_the_first_call_of_a_burst_is_not_counted():
+    calls = []
+
+    def f():  # slow when another function ran before it
+        time.sleep(0.02 if calls[-1:] == ["g"] else 0.001)
+        calls.append("f")
+
+    times = timing.interleaved({"f": f, "g": lambda: calls.append("g")}, runs=10)
+    assert 0.001 <= times["f"] < 0.02
 
 
 def test_interleaved_stops_when_the_time_is_up_and_counts_every_round():

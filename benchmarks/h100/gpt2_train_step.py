@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     functions = {name: jit(step) for name, jit in JITS.items()}
     temporary = {name: _temporary_mebibytes(f.lower(state, ids).compile()) for name, f in functions.items()}
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("timing, interleaved", total=options.runs)
+        task = progress.add_task("timing, in turn", total=options.runs)
         seconds = interleaved(
             {name: lambda f=f: f(state, ids) for name, f in functions.items()},
             runs=options.runs, seconds=120, queued=False, step=lambda: progress.advance(task),

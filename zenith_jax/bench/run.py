@@ -1,4 +1,4 @@
-"""zenith.jit against jax.jit: medians of interleaved runs in one process, and who computes what."""
+"""zenith.jit against jax.jit: medians of bursts of calls in turn in one process, and who computes what."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def compared(
 ) -> dict[str, Outcome]:
     vectors = {name: np.asarray(f(*arguments)).astype(np.float64) for name, f in functions.items()}
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("timing, interleaved", total=runs)
+        task = progress.add_task("timing, in turn", total=runs)
         seconds = interleaved(
             {name: lambda f=f: f(*arguments) for name, f in functions.items()},
             runs=runs,
