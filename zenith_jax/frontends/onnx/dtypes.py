@@ -5,8 +5,12 @@ Strings are NumPy object arrays of `str` and exist only while tracing. JAX befor
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import dtypes
 
 from zenith_jax.errors import DTypeError
 
@@ -75,3 +79,13 @@ def bits(dtype: np.typing.DTypeLike) -> int:
 
 
 _SUB_BYTE = {from_onnx(code): width for code, width in {21: 4, 22: 4, 23: 4, 25: 2, 26: 2, 27: 6, 28: 6}.items()}
+
+
+def is_floating(x: Any) -> bool:
+    """Whether the array x is of a real floating type, bfloat16 and smaller ones included."""
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def cast(x: Any, dtype: np.typing.DTypeLike) -> Any:
+    """x.astype(dtype); where x is a JAX array, 64 bits become 32 without `jax_enable_x64`, and without a warning."""
+    return x.astype(dtype if isinstance(x, np.ndarray | np.generic) else dtypes.canonicalize_dtype(dtype))
