@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from zenith_jax.frontends.onnx.dtypes import bits, cast, from_onnx, is_floating
+from zenith_jax.frontends.onnx.ops._arrays import in_jax, silent
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import is_static, xp
 
@@ -65,17 +66,6 @@ _BINARY = {
 _VARIADIC = {"Max": "maximum", "Min": "minimum", "Sum": "add"}
 
 
-def _silent(function: Callable) -> Callable:
-    """`function` without NumPy's warnings: ONNX's log(0) is -inf and its integers wrap, static or not."""
-
-    @ft.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
 def _aligned(a: Any, b: Any, axis: int | None) -> Any:
     """b, whose first dimension stands at `axis` of a: broadcasting before opset 7."""
     return b if axis is None else b.reshape(b.shape + (1,) * (a.ndim - axis % max(a.ndim, 1) - b.ndim))
@@ -83,7 +73,7 @@ def _aligned(a: Any, b: Any, axis: int | None) -> Any:
 
 def _register_tables() -> None:
     def unary(name: str) -> Callable:
-        @_silent
+        @silent
         def function(x: Any, *, consumed_inputs: Any = None) -> Any:
             del consumed_inputs  # of opset 1
             return getattr(xp(x), name)(x)
@@ -91,7 +81,7 @@ def _register_tables() -> None:
         return function
 
     def binary(name: str) -> Callable:
-        @_silent
+        @silent
         def function(a: Any, b: Any, *, axis: Any = None, broadcast: int = 0, consumed_inputs: Any = None) -> Any:
             del broadcast, consumed_inputs
             return getattr(xp(a, b), name)(a, _aligned(a, b, axis))
@@ -99,7 +89,7 @@ def _register_tables() -> None:
         return function
 
     def variadic(name: str) -> Callable:
-        @_silent
+        @silent
         def function(*xs: Any, consumed_inputs: Any = None) -> Any:
             del consumed_inputs
             return ft.reduce(getattr(xp(*xs), name), xs)
@@ -117,11 +107,12 @@ _register_tables()
 @operator("Mean")
 def mean(*xs, consumed_inputs=None):
     del consumed_inputs
-    return ft.reduce(xp(*xs).add, xs) / len(xs)
+    total = ft.reduce(xp(*xs).add, xs)
+    return total / np.asarray(len(xs), total.dtype)
 
 
 @operator("Div")
-@_silent
+@silent
 def div(a, b, *, axis=None, broadcast=0, consumed_inputs=None):
     """a / b; integers are truncated, where Python and NumPy round down."""
     del broadcast, consumed_inputs
@@ -136,7 +127,7 @@ def div(a, b, *, axis=None, broadcast=0, consumed_inputs=None):
 
 
 @operator("Mod")
-@_silent
+@silent
 def mod(a, b, *, fmod=0):
     """a - b * floor(a / b), with the sign of b; with `fmod` truncated, with the sign of a."""
     np_ = xp(a, b)
@@ -148,7 +139,7 @@ def mod(a, b, *, fmod=0):
 
 
 @operator("Pow")
-@_silent
+@silent
 def power(x, y, *, axis=None, broadcast=0):
     """x ** y in the dtype of x, whatever the dtype of y."""
     del broadcast
@@ -173,7 +164,7 @@ def _integer_base(np_: Any, x: Any, y: Any) -> Any:
 
 
 @operator("BitShift")
-@_silent
+@silent
 def bit_shift(x, y, *, direction):
     """x shifted by y bits. A y outside [0, bits) shifts everything out; to the right the sign stays."""
     np_ = xp(x, y)
@@ -187,7 +178,7 @@ def bit_shift(x, y, *, direction):
 
 
 @operator("Clip")
-@_silent
+@silent
 def clip_attributes(x, *, min=None, max=None, consumed_inputs=None):
     del consumed_inputs
     limits = jnp.finfo(x.dtype)  # ±3.4e38, the attributes' defaults, are infinite in float16
@@ -219,14 +210,16 @@ def is_inf(x, *, detect_negative=1, detect_positive=1):
 
 
 @operator("Erf")
+@in_jax
 def erf(x):
-    return lax.erf(jnp.asarray(x)) if is_floating(x) else jax.scipy.special.erf(x).astype(x.dtype)
+    return lax.erf(x) if is_floating(x) else jax.scipy.special.erf(x).astype(x.dtype)
 
 
 @operator("Erfc")
+@in_jax
 def erfc(x):
     """No ONNX operator: tf2onnx leaves TensorFlow's in the graph, in the default domain, for the gelu of Keras."""
-    return lax.erfc(jnp.asarray(x))
+    return lax.erfc(x)
 
 
 @operator("BitCast", since=26)

@@ -1,0 +1,251 @@
+"""Convolutions of any number of spatial axes, channels first: https://onnx.ai/onnx/operators/
+
+Letters: n batch, c channels of the input, m channels of the output, g groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from zenith_jax.frontends.onnx.ops._arrays import in_jax
+from zenith_jax.frontends.onnx.ops._windows import Windows, per_axis, windows
+from zenith_jax.frontends.onnx.ops.linear import as_int8, requantized
+from zenith_jax.frontends.onnx.registry import operator
+
+
+def _convolved(x: Any, w: Any, geometry: Windows, group: int, padding: Any = None, dtype: Any = None) -> Any:
+    return lax.conv_general_dilated(
+        x,
+        w,
+        window_strides=geometry.stride,
+        padding=geometry.padding if padding is None else padding,
+        rhs_dilation=geometry.dilation,
+        feature_group_count=group,
+        preferred_element_type=dtype,
+    )
+
+
+def _channels(x: Any, rank: int) -> Any:
+    """A vector of channels, or a scalar, to be broadcast with (n, c, *spatial)."""
+    return x.reshape(-1, *(1,) * rank) if x.size > 1 else x.reshape(())
+
+
+@operator("Conv")
+@in_jax
+def conv(x, w, b=None, *, auto_pad="NOTSET", dilations=None, group=1, kernel_shape=None, pads=None, strides=None):
+    """x: (n, c, *spatial); w: (m, c/g, *kernel); b: (m,)."""
+    del kernel_shape  # that of w
+    geometry = windows(x.shape[2:], w.shape[2:], strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad)
+    y = _convolved(x, w, geometry, group)
+    return y if b is None else y + b.reshape(-1, *(1,) * (x.ndim - 2))
+
+
+# --- quantised --------------------------------------------------------------------------------------------------------
+
+
+def integer_conv(x: Any, w: Any, x_zero_point: Any, w_zero_point: Any, geometry: Windows, group: int) -> Any:
+    """The convolution of x - x_zero_point with w - w_zero_point in int32, from int8 or uint8; exact modulo 2^32.
+
+    As in `integer_matmul` the zero points are taken out, and the product is one of int8. Padding stands for a zero,
+    which is x_zero_point, so x is padded with that first.
+    """
+    rank = x.ndim - 2
+    x, zero_x = as_int8(x, x_zero_point)
+    w, zero_w = as_int8(w, w_zero_point)
+    fill = jnp.int8(0) if zero_x is None else zero_x.reshape(()).astype(jnp.int8)
+    x = lax.pad(x, fill, [(0, 0, 0)] * 2 + [(low, high, 0) for low, high in geometry.padding])
+    valid = [(0, 0)] * rank
+    y = _convolved(x, w, geometry, group, valid, jnp.int32)
+    spatial = tuple(range(1, w.ndim))
+    if zero_x is not None:
+        y = y - zero_x.reshape(()) * _channels(jnp.sum(w, axis=spatial, dtype=jnp.int32), rank)
+    if zero_w is not None:
+        zero_w = _channels(jnp.broadcast_to(zero_w.reshape(-1), (w.shape[0],)), rank)
+        sums = _convolved(x, jnp.ones_like(w), geometry, group, valid, jnp.int32)
+        y = y - zero_w * sums
+        if zero_x is not None:
+            y = y + zero_x.reshape(()) * zero_w * math.prod(w.shape[1:])
+    return y
+
+
+@operator("ConvInteger", since=10)
+def conv_integer(
+    x,
+    w,
+    x_zero_point=None,
+    w_zero_point=None,
+    *,
+    auto_pad="NOTSET",
+    dilations=None,
+    group=1,
+    kernel_shape=None,
+    pads=None,
+    strides=None,
+):
+    del kernel_shape
+    geometry = windows(x.shape[2:], w.shape[2:], strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad)
+    return integer_conv(x, w, x_zero_point, w_zero_point, geometry, group)
+
+
+@operator("QLinearConv", since=10)
+def qlinear_conv(
+    x,
+    x_scale,
+    x_zero_point,
+    w,
+    w_scale,
+    w_zero_point,
+    y_scale,
+    y_zero_point,
+    b=None,
+    *,
+    auto_pad="NOTSET",
+    dilations=None,
+    group=1,
+    kernel_shape=None,
+    pads=None,
+    strides=None,
+):
+    """b: int32, quantised with x_scale * w_scale and zero point 0."""
+    del kernel_shape
+    rank = x.ndim - 2
+    geometry = windows(x.shape[2:], w.shape[2:], strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad)
+    accumulator = integer_conv(x, w, x_zero_point, w_zero_point, geometry, group)
+    if b is not None:
+        accumulator = accumulator + _channels(jnp.asarray(b), rank)
+    scale = jnp.asarray(x_scale) * _channels(jnp.asarray(w_scale), rank) / jnp.asarray(y_scale)
+    return requantized(accumulator, scale, jnp.asarray(y_zero_point))
+
+
+# --- transposed -------------------------------------------------------------------------------------------------------
+
+
+@operator("ConvTranspose")
+@in_jax
+def conv_transpose(
+    x,
+    w,
+    b=None,
+    *,
+    auto_pad="NOTSET",
+    dilations=None,
+    group=1,
+    kernel_shape=None,
+    output_padding=None,
+    output_shape=None,
+    pads=None,
+    strides=None,
+):
+    """x: (n, c, *spatial); w: (c, m/g, *kernel). Each element of x adds its multiple of the kernel to the output.
+
+    Computed as a convolution of x, spread out by the strides, with the kernel reversed.
+    """
+    del kernel_shape
+    rank = x.ndim - 2
+    strides, dilations = per_axis(strides, rank), per_axis(dilations, rank)
+    extra = per_axis(output_padding, rank, 0)
+    pads = per_axis(pads, 2 * rank, 0)
+    padding, crop = [], []
+    for i in range(rank):
+        extent = (w.shape[2 + i] - 1) * dilations[i] + 1
+        full = strides[i] * (x.shape[2 + i] - 1) + extra[i] + extent
+        front, back = pads[i], pads[i + rank]
+        if output_shape is not None or auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            wanted = (
+                x.shape[2 + i] * strides[i] if output_shape is None else int(output_shape[len(output_shape) - rank + i])
+            )
+            total = full - wanted
+            front = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
+            back = total - front
+        elif auto_pad == "VALID":
+            front = back = 0
+        low, high = extent - 1 - front, extent - 1 - back + extra[i]
+        padding.append((max(low, 0), max(high, 0)))
+        crop.append((max(-low, 0), max(-high, 0)))
+    c, m = w.shape[0], w.shape[1] * group
+    kernel = jnp.flip(w, tuple(range(2, w.ndim))).reshape(group, c // group, m // group, *w.shape[2:])
+    kernel = jnp.swapaxes(kernel, 1, 2).reshape(m, c // group, *w.shape[2:])
+    y = lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1,) * rank,
+        padding=padding,
+        lhs_dilation=strides,
+        rhs_dilation=dilations,
+        feature_group_count=group,
+    )
+    y = y[(..., *(slice(low, n - high) for (low, high), n in zip(crop, y.shape[2:], strict=True)))]
+    return y if b is None else y + b.reshape(-1, *(1,) * rank)
+
+
+# --- deformable -------------------------------------------------------------------------------------------------------
+
+
+@operator("DeformConv", since=19)
+@in_jax
+def deform_conv(
+    x,
+    w,
+    offset,
+    b=None,
+    mask=None,
+    *,
+    dilations=None,
+    group=1,
+    kernel_shape=None,
+    offset_group=1,
+    pads=None,
+    strides=None,
+):
+    """Convolution whose taps are moved by `offset` and weighted by `mask`: Dai et al. 2017, arXiv:1703.06211.
+
+    offset: (n, offset_group * taps * r, *outputs), r spatial axes, the coordinates of a tap side by side;
+    mask: (n, offset_group * taps, *outputs). Between elements x is interpolated linearly, outside of them it is 0.
+    """
+    del kernel_shape
+    n, c, *sizes = x.shape
+    rank, m = len(sizes), w.shape[0]
+    geometry = windows(sizes, w.shape[2:], strides=strides, dilations=dilations, pads=pads)
+    taps, points = math.prod(geometry.size), math.prod(geometry.outputs)
+
+    # Positions, (n, offset_group, taps * points) for each axis.
+    offset = offset.reshape(n, offset_group, taps, rank, points).astype(jnp.promote_types(x.dtype, jnp.float32))
+    grid = np.meshgrid(
+        *[np.arange(k) * d for k, d in zip(geometry.size, geometry.dilation, strict=True)], indexing="ij"
+    )
+    starts = [np.arange(o) * s - p for o, s, p in zip(geometry.outputs, geometry.stride, geometry.before, strict=True)]
+    origin = np.meshgrid(*starts, indexing="ij")
+    positions = [
+        (offset[:, :, :, i] + (grid[i].reshape(-1, 1) + origin[i].reshape(1, -1))).reshape(
+            n, offset_group, taps * points
+        )
+        for i in range(rank)
+    ]
+    sampled = _interpolated(x.reshape(n, offset_group, c // offset_group, -1), sizes, positions)
+    if mask is not None:
+        sampled = sampled * mask.reshape(n, offset_group, 1, taps * points)
+    sampled = sampled.reshape(n, group, c // group, taps, points)
+    kernel = w.reshape(group, m // group, c // group, taps)
+    y = jnp.einsum("gmct,ngctp->ngmp", kernel, sampled).reshape(n, m, *geometry.outputs)
+    return y if b is None else y + b.reshape(-1, *(1,) * rank)
+
+
+def _interpolated(x: Any, sizes: list[int], positions: list[Any]) -> Any:
+    """x (n, o, c, prod(sizes)) at positions, each (n, o, p), multilinear, zero outside: (n, o, c, p)."""
+    floors = [jnp.floor(p) for p in positions]
+    result: Any = 0
+    for corner in itertools.product((0, 1), repeat=len(sizes)):
+        index: Any = 0
+        weight: Any = 1
+        for size, position, floor, step in zip(sizes, positions, floors, corner, strict=True):
+            at = floor + step
+            weight = weight * jnp.where((at >= 0) & (at < size), 1 - jnp.abs(position - at), 0)
+            index = index * size + jnp.clip(at, 0, size - 1).astype(jnp.int32)
+        result = result + jnp.take_along_axis(x, index[:, :, None], axis=-1) * weight[:, :, None].astype(x.dtype)
+    return result
