@@ -8,6 +8,7 @@
 from zenith_jax import ops
 from zenith_jax.api import explain, fuse, jit
 from zenith_jax.config import Config, config, configure, configured
+from zenith_jax.frontends import onnx
 from zenith_jax.report import Report, Site
 from zenith_jax.verify import Comparison, Verification, verify
 
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "fuse",
     "jit",
+    "onnx",
     "ops",
     "verify",
 ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError, UnsupportedError
 
@@ -30,7 +30,7 @@ def is_known(value: Any) -> bool:
     """Whether `static` can give the value: it is static, or a JAX array outside of any tracing."""
     if isinstance(value, list | tuple):
         return all(is_known(v) for v in value)
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def static(value: Any, name: str) -> np.ndarray:

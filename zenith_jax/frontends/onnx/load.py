@@ -1,0 +1,165 @@
+"""Files, bytes and protos -> OnnxModel."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from zenith_jax.errors import ZenithError
+from zenith_jax.frontends.onnx import dtypes
+from zenith_jax.frontends.onnx.errors import OnnxError
+from zenith_jax.frontends.onnx.graph import Graph, Parser, ValueInfo, canonical
+from zenith_jax.frontends.onnx.model import OnnxModel, Program
+from zenith_jax.frontends.onnx.steering import Steering, steering
+
+# An integer or boolean weight up to this size stays NumPy, so that what is computed from it can still decide a shape.
+_SMALL_INTEGERS = 1024
+_SMALL_STEERING = 16  # elements; a float weight that a shape is computed from: scales, not a layer's weights
+
+
+def load(
+    model: Any,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    static: Sequence[str] = (),
+    params: Collection[str] = (),
+    size_bounds: Mapping[str, int] | None = None,
+    dynamic: Mapping[str, Sequence[int]] | None = None,
+) -> OnnxModel:
+    """An ONNX model as a JAX function with parameters.
+
+    >>> model = zenith.onnx.load("model.onnx")
+    >>> loss = lambda params, x: model.apply(params, x)[0].sum()
+    >>> gradients = jax.grad(loss)(model.params, x)
+
+    model: the path of a file, of a folder with one .onnx file in it, the bytes of a file, or an onnx.ModelProto.
+    folder: where external data lies if not beside the file; files outside of it are never opened.
+    static: inputs whose value is known while tracing, in addition to those found to decide a shape.
+    params: scalar or integer weights to have among the parameters, where by default only float arrays are.
+    size_bounds: for a node (or an output) whose size depends on data, the size it is to have inside `jax.jit`.
+    dynamic: for a symbolic dimension the sizes to compile for, {"batch": (1, 8, 64)}: `model(x)` pads with zeros to the
+    next one and cuts the result. Only for dimensions along which the model's results are independent.
+
+    Raises OnnxError for a file that is no valid model; nothing in the file is executed.
+    """
+    proto, beside = _proto(model)
+    where = pathlib.Path(folder) if folder is not None else beside
+    if not proto.HasField("graph"):
+        raise OnnxError("the file holds no graph: it is no ONNX model, or it is truncated")
+    parser = Parser(where)
+    opsets = _opsets(proto)
+    functions = {}
+    for f in proto.functions:
+        key = canonical(f.domain), f.name, f.overload
+        if key in functions:
+            raise OnnxError(f"the function {'.'.join(k for k in key if k)} is defined twice")
+        functions[key] = parser.function(f)
+    graph = parser.main_graph(proto.graph)
+    steers = steering(graph, functions)
+    arrays, constants, statics = _sorted_weights(parser, graph, steers, params)
+    unknown = sorted(set(static) - {i.name for i in graph.inputs})
+    if unknown:
+        raise OnnxError(f"static={unknown}: the model's inputs are {[i.name for i in graph.inputs]}")
+    metadata = {"producer": f"{proto.producer_name} {proto.producer_version}".strip(), "ir_version": proto.ir_version}
+    return OnnxModel(
+        params={k: jnp.asarray(v) for k, v in arrays.items()},
+        constants={k: jnp.asarray(v) for k, v in constants.items()},
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        static_inputs=tuple(i.name for i in graph.inputs if i.name in static or _is_static_input(i, steers)),
+        program=Program(graph, opsets, functions, statics, metadata),
+        size_bounds=dict(size_bounds or {}),
+        dynamic={k: tuple(sorted(v)) for k, v in (dynamic or {}).items()},
+    )
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ZenithError("zenith.onnx needs the package onnx: pip install 'zenith-jax[onnx]'") from error
+    return onnx
+
+
+def _proto(model: Any) -> tuple[Any, pathlib.Path | None]:
+    """The ModelProto, and the folder of the file it comes from."""
+    onnx = _onnx()
+    if isinstance(model, onnx.ModelProto):
+        return model, None
+    if isinstance(model, bytes | bytearray | memoryview):
+        return _parsed(onnx, bytes(model), "the bytes"), None
+    if not isinstance(model, str | os.PathLike):
+        raise OnnxError(f"load takes a path, bytes or an onnx.ModelProto, got {type(model).__name__}")
+    path = pathlib.Path(model)
+    if path.is_dir():
+        files = sorted(path.glob("*.onnx"))
+        if len(files) != 1:
+            raise OnnxError(f"the folder {path} has {len(files)} .onnx files; give the path of one")
+        path = files[0]
+    if not path.is_file():
+        raise OnnxError(f"there is no file {path}")
+    return _parsed(onnx, path.read_bytes(), str(path)), path.parent
+
+
+def _parsed(onnx: Any, content: bytes, what: str) -> Any:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except Exception as error:  # protobuf's DecodeError, whose module depends on its version
+        raise OnnxError(f"{what} ({len(content)} bytes) cannot be read as an ONNX model: {error}") from error
+    return proto
+
+
+def _opsets(proto: Any) -> dict[str, int]:
+    opsets = {canonical(o.domain): o.version for o in proto.opset_import}
+    if any(v < 1 for v in opsets.values()):
+        raise OnnxError(f"opset versions start at 1, the model declares {opsets}")
+    if not opsets and proto.ir_version < 3:
+        return {"": 1}  # before IR version 3 there were no operator sets
+    return opsets
+
+
+def _sorted_weights(
+    parser: Parser, graph: Graph, steers: Steering, params: Collection[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The weights as parameters, other arrays on the device, and those that stay NumPy."""
+    unknown = sorted(set(params) - set(parser.weights))
+    if unknown:
+        raise OnnxError(f"params={unknown}: the model has no such weights")
+    arrays: dict[str, np.ndarray] = {}
+    constants: dict[str, np.ndarray] = {}
+    statics: dict[str, np.ndarray] = {}
+    for name, array in parser.weights.items():
+        if name in params:
+            arrays[name] = array
+        elif _stays_static(name, array, steers, name in parser.from_constants):
+            statics[name] = array
+        elif dtypes.is_floating(array):
+            arrays[name] = array
+        else:
+            constants[name] = array
+    return arrays, constants, statics
+
+
+def _stays_static(name: str, array: np.ndarray, steers: Steering, is_constant_node: bool) -> bool:
+    if array.dtype == np.object_ or name in steers.direct:
+        return True
+    if dtypes.is_floating(array):
+        # A scalar is an epsilon or a scale; a Constant with one element too. A bias of one element is a parameter.
+        is_scalar = array.ndim == 0 or (is_constant_node and array.size == 1)
+        return is_scalar or (name in steers.reached and array.ndim == 1 and array.size <= _SMALL_STEERING)
+    return array.size <= _SMALL_INTEGERS or name in steers.reached
+
+
+def _is_static_input(info: ValueInfo, steers: Steering) -> bool:
+    if info.type.kind == "tensor" and info.dtype == np.object_:
+        return True
+    if info.name in steers.direct:
+        return True
+    is_small = info.shape is not None and len(info.shape) <= 1
+    return is_small and info.name in (steers.reached | steers.switches)

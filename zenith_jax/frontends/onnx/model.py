@@ -1,0 +1,286 @@
+"""`load`: an ONNX model as a JAX function and its parameters."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools as ft
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zenith_jax.frontends.onnx import interpret
+from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError
+from zenith_jax.frontends.onnx.graph import FunctionDef, Graph, ValueInfo
+
+logger = logging.getLogger("zenith_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model as it was read: graph, versions, functions. statics: weights that stay NumPy."""
+
+    graph: Graph
+    opsets: Mapping[str, int]
+    functions: Mapping[tuple[str, str, str], FunctionDef]
+    statics: Mapping[str, np.ndarray]
+    metadata: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OnnxModel:
+    """An ONNX model as a function. Made by `zenith.onnx.load`.
+
+    `model.apply(model.params, x)` is a pure function of the parameters and the inputs: jit, grad, vmap, shard and
+    `zenith.jit` it as you like. `model(x)` is the short way: compiled once for each shape, parameters included.
+
+    params: the float weights by their name in the file, as JAX arrays; these are what `apply` differentiates by.
+    constants: the other large weights (quantised, tables). `apply` takes them from here; put them into the parameters,
+    `apply({**model.params, **model.constants}, x)`, to have them as arguments of a compiled function.
+    static_inputs: inputs whose value decides a shape or chooses a variant of the model. Give them as NumPy arrays or
+    Python numbers, outside of what is traced, or bind them by `specialise`; another value is another trace.
+    """
+
+    params: dict[str, jax.Array]
+    constants: dict[str, jax.Array]
+    inputs: tuple[ValueInfo, ...]
+    outputs: tuple[ValueInfo, ...]
+    static_inputs: tuple[str, ...]
+    program: Program = dataclasses.field(repr=False)
+    size_bounds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    dynamic: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    bound: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def opset(self) -> int:
+        """The version of ai.onnx that the model declares."""
+        return self.program.opsets.get("", 0)
+
+    def apply(self, params: Mapping[str, Any], *inputs: Any, **inputs_by_name: Any) -> tuple[Any, ...]:
+        """The model's outputs, as a tuple in the order of `outputs`.
+
+        Inputs go by position in the order of `inputs`, or by name; an input with a default in the file may be left out.
+        Outside of `jax.jit` this runs node by node, with values at hand: then also shapes that depend on data are
+        exact. Inside, what decides a shape must be a static input or a constant.
+        """
+        given = {**self._bind(inputs, inputs_by_name), **self.bound}
+        weights = {**self.program.statics, **self.constants, **params}
+        values = {name: self._input(name, value) for name, value in given.items() if name not in weights}
+        weights.update((name, jnp.asarray(value)) for name, value in given.items() if name in weights)
+        run = interpret.Run(self.program.functions, weights, self.size_bounds)
+        results = interpret.evaluate(self.program.graph, values, interpret.Frame(run, self.program.opsets))
+        return tuple(_result(value) for value in results)
+
+    def __call__(self, *inputs: Any, **inputs_by_name: Any) -> tuple[Any, ...]:
+        """`apply` with the model's own parameters, compiled for these shapes and these values of the static inputs.
+
+        A model whose shapes depend on data runs node by node instead, which is slower, and says so once in the log.
+        """
+        given = {k: _as_array(v) for k, v in self._bind(inputs, inputs_by_name).items()}
+        statics = {k: v for k, v in given.items() if k in self.static_inputs or not _is_numeric(v)}
+        traced = {k: v for k, v in given.items() if k not in statics}
+        if not self._compiled.eager:
+            padded, sizes = self._padded(traced)
+            try:
+                results = self._compiled(statics)({**self.params, **self.constants}, padded)
+                return tuple(self._cut(r, o, sizes) for r, o in zip(results, self.outputs, strict=True))
+            except NotStaticError as error:
+                logger.warning("this ONNX model runs node by node, not compiled: %s", error)
+                self._compiled.eager = True
+        return self.apply(self.params, **traced, **statics)
+
+    def specialise(self, **values: Any) -> OnnxModel:
+        """The model with these inputs bound to values, which are known while tracing."""
+        unknown = sorted(set(values) - {i.name for i in self.inputs})
+        if unknown:
+            raise OnnxError(f"specialise: the model has no inputs {unknown}; it has {[i.name for i in self.inputs]}")
+        bound = {info.name: self._static(info, values[info.name]) for info in self.inputs if info.name in values}
+        return dataclasses.replace(
+            self,
+            inputs=tuple(i for i in self.inputs if i.name not in values),
+            static_inputs=tuple(n for n in self.static_inputs if n not in values),
+            bound={**self.bound, **bound},
+        )
+
+    def unsupported(self) -> dict[str, int]:
+        """How often each node type that Zenith does not compute occurs; empty: all are known."""
+        run = interpret.Run(self.program.functions, {})
+        return dict(interpret.unsupported(self.program.graph, interpret.Frame(run, self.program.opsets)))
+
+    def summary(self) -> str:
+        """What is in the model, as text."""
+        counts = collections.Counter(str(n.op_type) for n in _all_nodes(self.program.graph))
+        lines = [f"ONNX model {self.program.graph.name!r}, opset {self.opset}"]
+        more = {d: v for d, v in self.program.opsets.items() if d}
+        if more:
+            lines[0] += ", " + ", ".join(f"{d} {v}" for d, v in sorted(more.items()))
+        lines += [f"  in   {i}{'  (static)' if i.name in self.static_inputs else ''}" for i in self.inputs]
+        lines += [f"  out  {o}" for o in self.outputs]
+        size = sum(p.size for p in self.params.values())
+        size_bytes = sum(p.nbytes for p in self.params.values())
+        lines.append(f"  {len(self.params)} parameters with {size:,} elements, {size_bytes / 1e6:.1f} MB")
+        lines.append(f"  {sum(counts.values())} nodes: " + ", ".join(f"{n} {c}" for n, c in counts.most_common()))
+        if missing := self.unsupported():
+            lines.append("  not computed: " + ", ".join(f"{n} {c}" for n, c in sorted(missing.items())))
+        return "\n".join(lines)
+
+    @ft.cached_property
+    def _compiled(self) -> _Compiled:
+        return _Compiled(self)
+
+    def _bind(self, inputs: tuple[Any, ...], by_name: Mapping[str, Any]) -> dict[str, Any]:
+        names = [i.name for i in self.inputs]
+        if len(inputs) > len(names):
+            raise OnnxError(f"the model takes {len(names)} inputs {names}, got {len(inputs)}")
+        given = dict(zip(names, inputs, strict=False))
+        twice = sorted(set(given) & set(by_name))
+        defaults = self.program.graph.initializers
+        unknown = sorted(n for n in by_name if n not in names and n not in defaults)
+        missing = [n for n in names if n not in given and n not in by_name]
+        if twice or unknown or missing:
+            raise OnnxError(
+                f"inputs of the model are {names}: given twice {twice}, unknown {unknown}, missing {missing}"
+            )
+        return {**given, **by_name}
+
+    def _input(self, name: str, value: Any) -> Any:
+        """An input as a value of the interpreter: JAX's, or NumPy where it is static or JAX has no such type."""
+        info = next((i for i in self.inputs if i.name == name), ValueInfo(name))
+        if name in self.bound:
+            return value
+        if value is None or (isinstance(value, list | tuple) and info.type.kind in ("sequence", "optional")):
+            return value if value is None else [_leaf(v) for v in value]
+        if name in self.static_inputs and not isinstance(value, jax.Array):
+            return self._static(info, value)
+        if not isinstance(value, jax.Array):
+            array = np.asarray(value)
+            if not isinstance(value, np.ndarray | np.generic) and info.dtype is not None:
+                array = array.astype(info.dtype)  # Python numbers and lists have no dtype of their own
+            if array.dtype.kind in "OUS":
+                return array.astype(object)
+            value = jnp.asarray(array)
+        _check(info, value)
+        return value
+
+    def _static(self, info: ValueInfo, value: Any) -> np.ndarray:
+        array = np.asarray(value)
+        if array.dtype.kind in "OUS":
+            return array.astype(object)
+        return array if isinstance(value, np.ndarray) or info.dtype is None else array.astype(info.dtype)
+
+    def _padded(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+        """Inputs padded with zeros to the buckets of `dynamic`, and the sizes that they had."""
+        sizes: dict[str, int] = {}
+        if not self.dynamic:
+            return inputs, sizes
+        padded = dict(inputs)
+        for info in self.inputs:
+            value = inputs.get(info.name)
+            if value is None or info.shape is None or np.ndim(value) != len(info.shape):
+                continue
+            widths = [(0, 0)] * np.ndim(value)
+            for axis, symbol in enumerate(info.shape):
+                if isinstance(symbol, str) and symbol in self.dynamic:
+                    size = np.shape(value)[axis]
+                    bucket = min((b for b in self.dynamic[symbol] if b >= size), default=None)
+                    if bucket is None:
+                        raise OnnxError(
+                            f"input {info.name!r}: {symbol} is {size}, the largest bucket is "
+                            f"{max(self.dynamic[symbol])}"
+                        )
+                    sizes[symbol] = size
+                    widths[axis] = (0, bucket - size)
+            padded[info.name] = np.pad(value, widths) if isinstance(value, np.ndarray) else jnp.pad(value, widths)
+        return padded, sizes
+
+    def _cut(self, result: Any, info: ValueInfo, sizes: Mapping[str, int]) -> Any:
+        if not sizes or info.shape is None or np.ndim(result) != len(info.shape):
+            return result
+        return result[tuple(slice(sizes.get(d)) if isinstance(d, str) else slice(None) for d in info.shape)]
+
+
+class _Compiled:
+    """The compiled functions of a model, one for each combination of values of its static inputs."""
+
+    def __init__(self, model: OnnxModel):
+        self.model = model
+        self.eager = False
+        self.functions: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, statics: Mapping[str, Any]) -> Callable[..., Any]:
+        key = tuple(sorted((name, _key(value)) for name, value in statics.items()))
+        if key not in self.functions:
+            model = self.model
+
+            @jax.jit
+            def compiled(params: dict[str, Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
+                return model.apply(params, **inputs, **statics)
+
+            self.functions[key] = compiled
+        return self.functions[key]
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_key(v) for v in value)
+    array = np.asarray(value)
+    content = tuple(array.reshape(-1)) if array.dtype == object else array.tobytes()
+    return array.dtype.str, array.shape, content
+
+
+def _as_array(value: Any) -> Any:
+    return value if value is None or isinstance(value, jax.Array | list | tuple) else np.asarray(value)
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_numeric(v) for v in value)
+    return value is not None and np.asarray(value).dtype.kind not in "OUS"
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_leaf(v) for v in value]
+    if value is None or isinstance(value, jax.Array):
+        return value
+    array = np.asarray(value)
+    return array.astype(object) if array.dtype.kind in "OUS" else jnp.asarray(array)
+
+
+def _check(info: ValueInfo, value: jax.Array) -> None:
+    """Raises where the array cannot be what the file declares. Widths of floats and integers may differ."""
+    if info.type.kind != "tensor":
+        return
+    if info.shape is not None:
+        fits = len(info.shape) == value.ndim and all(
+            not isinstance(d, int) or d == s for d, s in zip(info.shape, value.shape, strict=True)
+        )
+        if not fits:
+            raise OnnxError(f"input {info} got an array of shape {value.shape}")
+    if info.dtype is not None and _family(info.dtype) != _family(np.dtype(value.dtype)):
+        raise OnnxError(f"input {info} got an array of {value.dtype}; convert it first")
+
+
+def _family(dtype: np.dtype) -> str:
+    if dtype.kind in "bcO":
+        return dtype.kind
+    return "float" if jnp.issubdtype(dtype, jnp.floating) else "integer"
+
+
+def _result(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_result(v) for v in value]
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != np.object_:
+        return jnp.asarray(value)
+    return value
+
+
+def _all_nodes(graph: Graph) -> Iterable[Any]:
+    for node in graph.nodes:
+        yield node
+        for inner in node.graphs:
+            yield from _all_nodes(inner)
