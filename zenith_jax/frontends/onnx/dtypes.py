@@ -86,6 +86,11 @@ def is_floating(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def held(dtype: np.typing.DTypeLike) -> np.dtype:
+    """The dtype that a JAX array of `dtype` gets: 32 bits for 64 unless `jax_enable_x64` is on."""
+    return dtypes.canonicalize_dtype(dtype)
+
+
 def cast(x: Any, dtype: np.typing.DTypeLike) -> Any:
     """x.astype(dtype); where x is a JAX array, 64 bits become 32 without `jax_enable_x64`, and without a warning."""
-    return x.astype(dtype if isinstance(x, np.ndarray | np.generic) else dtypes.canonicalize_dtype(dtype))
+    return x.astype(dtype if isinstance(x, np.ndarray | np.generic) else held(dtype))
