@@ -158,7 +158,8 @@ def col2im(x, image_shape, block_shape, *, dilations=None, pads=None, strides=No
     x = x.reshape(n, c, position.shape[0], columns)
     if is_static(x):
         y = np.zeros((n, c, math.prod(padded)), x.dtype)
-        np.add.at(y, (slice(None), slice(None), position), x)
+        everywhere: Any = (slice(None), slice(None), position)
+        np.add.at(y, everywhere, x)
     else:
         y = jnp.zeros((n, c, math.prod(padded)), x.dtype).at[:, :, position].add(x)
     inner = tuple(slice(pads[i], pads[i] + image[i]) for i in range(rank))
