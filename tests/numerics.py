@@ -43,19 +43,27 @@ def ulps(count: float, oracle: Any, dtype: Any) -> float:
 
 
 def assert_error_ratio(
-    actual: Any, plain: Any, oracle: Any, *, ratio: float = 2.0, floor_ulps: float = 1.0, cancelling: bool = False
+    actual: Any,
+    plain: Any,
+    oracle: Any,
+    *,
+    ratio: float = 2.0,
+    floor_ulps: float = 1.0,
+    floor_dtype: Any = None,
+    cancelling: bool = False,
 ) -> None:
     """Each array's error is at most `ratio` times that of the plain same-dtype implementation, both against float64.
 
     actual, plain, oracle: pytrees of one structure. floor_ulps: the error, in ulps at the oracle's largest magnitude,
-    that is let pass whatever the plain implementation does: it may be exact by luck. cancelling: at the largest
-    magnitude of all oracles; for gradients that are sums of terms of that size and zero in theory, as that of a bias
-    on every key of an attention is.
+    that is let pass whatever the plain implementation does: it may be exact by luck. floor_dtype: of these ulps; by
+    default each array's own, a narrower one where its terms are rounded to that. cancelling: at the largest magnitude
+    of all oracles; for gradients that are sums of terms of that size and zero in theory, as that of a bias on every key
+    of an attention is.
     """
     leaves, structure = jax.tree.flatten(actual)
     plain_leaves, oracle_leaves = structure.flatten_up_to(plain), structure.flatten_up_to(oracle)
     for i, (a, p, o) in enumerate(zip(leaves, plain_leaves, oracle_leaves, strict=True)):
-        floor = max(ulps(floor_ulps, x, a.dtype) for x in (oracle_leaves if cancelling else [o]))
+        floor = max(ulps(floor_ulps, x, floor_dtype or a.dtype) for x in (oracle_leaves if cancelling else [o]))
         error, allowed = max_error(a, o), max(ratio * max_error(p, o), floor)
         assert error <= allowed, (
             f"array {i} of shape {a.shape}, {a.dtype}: error {error:.3g} against float64, allowed {allowed:.3g} "

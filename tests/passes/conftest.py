@@ -65,6 +65,7 @@ def check_fused() -> Callable[..., zenith.Report]:
         counts: dict[str, int],
         gradient_counts: dict[str, int] | None = None,
         floor_ulps: float = 8.0,
+        floor_dtype: Any = None,
         oracle: Callable[..., Any] | None = None,
     ) -> zenith.Report:
         report = zenith.explain(function)(*args)
@@ -75,7 +76,14 @@ def check_fused() -> Callable[..., zenith.Report]:
         # 8 ulps of the largest value: the fused sums run in another order than XLA's.
         expected = in_float64(value_and_gradients(oracle or function))(*args)
         fused, plain = jax.jit(zenith.fuse(both))(*args), jax.jit(both)(*args)
-        assert_error_ratio(fused, plain, expected, floor_ulps=floor_ulps, cancelling="attention" in counts)
+        assert_error_ratio(
+            fused,
+            plain,
+            expected,
+            floor_ulps=floor_ulps,
+            floor_dtype=floor_dtype,
+            cancelling="attention" in counts,
+        )
         return report
 
     return check
