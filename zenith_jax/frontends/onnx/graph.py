@@ -151,8 +151,10 @@ class Parser:
         self._in_function = False
         inputs, outputs = (tuple(ValueInfo(name) for name in names) for names in (proto.input, proto.output))
         graph = self._assembled(proto.name, inputs, outputs, {}, nodes, where=f"function {path[:-1]}")
-        if graph.captures:
-            raise OnnxError(f"function {path[:-1]} reads {sorted(graph.captures)}, which nothing in it computes")
+        # A schema's body for a node without its optional outputs does not compute them.
+        missing = graph.captures & frozenset(itertools.chain(*(n.reads for n in graph.nodes)))
+        if missing:
+            raise OnnxError(f"function {path[:-1]} reads {sorted(missing)}, which nothing in it computes")
         defaults = {a.name: self._attribute(a, path, 0) for a in proto.attribute_proto}
         opsets = {canonical(o.domain): o.version for o in proto.opset_import}
         return FunctionDef(graph, opsets, frozenset(proto.attribute), defaults)

@@ -79,7 +79,7 @@ def evaluate(graph: Graph, given: Mapping[str, Any], frame: Frame) -> list[Any]:
         values.update((name, result) for name, result in zip(node.outputs, results, strict=False) if name)
         for name in dead:
             values.pop(name, None)
-    return [values[o.name] for o in graph.outputs]
+    return [values.get(o.name) for o in graph.outputs]
 
 
 class _named:
@@ -131,11 +131,11 @@ def _results(node: NodeDef, values: Mapping[str, Any], read: frozenset[str], fra
         inputs.pop()
     attributes = {name: _attribute(value, values, frame) for name, value in node.attributes.items()}
     attributes = {name: value for name, value in attributes.items() if value is not _ABSENT}
+    wanted = tuple(name in read for name in node.outputs)
     if (function := frame.run.functions.get((node.domain, node.op_type, node.overload))) is not None:
-        return _call(function, inputs, attributes, len(node.outputs), frame)
+        return _call(function, inputs, attributes, wanted, frame)
     opset = _opset(node, frame)
     if (operator := functions.operator_for(node.domain, node.op_type, opset)) is not None:
-        wanted = tuple(name in read for name in node.outputs)
         bounds = (frame.run.size_bounds.get(name) for name in (node.label, *node.outputs))
         bound = next((b for b in bounds if b is not None), None)
         info = registry.Node(node.label, node.op_type, node.domain, opset, wanted, bound)
@@ -144,7 +144,7 @@ def _results(node: NodeDef, values: Mapping[str, Any], read: frozenset[str], fra
             return operator(info, inputs, attributes)
         return _applied(ft.partial(operator, info, inputs, attributes), inputs)
     function = functions.body_of(node, opset, inputs)
-    return _call(function, inputs, attributes, len(node.outputs), frame)
+    return _call(function, inputs, attributes, wanted, frame)
 
 
 _ABSENT = object()
@@ -166,17 +166,20 @@ def _opset(node: NodeDef, frame: Frame) -> int:
 
 
 def _call(
-    function: FunctionDef, inputs: Sequence[Any], attributes: Mapping[str, Any], outputs: int, frame: Frame
+    function: FunctionDef, inputs: Sequence[Any], attributes: Mapping[str, Any], wanted: Sequence[bool], frame: Frame
 ) -> Sequence[Any]:
     graph = function.graph
     frame.run.calls += len(graph.nodes)
     if frame.depth >= MAX_CALL_DEPTH or frame.run.calls > MAX_CALLS:
         raise OnnxError(f"functions call each other more than {MAX_CALL_DEPTH} deep or {MAX_CALLS} times")
-    if len(inputs) > len(graph.inputs) or outputs > len(graph.outputs):
+    if len(inputs) > len(graph.inputs) or len(wanted) > len(graph.outputs):
         raise OnnxError(
             f"the function has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, "
-            f"its node {len(inputs)} and {outputs}"
+            f"its node {len(inputs)} and {len(wanted)}"
         )
+    absent = [o.name for o, w in zip(graph.outputs, wanted, strict=False) if w and o.name in graph.captures]
+    if absent:
+        raise UnsupportedError(f"the function does not compute its outputs {absent}")
     known = {name: v for name, v in attributes.items() if name in function.attributes or name in function.defaults}
     given = {i.name: value for i, value in zip(graph.inputs, [*inputs, *[None] * len(graph.inputs)], strict=False)}
     body = Frame(frame.run, {**frame.opsets, **function.opsets}, {**function.defaults, **known}, frame.depth + 1)

@@ -170,15 +170,17 @@ def _arrays(values: Sequence[Any]) -> list[Any]:
 
 
 def _while(trips: Any, condition: Any, carried: Sequence[Any], body: Subgraph, node: Node) -> tuple[Any, ...]:
+    traced = "how often the loop runs is traced"
     count = len(carried)
     rounds = jnp.iinfo(jnp.int32).max if trips is None else jnp.reshape(trips, ())
+    if any(v is None or isinstance(v, list | tuple) for v in carried):
+        raise NotStaticError(f"{traced}, and it carries a sequence or an optional, which JAX cannot")
     start = _arrays(carried)
     bound = node.size_bound or 0
     row_avals = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, body(jnp.int32(0), jnp.asarray(True), *start)))
     if _types(row_avals[1 : count + 1]) != _types(start):
         raise NotStaticError(
-            f"how often the loop runs is traced, and its values change from {_types(start)} to "
-            f"{_types(row_avals[1 : count + 1])}"
+            f"{traced}, and its values change from {_types(start)} to {_types(row_avals[1 : count + 1])}"
         )
     buffers = [jnp.zeros((bound, *a.shape), a.dtype) for a in row_avals[count + 1 :]]
 
