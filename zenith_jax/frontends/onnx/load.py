@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import ZenithError
-from zenith_jax.frontends.onnx import dtypes
+from zenith_jax.frontends.onnx import dtypes, wire
 from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.onnx.graph import Graph, Parser, ValueInfo, canonical
 from zenith_jax.frontends.onnx.model import OnnxModel, Program
 from zenith_jax.frontends.onnx.steering import Steering, steering
 
+logger = logging.getLogger("zenith_jax")
+
 # An integer or boolean weight up to this size stays NumPy, so that what is computed from it can still decide a shape.
 _SMALL_INTEGERS = 1024
+_XLA_ALIGNMENT = 64  # bytes; XLA's CPU backend copies what is aligned less
+_LARGE_BYTES = 1 << 16
 _SMALL_STEERING = 16  # elements; a float weight that a shape is computed from: scales, not a layer's weights
 
 
@@ -47,11 +53,11 @@ def load(
 
     Raises OnnxError for a file that is no valid model; nothing in the file is executed.
     """
-    proto, beside = _proto(model)
+    proto, raw, beside = _proto(model)
     where = pathlib.Path(folder) if folder is not None else beside
     if not proto.HasField("graph"):
         raise OnnxError("the file holds no graph: it is no ONNX model, or it is truncated")
-    parser = Parser(where)
+    parser = Parser(where, raw)
     opsets = _opsets(proto)
     functions = {}
     for f in proto.functions:
@@ -67,8 +73,8 @@ def load(
         raise OnnxError(f"static={unknown}: the model's inputs are {[i.name for i in graph.inputs]}")
     metadata = {"producer": f"{proto.producer_name} {proto.producer_version}".strip(), "ir_version": proto.ir_version}
     return OnnxModel(
-        params={k: jnp.asarray(v) for k, v in arrays.items()},
-        constants={k: jnp.asarray(v) for k, v in constants.items()},
+        params={k: _on_device(v) for k, v in arrays.items()},
+        constants={k: _on_device(v) for k, v in constants.items()},
         inputs=graph.inputs,
         outputs=graph.outputs,
         static_inputs=tuple(i.name for i in graph.inputs if i.name in static or _is_static_input(i, steers)),
@@ -86,13 +92,13 @@ def _onnx() -> Any:
     return onnx
 
 
-def _proto(model: Any) -> tuple[Any, pathlib.Path | None]:
-    """The ModelProto, and the folder of the file it comes from."""
+def _proto(model: Any) -> tuple[Any, dict[int, np.ndarray], pathlib.Path | None]:
+    """The ModelProto, the bytes of weights that were left outside of it, and the folder of the file it comes from."""
     onnx = _onnx()
     if isinstance(model, onnx.ModelProto):
-        return model, None
+        return model, {}, None
     if isinstance(model, bytes | bytearray | memoryview):
-        return _parsed(onnx, bytes(model), "the bytes"), None
+        return *_parsed(onnx, np.frombuffer(model, np.uint8), "the bytes"), None
     if not isinstance(model, str | os.PathLike):
         raise OnnxError(f"load takes a path, bytes or an onnx.ModelProto, got {type(model).__name__}")
     path = pathlib.Path(model)
@@ -103,16 +109,19 @@ def _proto(model: Any) -> tuple[Any, pathlib.Path | None]:
         path = files[0]
     if not path.is_file():
         raise OnnxError(f"there is no file {path}")
-    return _parsed(onnx, path.read_bytes(), str(path)), path.parent
+    is_empty = path.stat().st_size == 0  # which cannot be mapped
+    content = np.empty(0, np.uint8) if is_empty else np.memmap(path, np.uint8, mode="c")
+    return *_parsed(onnx, content, str(path)), path.parent
 
 
-def _parsed(onnx: Any, content: bytes, what: str) -> Any:
+def _parsed(onnx: Any, content: np.ndarray, what: str) -> tuple[Any, dict[int, np.ndarray]]:
+    small, raw = wire.without_weights(content)
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(content)
+        proto.ParseFromString(small)
     except Exception as error:  # protobuf's DecodeError, whose module depends on its version
-        raise OnnxError(f"{what} ({len(content)} bytes) cannot be read as an ONNX model: {error}") from error
-    return proto
+        raise OnnxError(f"{what} ({content.size} bytes) cannot be read as an ONNX model: {error}") from error
+    return proto, raw
 
 
 def _opsets(proto: Any) -> dict[str, int]:
@@ -144,6 +153,16 @@ def _sorted_weights(
         else:
             constants[name] = array
     return arrays, constants, statics
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    """The array for JAX: without a copy where it lies in the CPU's memory already and is aligned for XLA."""
+    is_aligned = array.ctypes.data % _XLA_ALIGNMENT == 0 and array.flags.carray  # also writable, which DLPack wants
+    if is_aligned and array.nbytes >= _LARGE_BYTES and array.dtype == np.float32 and jax.default_backend() == "cpu":
+        return jax.dlpack.from_dlpack(array)
+    if array.dtype in (np.float64, np.int64, np.uint64, np.complex128) and not jax.config.read("jax_enable_x64"):
+        logger.info("an ONNX weight of %s becomes 32 bits wide: jax_enable_x64 is off", array.dtype)
+    return jnp.asarray(array)
 
 
 def _stays_static(name: str, array: np.ndarray, steers: Steering, is_constant_node: bool) -> bool:
