@@ -9,6 +9,7 @@ Two peeled terms that are the same value with the same axes are equal in every e
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,9 @@ class Terms:
 
     def __init__(self, graph: Graph):
         self.graph = graph
+        # A merged axis and its parts, major first: what peeling through reshapes has found out.
+        self._parts: dict[Axis, tuple[Axis, ...]] = {}
+        self._merged: dict[tuple[Axis, ...], Axis] = {}
 
     def of(self, atom: Atom, names: str = "") -> Term:
         """The atom with a fresh axis for each dimension."""
@@ -138,7 +142,10 @@ class Terms:
         return Term(lhs, tuple(lhs_axes)), Term(rhs, tuple(rhs_axes)), [a for a in fresh if a is not None]
 
     def peel(self, term: Term, path: list[JaxprEqn] | None = None, also: Sequence[str] = ()) -> Term:
-        """The term below views, float casts, and operations with a neutral constant; `also`: more to pass."""
+        """The term below views, float casts, and operations with a neutral constant; `also`: more to pass.
+
+        With "reshape" among them, reshapes that merge or split axes are passed too; see `split`.
+        """
         while (eqn := self.graph.producer(term.atom)) is not None:
             below = self._below(term, eqn, also)
             if below is None:
@@ -153,7 +160,7 @@ class Terms:
         operand: Any = eqn.invars[0] if eqn.invars else None
         if isinstance(operand, Literal) and name not in ("mul", "add"):
             return None
-        if name in _PASSED or name in also:
+        if name in _PASSED or (name in also and name != "reshape"):
             return Term(operand, term.axes)
         if name == "convert_element_type":
             floats = is_float(operand.aval.dtype) and is_float(eqn.outvars[0].aval.dtype)
@@ -169,7 +176,8 @@ class Terms:
                 operand, tuple(None if n == 1 else term.axes[d] for n, d in zip(operand.aval.shape, dims, strict=True))
             )
         if name in ("reshape", "squeeze", "expand_dims"):
-            return self._below_unit_reshape(term, operand)
+            below = self._below_unit_reshape(term, operand)
+            return self._regrouped(term, operand) if below is None and "reshape" in also else below
         if name == "select_n":  # jnp.var: where(N - ddof > 0, var, nan) with a constant condition
             which = self.graph.constant(operand)
             chosen = None if which is None else eqn.invars[1 + int(which)]
@@ -187,6 +195,61 @@ class Terms:
             return None
         named = iter([a for n, a in zip(term.atom.aval.shape, term.axes, strict=True) if n != 1])
         return Term(operand, tuple(None if n == 1 else next(named) for n in operand.aval.shape))
+
+    def _regrouped(self, term: Term, operand: Atom) -> Term | None:
+        """x.reshape(...) where each dimension of one side is some neighbours of the other."""
+        groups = _reshape_groups(operand.aval.shape, term.atom.aval.shape)
+        if groups is None:
+            return None
+        axes: list[Axis | None] = [None] * len(operand.aval.shape)
+        for below, above in groups:
+            named = tuple(term.axes[d] for d in above)
+            if any(a is None for a in named):
+                return None
+            whole: tuple[Axis, ...] = named  # pyright: ignore[reportAssignmentType]
+            if len(below) > 1:
+                sizes = [operand.aval.shape[d] for d in below]
+                parts = self._parts.get(whole[0]) or tuple(Axis(n, "p") for n in sizes)
+                if [a.size for a in parts] != sizes:
+                    return None
+                self._remember(whole[0], parts)
+                whole = parts
+            elif len(above) > 1:
+                merged = self._merged.get(whole) or Axis(operand.aval.shape[below[0]], "m")
+                self._remember(merged, whole)
+                whole = (merged,)
+            for d, axis in zip(below, whole, strict=True):
+                axes[d] = axis
+        return Term(operand, tuple(axes))
+
+    def _remember(self, merged: Axis, parts: tuple[Axis, ...]) -> None:
+        self._parts[merged] = parts
+        self._merged[parts] = merged
+
+    def split(self, term: Term) -> Term:
+        """The term as if its array were reshaped so that no axis is a merged one: axes of `term.atom.reshape(sizes)`,
+        the sizes being theirs."""
+
+        def parts(axis: Axis | None) -> tuple[Axis | None, ...]:
+            if axis is None or axis not in self._parts:
+                return (axis,)
+            return tuple(p for a in self._parts[axis] for p in parts(a))
+
+        return Term(term.atom, tuple(p for a in term.axes for p in parts(a)))
+
+    def unrepeated(self, term: Term, among: frozenset[Axis]) -> Term:
+        """The term below a repetition along part of an axis, jnp.repeat's broadcast and reshape; without one, the term.
+
+        The axis, one of `among`, is split: the result lacks one of its parts.
+        """
+        known = dict(self._parts), dict(self._merged)
+        below = self.peel(term, also=("reshape",))
+        lost = self.split(term).axis_set - self.split(below).axis_set
+        split = {a for a in self._parts if a not in known[0] and a in term.axis_set}
+        if lost and split <= among:
+            return below
+        self._parts, self._merged = known
+        return term
 
     def _below_neutral(self, term: Term, eqn: JaxprEqn) -> Term | None:
         """x * 1, 1 * x, x / 1, x + 0, 0 + x, x - 0 -> x, where the result has the axes of x."""
@@ -256,3 +319,20 @@ class Terms:
 
     def same(self, a: Term, b: Term) -> bool:
         return self.unify(a, b, ()) is not None
+
+
+def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
+    """Dimensions of `old` and of `new` that hold the same elements, sizes over 1 only, one of them single."""
+    olds, news = [d for d, n in enumerate(old) if n != 1], [d for d, n in enumerate(new) if n != 1]
+    groups: list[tuple[list[int], list[int]]] = []
+    while olds and news:
+        below, above = [olds.pop(0)], [news.pop(0)]
+        while (a := math.prod(old[d] for d in below)) != (b := math.prod(new[d] for d in above)):
+            side, rest = (below, olds) if a < b else (above, news)
+            if not rest:
+                return None
+            side.append(rest.pop(0))
+        if len(below) > 1 and len(above) > 1:
+            return None
+        groups.append((below, above))
+    return groups if not olds and not news else None

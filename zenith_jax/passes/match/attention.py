@@ -8,12 +8,12 @@ value have them and groups of query heads where only the query has. A permuted k
 from __future__ import annotations
 
 import dataclasses
+import functools as ft
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn
@@ -27,37 +27,19 @@ from zenith_jax.ops.attention import (
     attention_canonical,
 )
 from zenith_jax.passes.match._match import Match, Order, arranged, order_of, restored
-from zenith_jax.passes.match.mask import MaskForm, mask_form
+from zenith_jax.passes.match.attention_logits import Logits, walk
 from zenith_jax.passes.match.softmax import MULTIPLIED, SoftmaxForm, softmax_form
-
-# A finite mask fill must vanish beside any logit: exp(fill - max) must be 0. float16's lowest value is -65504.
-FILL_LIMIT = {"float16": -6e4}
-DEFAULT_FILL_LIMIT = -1e9
-# A constant added to all logits does not change a softmax, as long as no fill comes near.
-SHIFT_LIMIT = 1e4
-
-
-@dataclasses.dataclass
-class Logits:
-    """What stands between softmax and the first product; filled while walking down."""
-
-    scale: float = 1.0
-    mask: MaskForm = dataclasses.field(default_factory=MaskForm)
-    fills: list[float] = dataclasses.field(default_factory=list)  # as they arrive at the softmax
-    added_fill: bool = False  # a finite fill was added to logits instead of replacing them
-    dtypes: list[Any] = dataclasses.field(default_factory=list)  # that values are cast to on the way up
-    bias: tuple[Term, float] | None = None  # with the factor that stands before it
-    inner: list[JaxprEqn] = dataclasses.field(default_factory=list)
 
 
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     if eqn.primitive.name != "dot_general" or not is_float(eqn.outvars[0].aval.dtype):
         return None
-    terms = Terms(graph)
-    root = terms.of(eqn.outvars[0])
-    lhs, rhs, contracted = terms.contracted(root, eqn)
     refusal: Refusal | None = None
-    for probabilities, value in ((lhs, rhs), (rhs, lhs)):
+    for side in (0, 1):
+        terms = Terms(graph)  # of each attempt: it learns which axes are merged
+        root = terms.of(eqn.outvars[0])
+        *operands, contracted = terms.contracted(root, eqn)
+        probabilities, value = operands[side], operands[1 - side]
         form = softmax_form(terms, probabilities)
         if isinstance(form, SoftmaxForm):
             return _match(terms, eqn, root, form, value, contracted)
@@ -94,12 +76,16 @@ def _match(
     if list(contracted) != [s]:
         return refuse("the softmax runs over another axis than the product with value contracts", depth=3)
     logits = Logits(dtypes=list(form.dtypes))
-    found = _walk(terms, form.x, s, logits)
+    found = walk(terms, form.x, s, logits)
     if isinstance(found, Refusal):
         return found
     dot, left, right = found
     (left, left_scale), (right, right_scale) = _unscaled(terms, left), _unscaled(terms, right)
     value = terms.peel(value)
+    heads = left.axis_set & right.axis_set & root.axis_set
+    left, right = (terms.unrepeated(x, heads) if s in x.axis_set else x for x in (left, right))
+    value = terms.unrepeated(value, heads)
+    root, left, right, value = map(terms.split, (root, left, right, value))
     axes = _roles(root, left, right, value, s, logits.mask.query_axis)
     if isinstance(axes, Refusal):
         return axes
@@ -116,189 +102,6 @@ def _match(
             advice="do not return the attention weights",
         )
     return _build(terms, eqn, root, query, key, value, axes, s, logits, logits.scale * left_scale * right_scale, inner)
-
-
-# --- the logits -------------------------------------------------------------------------------------------------------
-
-
-def _walk(terms: Terms, x: Term, s: Axis, logits: Logits) -> tuple[JaxprEqn, Term, Term] | Refusal:
-    """Down from the softmax's input through masks, bias and scale to the product of query and key."""
-    while True:
-        path: list[JaxprEqn] = []
-        x = terms.peel(x, path)
-        logits.inner += path
-        logits.dtypes += [e.outvars[0].aval.dtype for e in path]
-        eqn = terms.producer(x)
-        name = eqn.primitive.name if eqn is not None else ""
-        if eqn is None:
-            return refuse("the softmax's input is not a product of query and key", depth=3)
-        if name == "dot_general":
-            lhs, rhs, contracted = terms.contracted(x, eqn)
-            if len(contracted) != 1:
-                return refuse("the first product contracts {n} axes, attention one", n=len(contracted), depth=4)
-            return eqn, lhs, rhs
-        below: Term | Refusal
-        if name == "select_n":
-            below = _walk_mask(terms, x, eqn, s, logits)
-        elif name in ("mul", "div", "neg"):
-            below = _walk_scale(terms, x, eqn, logits)
-        elif name in ("add", "sub"):
-            below = _walk_bias(terms, x, eqn, s, logits)
-        else:
-            return refuse("`{name}` stands between the product of query and key and the softmax", name=name, depth=4)
-        if isinstance(below, Refusal):
-            return below
-        logits.inner.append(eqn)
-        x = below
-
-
-def _leads_to_dot(terms: Terms, term: Term) -> bool:
-    """Whether the term is a product of two matrices, scaled, masked or biased."""
-    for _ in range(12):
-        term = terms.peel(term)
-        eqn = terms.producer(term, "dot_general", "mul", "div", "neg", "add", "sub", "select_n")
-        if eqn is None:
-            return False
-        if eqn.primitive.name == "dot_general":
-            return True
-        operands = terms.operands(term, eqn)
-        if eqn.primitive.name == "select_n":
-            operands = operands[1:]
-        operands = [t for t in operands if terms.constant(t) is None]
-        if len(operands) == 2:
-            return any(_leads_to_dot(terms, t) for t in operands)
-        if not operands:
-            return False
-        term = operands[0]
-    return False
-
-
-def _walk_scale(terms: Terms, x: Term, eqn: JaxprEqn, logits: Logits) -> Term | Refusal:
-    operands = terms.operands(x, eqn)
-    if eqn.primitive.name == "neg":
-        factor, below = -1.0, operands[0]
-    else:
-        constants = [terms.constant(t) for t in operands]
-        if eqn.primitive.name == "div" and constants[1] is not None:
-            factor, below = 1 / constants[1] if constants[1] else math.inf, operands[0]
-        elif eqn.primitive.name == "mul" and (constants[0] is None) != (constants[1] is None):
-            i = 0 if constants[0] is None else 1
-            factor, below = float(constants[1 - i]), operands[i]  # pyright: ignore[reportArgumentType]
-        else:
-            return refuse(
-                "the scale of the logits depends on data",
-                depth=4,
-                advice="a Python number or a constant scale is fused",
-            )
-    if not math.isfinite(factor) or (factor <= 0 and logits.fills):
-        return refuse("the logits are scaled by {factor}", factor=factor, depth=4)
-    logits.scale *= factor
-    return below
-
-
-def _walk_mask(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) -> Term | Refusal:
-    which, if_false, if_true = terms.operands(x, eqn)[:3]
-    if len(eqn.invars) != 3 or which.dtype != bool:
-        return refuse("a select with more than two cases", depth=4)
-    fill, below, negated = terms.constant(if_false), if_true, False
-    if fill is None:
-        fill, below, negated = terms.constant(if_true), if_false, True
-    if fill is None:
-        return refuse("the mask fills in values that are not one constant", depth=4)
-    fill_after = _at_softmax(fill, x, logits)
-    limit = FILL_LIMIT.get(x.dtype.name, DEFAULT_FILL_LIMIT)
-    if not fill_after <= limit:
-        return refuse(
-            "the mask's fill {fill} is not low enough to vanish in the softmax",
-            fill=fill_after,
-            depth=5,
-            advice="-inf or jnp.finfo(dtype).min is",
-        )
-    if logits.bias is not None and fill_after != -math.inf:
-        return refuse(
-            "a bias is added after the mask, whose fill {fill} is finite",
-            fill=fill,
-            depth=5,
-            advice="add the bias first, or fill with -inf",
-        )
-    mask = mask_form(terms, which, s, negated)
-    if isinstance(mask, Refusal):
-        return mask
-    both = logits.mask & mask
-    if isinstance(both, Refusal):
-        return both
-    logits.mask = both
-    logits.fills.append(fill_after)
-    return below
-
-
-def _at_softmax(fill: float, x: Term, logits: Logits) -> float:
-    """A fill below the scales and casts above it: float32's lowest value is -inf in bfloat16, and twice it is too."""
-    value = np.float64(fill) * logits.scale
-    with np.errstate(all="ignore"):
-        for dtype in (x.dtype, *reversed(logits.dtypes)):
-            value = np.asarray(value).astype(dtype)
-    return float(value)
-
-
-def _walk_bias(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) -> Term | Refusal:
-    operands = terms.operands(x, eqn)
-    leads = [_leads_to_dot(terms, t) for t in operands]
-    if leads[0] == leads[1]:
-        both = "both sides" if leads[0] else "neither side"
-        return refuse("of the sum before the softmax, {both} is a product of query and key", both=both, depth=4)
-    if eqn.primitive.name == "sub" and not leads[0]:
-        return refuse("the product of query and key is subtracted from something", depth=4)
-    below, bias = operands if leads[0] else operands[::-1]
-    sign = -1.0 if eqn.primitive.name == "sub" else 1.0
-    constant = terms.constant(bias)
-    if constant is not None:
-        if not math.isfinite(constant) or (logits.fills and abs(constant * logits.scale) > SHIFT_LIMIT):
-            return refuse("the constant {c} is added to the logits", c=constant, depth=4)
-        logits.inner.append(eqn)
-        return below  # a constant added to all logits: softmax does not see it
-    as_mask = _additive_mask(terms, bias, s, sign * logits.scale)
-    if as_mask is not None:
-        both = logits.mask & as_mask[0]
-        if isinstance(both, Refusal):
-            return both
-        logits.mask = both
-        logits.fills.append(_at_softmax(as_mask[1], x, logits))
-        logits.added_fill = logits.added_fill or as_mask[1] != -math.inf
-        return below
-    if logits.bias is not None:
-        return refuse("two biases are added to the logits", depth=5, advice="add them to each other first")
-    if any(f != -math.inf for f in logits.fills) and not is_float(bias.dtype):
-        return refuse("the bias has dtype {dtype}", dtype=bias.dtype, depth=5)
-    logits.bias = (terms.peel(bias), sign * logits.scale)
-    return below
-
-
-def _additive_mask(terms: Terms, bias: Term, s: Axis, factor: float) -> tuple[MaskForm, float] | None:
-    """where(m, 0, fill) that is added to the logits, as the mask m.
-
-    Exact for fill = -inf. For a finite fill only where every row has an allowed key, as a pure band can prove.
-    """
-    bias = terms.peel(bias)
-    eqn = terms.producer(bias, "select_n")
-    if eqn is None or len(eqn.invars) != 3:
-        return None
-    which, if_false, if_true = terms.operands(bias, eqn)
-    values = [terms.constant(if_false), terms.constant(if_true)]
-    if which.dtype != bool or 0.0 not in values:
-        return None
-    negated = values[0] == 0.0
-    fill = values[1] if negated else values[0]
-    if fill is None or not fill * factor <= FILL_LIMIT.get(bias.dtype.name, DEFAULT_FILL_LIMIT):
-        return None
-    mask = mask_form(terms, which, s, negated)
-    if isinstance(mask, Refusal):
-        return None
-    if fill != -math.inf:
-        t = mask.query_axis
-        if mask.tensors or t is None or mask.has_empty_rows(t.size, s.size):
-            return None
-    return mask, fill
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
@@ -391,9 +194,10 @@ def _build(
         "value": order_of(value, (*batch, s, roles.e)),
         "result": order_of(root, (*batch, roles.group, roles.t, roles.e)),
     }
-    masks = [(term, order_of(term, scores), negated) for term, negated in logits.mask.tensors]
-    bias = None if logits.bias is None else (logits.bias[0], order_of(logits.bias[0], scores), logits.bias[1])
-    if any(o is None for o in orders.values()) or any(m[1] is None for m in masks) or (bias and bias[1] is None):
+    masks = [(terms.split(term), negated) for term, negated in logits.mask.tensors]
+    biases = [(terms.split(term), factor) for term, factor in logits.biases]
+    score_orders = [order_of(term, scores) for term, _ in (*masks, *biases)]
+    if any(o is None for o in (*orders.values(), *score_orders)):
         return refuse("an operand has axes that its role has not", depth=6)
     t_size = roles.t.size if roles.t is not None else 1
     empty_rows = bool(logits.mask.tensors) or logits.mask.has_empty_rows(t_size, s.size)
@@ -406,14 +210,14 @@ def _build(
     # Without a finite fill, only -inf can empty a row: NaN, as softmax gives.
     masked_row = MASKED_ROW_NAN if all(f == -math.inf for f in logits.fills) else MASKED_ROW_MEAN
     dtype = _common_dtype(query, key, value)
-    leaves = [query.atom, key.atom, value.atom, *(m[0].atom for m in masks)]
-    if bias:
-        leaves.append(bias[0].atom)
+    leaves = [query, key, value, *(term for term, _ in (*masks, *biases))]
     layout = LENGTH_MAJOR if _is_length_major(query, roles) else HEADS_MAJOR
     static: dict[str, Any] = dict(
+        sizes=tuple(tuple(1 if a is None else a.size for a in leaf.axes) for leaf in leaves),
         orders=tuple(orders.items()),
-        mask_orders=tuple((m[1], m[2]) for m in masks),
-        bias_order=None if bias is None else (bias[1], bias[2]),
+        score_orders=tuple(score_orders),
+        negated=tuple(negated for _, negated in masks),
+        factors=tuple(factor for _, factor in biases),
         batch_sizes=tuple(1 if a is None else a.size for a in batch),
         scale=scale,
         left=logits.mask.left,
@@ -431,10 +235,10 @@ def _build(
         root=eqn,
         results=(eqn.outvars[0],),
         inner=tuple(inner),
-        leaves=tuple(leaves),
+        leaves=tuple(leaf.atom for leaf in leaves),
         emit=emit,
         static=tuple(static.items()),
-        detail=_detail(logits, roles, s, bool(bias), len(masks)),
+        detail=_detail(logits, roles, s, bool(biases), len(masks)),
         case=(
             ("dtype", dtype),
             ("batch", batch_size * groups),
@@ -442,7 +246,7 @@ def _build(
             ("s", s.size),
             ("d", roles.d.size),
             ("e", roles.e.size),
-            ("has_scores", bool(bias or masks)),
+            ("has_scores", bool(biases or masks)),
             ("causal", logits.mask.right == 0),
         ),
     )
@@ -475,13 +279,12 @@ def _detail(logits: Logits, roles: Roles, s: Axis, has_bias: bool, masks: int) -
 
 
 def emit(
-    query,
-    key,
-    value,
-    *scores,
+    *arrays,
+    sizes: tuple[tuple[int, ...], ...],
     orders: tuple[tuple[str, Order], ...],
-    mask_orders,
-    bias_order,
+    score_orders: tuple[Order, ...],
+    negated: tuple[bool, ...],
+    factors: tuple[float, ...],
     batch_sizes,
     scale,
     left,
@@ -492,26 +295,24 @@ def emit(
     shape,
     result_dtype,
 ):
-    """Canonical attention on arrays in the program's own order of dimensions."""
+    """Canonical attention on query, key, value, masks and biases in the program's own order of dimensions."""
     order = dict(orders)
+    arrays = [x.reshape(size) for x, size in zip(arrays, sizes, strict=True)]
     query, key, value = (
         _broadcast_batch(arranged(x, order[name]), batch_sizes).astype(dtype)
-        for name, x in (("query", query), ("key", key), ("value", value))
+        for name, x in zip(("query", "key", "value"), arrays, strict=False)
     )
-    mask = None
-    for x, (mask_order, negated) in zip(scores[: len(mask_orders)], mask_orders, strict=True):
-        part = arranged(jnp.logical_not(x) if negated else x, mask_order)
-        mask = part if mask is None else mask & part
-    bias = None
-    if bias_order is not None:
-        bias = arranged(scores[-1], bias_order[0])
-        bias = bias if bias_order[1] == 1 else bias * jnp.asarray(bias_order[1], bias.dtype)
+    scores = [arranged(x, order) for x, order in zip(arrays[3:], score_orders, strict=True)]
+    masks = [jnp.logical_not(x) if flip else x for x, flip in zip(scores, negated, strict=False)]
+    biases = [x if c == 1 else x * jnp.asarray(c, x.dtype) for x, c in zip(scores[len(masks) :], factors, strict=True)]
+    if len(biases) > 1:  # in the order in which the program adds them to float32 logits, or wider ones
+        biases = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in biases[::-1]]
     out = attention_canonical(
         query,
         key,
         value,
-        mask=mask,
-        bias=bias,
+        mask=ft.reduce(jnp.logical_and, masks) if masks else None,
+        bias=ft.reduce(jnp.add, biases) if biases else None,
         scale=scale,
         left=left,
         right=right,

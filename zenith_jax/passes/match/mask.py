@@ -127,7 +127,7 @@ def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -
     """The bound on s - t that a comparison of positions is."""
     first, second = (_affine(terms, t) for t in terms.operands(mask, eqn))
     if first is None or second is None:
-        return None
+        return _distance_band(terms, mask, comparison, eqn, key_axis)
     (offset_a, a), (offset_b, b) = first, second
     coefficients = {axis: a.get(axis, 0) - b.get(axis, 0) for axis in {*a, *b}}
     coefficients = {axis: c for axis, c in coefficients.items() if c}
@@ -143,6 +143,28 @@ def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -
     if slope > 0:  # s - t >= -bound
         return MaskForm(left=bound, query_axis=query[0])
     return MaskForm(right=bound, query_axis=query[0])
+
+
+def _distance_band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -> MaskForm | None:
+    """|t - s| <= w: the band of w on both sides."""
+    distance, bound = terms.operands(mask, eqn)
+    if terms.constant(distance) is not None:
+        distance, bound, comparison = bound, distance, {"ge": "le", "gt": "lt"}.get(comparison, "")
+    width, distance = terms.constant(bound), terms.peel(distance)
+    absolute = terms.producer(distance, "abs")
+    if absolute is None or width is None or not width.is_integer() or comparison not in ("le", "lt"):
+        return None
+    signed = _affine(terms, terms.operands(distance, absolute)[0])
+    if signed is None or not _is_exact(distance.dtype, *signed):
+        return None
+    offset, coefficients = signed
+    query = [axis for axis in coefficients if axis is not key_axis and coefficients[axis]]
+    slope = coefficients.get(key_axis, 0)
+    if len(query) != 1 or abs(slope) != 1 or coefficients[query[0]] != -slope:
+        return None
+    reach = int(width) - (comparison == "lt")
+    # -reach <= slope * (s - t) + offset <= reach
+    return MaskForm(left=reach + slope * offset, right=reach - slope * offset, query_axis=query[0])
 
 
 def _band_of_constant(allowed: np.ndarray, axes: tuple[Axis | None, ...], key_axis: Axis) -> MaskForm | None:

@@ -29,7 +29,7 @@ class SoftmaxForm:
 def softmax_form(terms: Terms, term: Term) -> SoftmaxForm | Refusal | None:
     """Reads the term as a softmax of another."""
     inner: list[JaxprEqn] = []
-    top = terms.peel(term, inner)
+    top = terms.peel(term, inner, also=("reshape",))
     if terms.producer(top, "div", "mul") is None:
         return None
     product = terms.product(top, inner)
