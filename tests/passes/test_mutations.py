@@ -58,6 +58,22 @@ def attention_window(q, k, v, mask, bias):
     return jax.nn.dot_product_attention(q, k[:, :, :2], v[:, :, :2], local_window_size=(2, 1))
 
 
+def attention_repeated(q, k, v, mask, bias):
+    k, v = (jnp.repeat(x[:, :, :2], 2, axis=2) for x in (k, v))
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * 0.5 + bias + mask.astype(jnp.float32)
+    t, s = jnp.arange(N)[:, None], jnp.arange(N)
+    logits = jnp.where(jnp.abs(t - s) <= 2, logits, -1e30)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+
+
+def attention_split_heads(q, k, v, mask, bias):
+    del bias
+    q, k, v = q.reshape(N, N, 2, 2, N), k[:, :, :2], v[:, :, :2]
+    logits = jnp.einsum("btkgd,bskd->btkgs", q, k).reshape(N, N, N, N)
+    p = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).reshape(N, N, 2, 2, N)
+    return jnp.einsum("btkgs,bskd->btkgd", p, v).reshape(N, N, N, N)
+
+
 def layer_norm_two_pass(x, scale, bias):
     mean = x.mean(-1, keepdims=True)
     return (x - mean) / jnp.sqrt(x.var(-1, keepdims=True) + 0.03) * scale + bias
@@ -90,6 +106,10 @@ def gelu_erf(x):
 
 def gelu_tanh(x):
     return 0.5 * x * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_cdf(x):
+    return x * jax.scipy.stats.norm.cdf(x)
 
 
 def silu(x):
@@ -128,6 +148,8 @@ PATTERNS: dict[Callable[..., Any], str] = {
     attention_additive_mask: "xxxmx",
     attention_jax_nn: "xxxmx",
     attention_window: "xxxmx",
+    attention_repeated: "xxxmx",
+    attention_split_heads: "xxxmx",
     layer_norm_two_pass: "rpp",
     layer_norm_fast: "rpp",
     add_layer_norm: "rrp",
@@ -135,6 +157,7 @@ PATTERNS: dict[Callable[..., Any], str] = {
     rms_norm_cast: "rp",
     gelu_erf: "r",
     gelu_tanh: "r",
+    gelu_cdf: "r",
     silu: "r",
     softmax_middle: "r",
     softmax_by_hand: "r",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.scipy.stats import norm
 from near_miss import (
     EPS,
     B,
@@ -207,6 +208,18 @@ def gelu_erf(x, *, a=0.7071067811865476, one=1.0):
     return 0.5 * x * (one + lax.erf(x * a))
 
 
+def gelu_by_cdf(x):
+    return x * norm.cdf(x)
+
+
+def gelu_past(x, limit):
+    return x * jnp.where(x > limit, 1.001, 0.5 * (1 + lax.erf(x * 0.7071067811865476)))
+
+
+def cdf_below(x, limit):
+    return jnp.where(x < limit, 0.0, 0.5 * (1 + lax.erf(x * 0.7071067811865476)))
+
+
 def gelu_erf_with_erf(x):
     e = lax.erf(x * 0.7071067811865476)
     return 0.5 * x * (1 + e), e
@@ -288,6 +301,25 @@ ELEMENTWISE = [
         gelu_erf,
         None,
         "r",
+    ),
+    Case("x past 20 in another way", "gelu_erf", lambda x: gelu_past(x, 20.0), gelu_erf, None, "r"),
+    Case("zero for x below -9.5", "gelu_erf", lambda x: x * cdf_below(x, -9.5), gelu_erf, None, "r"),
+    Case("cdf of minus |x|", "gelu_erf", lambda x: x * norm.cdf(-jnp.abs(x)), gelu_by_cdf, None, "r"),
+    Case(
+        "cdf of another scale",
+        "gelu_erf",
+        lambda x: x * norm.cdf(x, scale=1.01),
+        gelu_by_cdf,
+        None,
+        "r",
+    ),
+    Case(
+        "cdf of another value",
+        "gelu_erf",
+        lambda x, y: x * norm.cdf(y),
+        lambda x, y: gelu_by_cdf(x),
+        None,
+        "rr",
     ),
     Case("erf returned too", "gelu_erf", gelu_erf_with_erf, gelu_erf, None, "r"),
     Case("quick gelu", "silu", lambda x: x * jax.nn.sigmoid(1.702 * x), jax.nn.silu, None, "r"),

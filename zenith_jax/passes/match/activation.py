@@ -4,7 +4,8 @@ People write these functions in dozens of ways. So the expression around an erf,
 with spellings: it is evaluated, in float64 with the program's own literals, at fixed irrational points, and must agree
 with the op's formula (traced in the same dtype, so that its literals are rounded alike) at all of them. The expression
 holds only analytic primitives of one variable; two different ones agree at 32 unrelated points with probability 0
-(Schwartz 1980; for analytic functions the zeros of the difference are isolated).
+(Schwartz 1980; for analytic functions the zeros of the difference are isolated). An expression in branches, as the
+normal distribution function is, holds if each branch does: x is taken as positive, then as negative, everywhere.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _POINTS = np.concatenate(
 # tails amplify about tenfold. 0.0447 instead of 0.044715 differs by 1e-3 at x = -3.
 _RTOL, _ATOL = 2e-6, 1e-10
 _MAX_CLIMB, _MAX_INPUTS = 12, 12
+_CLIMBED = {"mul", "div", "add", "sub", "neg", "convert_element_type", "copy", "copy_p", "select_n"}
 
 _ANALYTIC: dict[str, Callable[..., Any]] = {
     "add": lambda p, x, y: x + y,
@@ -61,8 +63,13 @@ class _NotAFunctionOfX(Exception):
     pass
 
 
-def _value(terms: Terms, term: Term, x: Term, inner: dict[int, JaxprEqn], depth: int = 24) -> Any:
-    """The term at `_POINTS` of x. Raises where it depends on anything else."""
+def _value(
+    terms: Terms, term: Term, x: Term, inner: dict[int, JaxprEqn], sign: int | None = None, depth: int = 24
+) -> Any:
+    """The term at `_POINTS` of x. Raises where it depends on anything else, or is not analytic in x.
+
+    sign: that of x, assumed; the value is then the analytic continuation of the branch for it to all points.
+    """
     constant = terms.constant(term)
     if constant is not None:
         return np.float64(constant)
@@ -82,12 +89,50 @@ def _value(terms: Terms, term: Term, x: Term, inner: dict[int, JaxprEqn], depth:
     if terms.graph.same(term.atom, x.atom):
         return _POINTS
     eqn = terms.graph.producer(term.atom)
-    if eqn is None or eqn.primitive.name not in _ANALYTIC or depth == 0:
+    if eqn is None or depth == 0:
         raise _NotAFunctionOfX
-    values = [_value(terms, t, x, inner, depth - 1) for t in terms.operands(term, eqn)]
+    name, operands = eqn.primitive.name, terms.operands(term, eqn)
+    value = lambda t: _value(terms, t, x, inner, sign, depth - 1)  # noqa: E731
     inner[id(eqn)] = eqn
+    if name == "abs" and sign is not None:
+        below = value(operands[0])
+        return below * (sign * _slope_sign(below))
+    if name == "select_n" and sign is not None and len(operands) == 3:
+        return _chosen(terms, operands, value, inner, sign)
+    if name not in _ANALYTIC:
+        raise _NotAFunctionOfX
+    values = [value(t) for t in operands]
     with np.errstate(all="ignore"):
-        return _ANALYTIC[eqn.primitive.name](eqn.params, *values)
+        return _ANALYTIC[name](eqn.params, *values)
+
+
+def _slope_sign(values: Any) -> int:
+    """The sign of c, where the values are those of c * x."""
+    slopes = values / _POINTS
+    if np.ndim(values) == 0 or not slopes[0] or np.ptp(slopes) > 1e-12 * abs(slopes[0]):
+        raise _NotAFunctionOfX
+    return 1 if slopes[0] > 0 else -1
+
+
+def _chosen(terms: Terms, operands: list[Term], value: Callable, inner: dict[int, JaxprEqn], sign: int) -> Any:
+    """where(c * x > 0, a, b) is one of them, by the sign; where(anything else, a, b) is both, if they are equal."""
+    which, if_false, if_true = operands
+    comparison = terms.producer(terms.peel(which), "gt", "ge", "lt", "le")
+    if comparison is None:
+        raise _NotAFunctionOfX
+    below, bound = terms.operands(terms.peel(which), comparison)
+    inner[id(comparison)] = comparison
+    values = value(below)
+    if terms.constant(bound) is None:
+        raise _NotAFunctionOfX
+    if terms.constant(bound) == 0:
+        positive = sign * _slope_sign(values) > 0
+        return value(if_true if positive == (comparison.primitive.name in ("gt", "ge")) else if_false)
+    # Analytic functions that are equal at all points are equal wherever the bound is.
+    first, second = value(if_true), value(if_false)
+    if not np.all(np.abs(first - second) <= _RTOL * np.abs(first) + _ATOL):
+        raise _NotAFunctionOfX
+    return first
 
 
 @ft.cache
@@ -119,7 +164,7 @@ def _roots(graph: Graph, anchor: JaxprEqn) -> list[Var]:
         if len(users) != 1 or graph.is_output(var):
             break
         user = users[0]
-        if user.primitive.name not in ("mul", "div", "add", "sub", "neg", "convert_element_type", "copy", "copy_p"):
+        if user.primitive.name not in _CLIMBED:
             break
         var = user.outvars[0]
         if user.primitive.name in ("mul", "div"):
@@ -154,9 +199,8 @@ def _identified(terms: Terms, root_var: Var, anchor: JaxprEqn) -> Match | None:
         if not is_float(x.dtype):
             continue
         inner: dict[int, JaxprEqn] = {}
-        try:
-            values = _value(terms, root, x, inner)
-        except _NotAFunctionOfX:
+        values = _branches(terms, root, x, inner)
+        if values is None:
             continue
         compute_dtype = anchor.outvars[0].aval.dtype.name
         for name in FORMULAS:
@@ -166,6 +210,19 @@ def _identified(terms: Terms, root_var: Var, anchor: JaxprEqn) -> Match | None:
                     break
                 return _build(terms, name, root_var, _below_casts(terms, x, inner), inner)
     return None
+
+
+def _branches(terms: Terms, root: Term, x: Term, inner: dict[int, JaxprEqn]) -> Any | None:
+    """The values of an analytic function; or of both branches, for x > 0 and x < 0, of one that asks for the sign."""
+    try:
+        return _value(terms, root, x, inner)
+    except _NotAFunctionOfX:
+        pass
+    inner.clear()
+    try:
+        return np.stack([_value(terms, root, x, inner, sign) for sign in (1, -1)])
+    except _NotAFunctionOfX:
+        return None
 
 
 def _below_casts(terms: Terms, x: Term, inner: dict[int, JaxprEqn]) -> Term:
