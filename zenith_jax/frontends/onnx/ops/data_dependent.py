@@ -140,7 +140,7 @@ def non_max_suppression(
         return default if value is None or value.size == 0 else value.reshape(-1)[0]
 
     def exact(boxes, scores, most, overlap, least):
-        rows = [np.zeros((0, 3), np.int64)]
+        rows: list[Any] = [np.zeros((0, 3), np.int64)]
         for b, c in np.ndindex(scores.shape[:2]):
             limits = scalar(most, 0), scalar(overlap, 0.0), scalar(least, None)
             order, kept = order_and_kept(np, boxes[b], scores[b, c], *limits)

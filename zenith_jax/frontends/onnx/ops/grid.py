@@ -41,7 +41,9 @@ def grid_sample(x, grid, *, mode="linear", padding_mode="zeros", align_corners=0
     pixels = pixels if mode == "nearest" else pixels.astype(m.promote_types(dtype, m.float32))
     total: Any = 0
     for taps in itertools.product(*axes):
-        flat, inside, weight = 0, True, 1.0
+        flat: Any = 0
+        inside: Any = True
+        weight: Any = 1.0
         for size, (position, is_inside, w) in zip(image, taps, strict=True):
             flat, inside, weight = flat * size + position, inside & is_inside, weight * w
         value = m.take_along_axis(pixels, flat[:, None, :], 2)
