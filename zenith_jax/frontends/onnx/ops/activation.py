@@ -1,6 +1,6 @@
-"""Activations. The kernels of Zenith are called for those that are one ONNX operator: gelu and swish.
+"""Activations, in the formulas that Zenith's rewriter knows.
 
-Softmax stays in jax.numpy, because the rewriter reads attention from it.
+It replaces them where a kernel pays, which for gelu and silu is on the CPU, and reads attention from softmax.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zenith_jax import ops
 from zenith_jax.frontends.onnx.ops._arrays import in_jax
 from zenith_jax.frontends.onnx.registry import operator
 
@@ -129,14 +128,14 @@ def shrink(x, *, bias=0.0, lambd=0.5):
 @operator("Gelu", since=20)
 @in_jax
 def gelu(x, *, approximate="none"):
-    return ops.gelu(x, approximate=approximate == "tanh")
+    return jax.nn.gelu(x, approximate=approximate == "tanh")
 
 
 @operator("Swish", since=24)
 @in_jax
 def swish(x, *, alpha=1.0):
     """x * sigmoid(alpha * x)."""
-    return ops.silu(x) if alpha == 1 else x * jax.lax.logistic(alpha * x)
+    return x * jax.lax.logistic(x if alpha == 1 else alpha * x)
 
 
 @operator("SwiGLU", since=28)

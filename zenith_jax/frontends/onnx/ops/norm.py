@@ -1,6 +1,7 @@
 """Normalisations and Dropout: https://onnx.ai/onnx/operators/
 
-Statistics of float16 and bfloat16 are float32. LayerNormalization and RMSNormalization run in Zenith's kernels.
+Statistics of float16 and bfloat16 are float32. LayerNormalization and RMSNormalization are written as Zenith's rewriter
+knows them, which also sees the residual sum in front.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes, lax
 
-from zenith_jax import ops
 from zenith_jax.frontends.onnx.dtypes import from_onnx
 from zenith_jax.frontends.onnx.ops._arrays import in_jax
 from zenith_jax.frontends.onnx.ops.random import key_of
@@ -33,19 +33,6 @@ def _channels(v: Any, x: Any) -> Any:
 # --- LayerNormalization, RMSNormalization -----------------------------------------------------------------------------
 
 
-def _last_axes(x: Any, axis: int, *parameters: Any) -> tuple[Any, list[Any]] | None:
-    """x with all axes from `axis` on made one, and the parameters as vectors of it. None if a parameter varies over
-    the axes before."""
-    first = axis % x.ndim
-    shape = x.shape[first:]
-    if any(p.ndim > len(shape) and p.size != math.prod(p.shape[p.ndim - len(shape) :]) for p in parameters):
-        return None
-    vectors = [
-        jnp.broadcast_to(p.reshape(p.shape[max(0, p.ndim - len(shape)) :]), shape).reshape(-1) for p in parameters
-    ]
-    return x.reshape(*x.shape[:first], math.prod(shape)), vectors
-
-
 def _stash(stash_type: int) -> Any:
     """The dtype of stash_type; float64 is float32 without `jax_enable_x64`."""
     return dtypes.canonicalize_dtype(from_onnx(stash_type))
@@ -56,10 +43,7 @@ def _stash(stash_type: int) -> Any:
 def layer_normalization(x, scale, bias=None, *, axis=-1, epsilon=1e-5, stash_type=1, node):
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the axes from `axis` on; if wanted, mean and the
     reciprocal of the root, in the dtype of stash_type."""
-    flat = _last_axes(x, axis, scale) if bias is None else _last_axes(x, axis, scale, bias)
     axes = tuple(range(axis % x.ndim, x.ndim))
-    if flat is not None and not any(node.wanted[1:]):
-        return ops.layer_norm(flat[0], *flat[1], eps=epsilon).reshape(x.shape)
     wide = x.astype(jnp.promote_types(x.dtype, _stash(stash_type)))
     mean = jnp.mean(wide, axis=axes, keepdims=True)
     centred = wide - mean
@@ -74,9 +58,6 @@ def layer_normalization(x, scale, bias=None, *, axis=-1, epsilon=1e-5, stash_typ
 @in_jax
 def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
     """x / sqrt(mean(x^2) + epsilon) * scale over the axes from `axis` on, in the dtype of scale."""
-    flat = _last_axes(x, axis, scale)
-    if flat is not None and x.dtype == scale.dtype:
-        return ops.rms_norm(flat[0], *flat[1], eps=epsilon).reshape(x.shape)
     axes = tuple(range(axis % x.ndim, x.ndim))
     wide = x.astype(jnp.promote_types(x.dtype, _stash(stash_type)))
     inverse = lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + epsilon)
