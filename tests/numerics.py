@@ -11,11 +11,24 @@ import numpy as np
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on its floating-point arguments as float64, on the CPU; its results as NumPy arrays."""
+    """The function on its floating-point arguments as float64, on the CPU; its results as NumPy arrays.
+
+    Compiled as one program: operation by operation, each would be compiled by itself, most of what a test costs.
+    """
 
     def oracle(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+
+        def of_arrays(values: list[Any]) -> Any:
+            full = list(leaves)
+            for i, value in zip(arrays, values, strict=True):
+                full[i] = value
+            given, named = jax.tree.unflatten(structure, full)
+            return function(*given, **named)
+
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-            return jax.tree.map(np.asarray, function(*jax.tree.map(_as_float64, args), **kwargs))
+            return jax.tree.map(np.asarray, jax.jit(of_arrays)([_as_float64(leaves[i]) for i in arrays]))
 
     return oracle
 
