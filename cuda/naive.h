@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ffi/kernels/activation.h"
+#include "ffi/kernels/cross_entropy.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
 
@@ -12,6 +13,10 @@ Status NormForward(const NormForwardArgs& args, const Launch& launch);
 Status NormBackward(const NormBackwardArgs& args, const Launch& launch);
 Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch);
 Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch);
+Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch);
+Status CrossEntropyBackward(const CrossEntropyBackwardArgs& args, const Launch& launch);
+Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch);
+Status CrossEntropyBackward(const CrossEntropyBackwardArgs& args, const Launch& launch);
 Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch);
 Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch);
 

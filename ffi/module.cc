@@ -24,8 +24,8 @@ namespace {
 
 nb::dict Targets() {
   nb::dict capsules;
-  for (std::span<const Target> group :
-       {NormTargets(), SoftmaxTargets(), ActivationTargets(), AttentionTargets()}) {
+  for (std::span<const Target> group : {NormTargets(), SoftmaxTargets(), CrossEntropyTargets(),
+                                        ActivationTargets(), AttentionTargets()}) {
     for (const Target& target : group) {
       const std::string name =
           std::string("zenith_") + target.name + "_v" + std::to_string(ZENITH_KERNEL_VERSION);

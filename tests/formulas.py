@@ -28,6 +28,16 @@ def softmax(x, axis=-1):
     return e / e.sum(axis, keepdims=True)
 
 
+def cross_entropy(logits, labels, label_smoothing=0.0, z_loss=0.0):
+    """By the log-probabilities and the smoothed distribution of labels."""
+    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    top = wide.max(-1, keepdims=True)
+    log_total = jnp.log(jnp.exp(wide - top).sum(-1, keepdims=True)) + top
+    hot = (labels[..., None] == jnp.arange(wide.shape[-1])).astype(wide.dtype)
+    target = hot * (1 - label_smoothing) + label_smoothing / wide.shape[-1]
+    return -((wide - log_total) * target).sum(-1) + z_loss * log_total[..., 0] ** 2
+
+
 def gelu(x, approximate=True):
     if approximate:
         return x / 2 * (1 + jnp.tanh(jnp.sqrt(2 / jnp.pi) * (x + 0.044715 * x**3)).astype(x.dtype))

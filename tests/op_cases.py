@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formulas import add_layer_norm, add_rms_norm, attention, gelu, layer_norm, rms_norm, silu, softmax
+from formulas import add_layer_norm, add_rms_norm, attention, cross_entropy, gelu, layer_norm, rms_norm, silu, softmax
 from numerics import assert_error_ratio, in_float64
 
 from zenith_jax import ops
@@ -34,8 +34,8 @@ def zenith_attention(q, k, v, *scores, **options):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """shapes: of the operands, floats; a mask where the shape is wrapped in `Mask`. shared: operands that all examples
-    of a batch have in common."""
+    """shapes: of the operands, floats; masks or labels where the shape is wrapped in `Mask` or `Labels`. shared:
+    operands that all examples of a batch have in common."""
 
     op: str
     name: str
@@ -52,6 +52,8 @@ class Case:
         return [
             jnp.asarray(rng.random(s.shape) < 0.7)
             if isinstance(s, Mask)
+            else jnp.asarray(rng.integers(s.classes, size=s.shape), jnp.int32)
+            if isinstance(s, Labels)
             else jnp.asarray(rng.normal(size=s) + (i in self.shared), dtype)
             for i, s in enumerate(self.shapes)
         ]
@@ -60,6 +62,12 @@ class Case:
 @dataclasses.dataclass(frozen=True)
 class Mask:
     shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    shape: tuple[int, ...]
+    classes: int
 
 
 X, W = (3, 5, 37), (37,)  # no size a multiple of a vector's
@@ -82,6 +90,14 @@ CASES = [
     Case("add_rms_norm", "scale", ops.add_rms_norm, add_rms_norm, (X, X, W), (2,)),
     Case("softmax", "", ops.softmax, softmax, (X,)),
     Case("softmax", "axis 1", ft.partial(ops.softmax, axis=1), ft.partial(softmax, axis=1), (X,)),
+    Case("cross_entropy", "", ops.cross_entropy, cross_entropy, (X, Labels(X[:-1], X[-1]))),
+    Case(
+        "cross_entropy",
+        "smoothing, z-loss",
+        ft.partial(ops.cross_entropy, label_smoothing=0.1, z_loss=1e-2),
+        ft.partial(cross_entropy, label_smoothing=0.1, z_loss=1e-2),
+        (X, Labels(X[:-1], X[-1])),
+    ),
     Case("gelu", "tanh", ops.gelu, gelu, (X,)),
     Case("gelu", "erf", ft.partial(ops.gelu, approximate=False), ft.partial(gelu, approximate=False), (X,)),
     Case("silu", "", ops.silu, silu, (X,)),
@@ -101,7 +117,7 @@ CASES = [
     attention_case("one query", q=(2, 1, 4, 6)),
 ]
 # One case of each op with parameters, and the hard ones of attention, for the dearer transformations.
-MAIN_NAMES = ("scale bias", "scale", "axis 1", "tanh", "erf", "mask and bias, causal", "grouped")
+MAIN_NAMES = ("scale bias", "scale", "axis 1", "tanh", "erf", "mask and bias, causal", "grouped", "smoothing, z-loss")
 MAIN = [c for c in CASES if c.name in MAIN_NAMES or c.op in ("silu", "softmax")]
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -143,6 +143,33 @@ def softmax_cases() -> dict[str, Case]:
     }
 
 
+def cross_entropy_cases() -> dict[str, Case]:
+    logits, labels = 3 * normal(B, R, D), RNG.integers(D, size=(B, R)).astype(np.int32)
+    labels[0, :2] = -1, D  # no classes
+    dlse, dpicked, dtotal = (normal(B, R) for _ in range(3))
+    hot = labels[..., None] == np.arange(D)
+    lse = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    rows = ((B, R), F32)
+
+    def backward(logits, labels, lse, dlse, dpicked, dtotal):
+        p = np.exp(logits - lse[..., None])
+        return (dlse[..., None] * p + dpicked[..., None] * hot + dtotal[..., None],)
+
+    operands = {"logits": logits, "labels": labels}
+    return {
+        "cross_entropy_fwd": Case(
+            operands,
+            {"lse": rows, "picked": rows, "total": rows},
+            lambda x, labels: (lse, (x * hot).sum(-1), x.sum(-1)),
+        ),
+        "cross_entropy_bwd": Case(
+            operands | {"lse": F32(lse), "dlse": dlse, "dpicked": dpicked, "dtotal": dtotal},
+            {"dlogits": ((B, R, D), F32)},
+            backward,
+        ),
+    }
+
+
 def activation_cases() -> dict[str, Case]:
     x, dy = 3 * normal(B, R, D), normal(B, R, D)
     full = ((B, R, D), F32)
@@ -189,7 +216,7 @@ def attention_cases() -> dict[str, Case]:
     }
 
 
-CASES = norm_cases() | softmax_cases() | activation_cases() | attention_cases()
+CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | attention_cases()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -291,10 +318,12 @@ def test_operand_of_another_size_rank_or_dtype_is_refused(name, operand):
     case = CASES[name]
     x = case.operands[operand]
     for axis in range(x.ndim):
+        if (name, operand, axis) == ("cross_entropy_fwd", "logits", x.ndim - 1):
+            continue  # nothing else has the number of classes
         refusal(name, case.operands | {operand: np.repeat(x, 2, axis)}, case.results, case.attributes)
     refusal(name, case.operands | {operand: np.stack([x, x], -1)}, case.results, case.attributes)
     refusal(name, case.operands | {operand: x.reshape(-1)[:1]}, case.results, case.attributes)
-    for dtype in (np.int32, np.float64):
+    for dtype in {np.int32, np.float64} - {x.dtype.type}:
         text = refusal(name, case.operands | {operand: x.astype(dtype)}, case.results, case.attributes)
         assert f"got {np.dtype(dtype).name}" in text
 

@@ -16,6 +16,7 @@ struct Target {
 
 std::span<const Target> NormTargets();
 std::span<const Target> SoftmaxTargets();
+std::span<const Target> CrossEntropyTargets();
 std::span<const Target> ActivationTargets();
 std::span<const Target> AttentionTargets();
 

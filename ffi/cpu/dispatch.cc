@@ -52,6 +52,12 @@ Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch) {
 Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch) {
   return Best().softmax_backward(args, launch);
 }
+Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch) {
+  return Best().cross_entropy_forward(args, launch);
+}
+Status CrossEntropyBackward(const CrossEntropyBackwardArgs& args, const Launch& launch) {
+  return Best().cross_entropy_backward(args, launch);
+}
 Status NormForward(const NormForwardArgs& args, const Launch& launch) {
   return Best().norm_forward(args, launch);
 }

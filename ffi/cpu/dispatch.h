@@ -3,6 +3,7 @@
 
 #include "ffi/kernels/activation.h"
 #include "ffi/kernels/attention.h"
+#include "ffi/kernels/cross_entropy.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
 
@@ -14,6 +15,8 @@ struct CpuKernels {
   Status (*activation_backward)(const ActivationBackwardArgs&, const Launch&);
   Status (*softmax_forward)(const SoftmaxForwardArgs&, const Launch&);
   Status (*softmax_backward)(const SoftmaxBackwardArgs&, const Launch&);
+  Status (*cross_entropy_forward)(const CrossEntropyForwardArgs&, const Launch&);
+  Status (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, const Launch&);
   Status (*norm_forward)(const NormForwardArgs&, const Launch&);
   Status (*norm_backward)(const NormBackwardArgs&, const Launch&);
   Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);

@@ -4,6 +4,7 @@
 #include "ffi/cpu/activation.h"
 #include "ffi/cpu/attention_backward.h"
 #include "ffi/cpu/attention_forward.h"
+#include "ffi/cpu/cross_entropy.h"
 #include "ffi/cpu/dispatch.h"
 #include "ffi/cpu/norm.h"
 #include "ffi/cpu/softmax.h"
@@ -15,8 +16,16 @@ namespace zenith::ZENITH_ISA {
 
 extern const CpuKernels kKernels;
 const CpuKernels kKernels = {
-    ZENITH_STRING(ZENITH_ISA), ActivationForward, ActivationBackward, SoftmaxForward,
-    SoftmaxBackward,           NormForward,       NormBackward,       AttentionForward,
+    ZENITH_STRING(ZENITH_ISA),
+    ActivationForward,
+    ActivationBackward,
+    SoftmaxForward,
+    SoftmaxBackward,
+    CrossEntropyForward,
+    CrossEntropyBackward,
+    NormForward,
+    NormBackward,
+    AttentionForward,
     AttentionBackward,
 };
 

@@ -25,6 +25,7 @@ int main(int argc, char** argv) {
     } else {
       test::TestActivation(*kernels, report);
       test::TestSoftmax(*kernels, report);
+      test::TestCrossEntropy(*kernels, report);
       test::TestNorm(*kernels, report);
       test::TestAttention(*kernels, report);
     }

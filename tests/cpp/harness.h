@@ -88,6 +88,7 @@ class Report {
 
 void TestActivation(const CpuKernels& kernels, Report& report);
 void TestSoftmax(const CpuKernels& kernels, Report& report);
+void TestCrossEntropy(const CpuKernels& kernels, Report& report);
 void TestNorm(const CpuKernels& kernels, Report& report);
 void TestAttention(const CpuKernels& kernels, Report& report);
 

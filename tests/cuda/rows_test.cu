@@ -1,5 +1,6 @@
 // NormForward, NormBackward, SoftmaxForward and SoftmaxBackward against cuda/norm_naive.cu and
-// cuda/softmax_naive.cu. How to build and run: CMakeLists.txt.
+// cuda/softmax_naive.cu; CrossEntropyForward and CrossEntropyBackward against
+// cuda/cross_entropy_naive.cu. How to build and run: CMakeLists.txt.
 //
 // Tolerances, by element. Fast and naive result are each rounded to their type once: two roundoffs
 // of the result. Before that the naive kernels compute in float64 and the fast ones in float32:
@@ -7,6 +8,7 @@
 // terms' magnitudes, if rounding errors are random, and a few operations follow:
 //   Sum(n) = (8 + sqrt(n)) * 2^-24
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "cuda/naive.h"
@@ -260,6 +262,89 @@ void TestSoftmax(Report& report, DType dtype, const Shape& shape) {
   });
 }
 
+void TestCrossEntropy(Report& report, DType dtype, const Shape& shape) {
+  report.Problem(dtype, shape.text());
+  Random random(5);
+  const int64_t rows = shape.all_rows(), cols = shape.cols, size = shape.size();
+  std::vector<float> inputs = random.Normals(size, 1, 30);
+  if (rows > 4 && cols > 1) {
+    std::fill_n(inputs.begin(), cols, -kInfinity);                 // row 0
+    inputs[static_cast<size_t>(2 * cols - 1)] = NAN;               // row 1
+    inputs[static_cast<size_t>(2 * cols)] = kInfinity;             // row 2
+    std::fill_n(inputs.begin() + 3 * cols, cols, -1000.0f);        // row 3
+    std::fill_n(inputs.begin() + 4 * cols, cols / 2, -kInfinity);  // row 4
+  }
+  std::vector<float> bits(static_cast<size_t>(rows));  // int32, in an array of as many bytes
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t choice[] = {0, cols - 1, -1, cols, row * 7919 % cols};
+    const auto label = static_cast<int32_t>(choice[row % 5]);
+    std::memcpy(&bits[static_cast<size_t>(row)], &label, sizeof(label));
+  }
+  const Array logits(dtype, inputs, shape.offset), labels(DType::kF32, bits);
+  Array lse(DType::kF32, rows), picked(DType::kF32, rows), total(DType::kF32, rows);
+  Array want_lse(DType::kF32, rows), want_picked(DType::kF32, rows), want_total(DType::kF32, rows);
+  const CrossEntropyForwardArgs args{dtype,
+                                     rows,
+                                     cols,
+                                     logits.data(),
+                                     labels.data<const int32_t>(),
+                                     lse.data<float>(),
+                                     picked.data<float>(),
+                                     total.data<float>()};
+  CrossEntropyForwardArgs oracle = args;
+  oracle.lse = want_lse.data<float>();
+  oracle.picked = want_picked.data<float>();
+  oracle.total = want_total.data<float>();
+  RunOracle(report, "cross entropy", {&want_lse, &want_picked, &want_total},
+            [&](Launch l) { return naive::CrossEntropyForward(oracle, l); });
+  RunTwice(report, "cross entropy", {&lse, &picked, &total},
+           [&](Launch l) { return CrossEntropyForward(args, l); });
+  const std::vector<float> xs = logits.Values(), lses = want_lse.Values();
+  std::vector<double> magnitudes(static_cast<size_t>(rows));
+  for (int64_t i = 0; i < size; ++i) {
+    magnitudes[static_cast<size_t>(i / cols)] += std::fabs(xs[static_cast<size_t>(i)]);
+  }
+  // log turns the sum's relative error into an absolute one; max + log rounds once more.
+  report.Compare("cross entropy", "lse", lse, want_lse, [&](int64_t i) {
+    return Rounding(DType::kF32, lses[static_cast<size_t>(i)]) + Sum(cols);
+  });
+  report.Compare("cross entropy", "picked", picked, want_picked, [](int64_t) { return 1e-30; });
+  report.Compare("cross entropy", "total", total, want_total, [&](int64_t i) {
+    return 2 * Sum(cols) * magnitudes[static_cast<size_t>(i)] + 1e-30;
+  });
+
+  const Array dlse(DType::kF32, random.Normals(rows)), dpicked(DType::kF32, random.Normals(rows)),
+      dtotal(DType::kF32, random.Normals(rows));
+  Array dx(dtype, size, shape.offset), want_dx(dtype, size, shape.offset);
+  const CrossEntropyBackwardArgs backward{dtype,
+                                          rows,
+                                          cols,
+                                          logits.data(),
+                                          labels.data<const int32_t>(),
+                                          want_lse.data<const float>(),
+                                          dlse.data<const float>(),
+                                          dpicked.data<const float>(),
+                                          dtotal.data<const float>(),
+                                          dx.data()};
+  CrossEntropyBackwardArgs backward_oracle = backward;
+  backward_oracle.dlogits = want_dx.data();
+  RunOracle(report, "cross entropy backward", {&want_dx},
+            [&](Launch l) { return naive::CrossEntropyBackward(backward_oracle, l); });
+  RunTwice(report, "cross entropy backward", {&dx},
+           [&](Launch l) { return CrossEntropyBackward(backward, l); });
+  const std::vector<float> dxs = want_dx.Values(), dlses = dlse.Values(),
+                           dpickeds = dpicked.Values(), dtotals = dtotal.Values();
+  report.Compare("cross entropy backward", "dlogits", dx, want_dx, [&](int64_t i) {
+    const size_t at = static_cast<size_t>(i), row = static_cast<size_t>(i / cols);
+    // exp(x - lse) amplifies the rounding of x - lse; the terms may cancel.
+    const double p = std::exp(double{xs[at]} - lses[row]);
+    return Rounding(dtype, dxs[at]) +
+           4 * kFloatRoundoff *
+               (std::fabs(p * dlses[row]) * (1 + std::fabs(xs[at] - lses[row])) +
+                std::fabs(dpickeds[row]) + std::fabs(dtotals[row]));
+  });
+}
+
 // Rows of one thread, of part of a warp, of a warp, of a block; with tails; longer than what a
 // block holds in registers (4 or 8 vectors of each of 1024 threads). Groups of one row and of many.
 constexpr Shape kShapes[] = {
@@ -289,6 +374,7 @@ int Main(bool small) {
         if (dtype == DType::kF32) break;
       }
       TestSoftmax(report, dtype, shape);
+      if (shape.cols > 0) TestCrossEntropy(report, dtype, shape);
     }
   }
   // E[x^2] - E[x]^2 would lose all digits here: the variance is 4e-6 of the squared mean.

@@ -82,7 +82,8 @@ def with_mapped(args: Sequence[Any], axes: Sequence[Any], size: int = 3) -> list
     def mapped(a: Any, axis: int | None) -> Any:
         if axis is None:
             return a
-        copies = [a if a.dtype == bool else (a * (1 + 0.25 * i)).astype(a.dtype) for i in range(size)]
+        floats = jnp.issubdtype(a.dtype, jnp.floating)
+        copies = [(a * (1 + 0.25 * i)).astype(a.dtype) if floats else a for i in range(size)]
         copies = [jnp.roll(c, i, -1) for i, c in enumerate(copies)]
         return jnp.stack(copies, axis)
 

@@ -19,6 +19,7 @@ import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import zenith_jax as zenith
@@ -116,6 +117,21 @@ def silu(x):
     return x / (1 + jnp.exp(-x))
 
 
+def cross_entropy_integer(x, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels)
+
+
+def cross_entropy_smoothed(x, labels):
+    hot = jax.nn.one_hot(labels, N) * 0.9 + 0.1 / N
+    return -jnp.sum(hot * jax.nn.log_softmax(x), axis=-1)
+
+
+def cross_entropy_z_loss(x, labels):
+    top = x.max(-1, keepdims=True)
+    lse = jnp.log(jnp.exp(x - top).sum(-1)) + top[..., 0]
+    return lse - jnp.sum(jnp.where(labels[..., None] == jnp.arange(N), x, 0.0), axis=-1) + 0.01 * lse**2
+
+
 def softmax_middle(x):
     return jax.nn.softmax(x, axis=1)
 
@@ -127,7 +143,7 @@ def softmax_by_hand(x):
 
 def _inputs(kinds: str) -> list[np.ndarray]:
     """x: (N, N, N, N) floats; p: (N,) floats; r: (N, N, N) floats; m: a mask with one row that allows nothing;
-    n: a mask without such a row."""
+    n: a mask without such a row; l: (N, N) labels below N."""
     rng = np.random.default_rng(SEED)
     arrays = []
     for kind in kinds:
@@ -136,6 +152,8 @@ def _inputs(kinds: str) -> list[np.ndarray]:
             mask[0, 1, 2] = False
             mask[..., 0] |= kind == "n"
             arrays.append(mask)
+        elif kind == "l":
+            arrays.append(rng.integers(N, size=(N, N)).astype(np.int32))
         else:
             shape = {"x": (N,) * 4, "p": (N,), "r": (N,) * 3}[kind]
             arrays.append(rng.normal(size=shape).astype(np.float32) + (kind == "p"))
@@ -159,6 +177,9 @@ PATTERNS: dict[Callable[..., Any], str] = {
     gelu_tanh: "r",
     gelu_cdf: "r",
     silu: "r",
+    cross_entropy_integer: "rl",
+    cross_entropy_smoothed: "rl",
+    cross_entropy_z_loss: "rl",
     softmax_middle: "r",
     softmax_by_hand: "r",
 }

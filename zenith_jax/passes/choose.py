@@ -36,6 +36,19 @@ def _small_rows(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     return None
 
 
+def _cpu_cross_entropy(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del differentiated
+    # Four times softmax's limit: not measured yet.
+    if case["size"] < 65536:
+        return refuse("XLA is as fast for {n} logits on the CPU", n=case["size"])
+    return None
+
+
+def _cuda_cross_entropy(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del case, differentiated
+    return refuse("the kernel is not measured on a GPU yet", advice="zenith.configure(use_cost=False) takes it")
+
+
 # Columns up to which a row stays in registers, by bytes of an element: forward, backward. Past them the kernels read
 # rows twice: layer_norm float32 512x65536 forward 1.45 TB/s, bfloat16 128x4x65536 backward 0.53 (H100, 2026-11-22).
 _ROW_LIMIT = {2: (65536, 16384), 4: (32768, 8192)}
@@ -83,6 +96,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cpu", "gelu_tanh"): _cpu_activation,
     ("cpu", "silu"): _cpu_activation,
     ("cpu", "softmax"): _small_rows,
+    ("cpu", "cross_entropy"): _cpu_cross_entropy,
     ("cpu", "layer_norm"): _small_rows,
     ("cpu", "rms_norm"): _small_rows,
     ("cpu", "add_layer_norm"): _small_rows,
@@ -92,6 +106,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cuda", "add_layer_norm"): _cuda_rows,
     ("cuda", "add_rms_norm"): _cuda_rows,
     ("cuda", "softmax"): _cuda_softmax,
+    ("cuda", "cross_entropy"): _cuda_cross_entropy,
     ("cuda", "gelu_erf"): _cuda_activation,
     ("cuda", "gelu_tanh"): _cuda_activation,
     ("cuda", "silu"): _cuda_activation,

@@ -4,9 +4,9 @@ None: this is nothing like the pattern. Refusal: it began to look like it; the r
 `MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it.
 """
 
-from zenith_jax.passes.match import activation, attention, norm, softmax
+from zenith_jax.passes.match import activation, attention, cross_entropy, norm, softmax
 from zenith_jax.passes.match._match import Match
 
-MATCHERS = (attention.match, norm.match, activation.match, softmax.match)
+MATCHERS = (attention.match, cross_entropy.match, norm.match, activation.match, softmax.match)
 
 __all__ = ["MATCHERS", "Match"]

@@ -125,7 +125,7 @@ def _select_form(terms: Terms, mask: Term, eqn: Any, key_axis: Axis, negated: bo
 
 def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -> MaskForm | None:
     """The bound on s - t that a comparison of positions is."""
-    first, second = (_affine(terms, t) for t in terms.operands(mask, eqn))
+    first, second = (affine(terms, t) for t in terms.operands(mask, eqn))
     if first is None or second is None:
         return _distance_band(terms, mask, comparison, eqn, key_axis)
     (offset_a, a), (offset_b, b) = first, second
@@ -154,7 +154,7 @@ def _distance_band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis
     absolute = terms.producer(distance, "abs")
     if absolute is None or width is None or not width.is_integer() or comparison not in ("le", "lt"):
         return None
-    signed = _affine(terms, terms.operands(distance, absolute)[0])
+    signed = affine(terms, terms.operands(distance, absolute)[0])
     if signed is None or not _is_exact(distance.dtype, *signed):
         return None
     offset, coefficients = signed
@@ -187,7 +187,7 @@ def _band_of_constant(allowed: np.ndarray, axes: tuple[Axis | None, ...], key_ax
     )
 
 
-def _affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
+def affine(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | None:
     """An integer-valued term as constant + sum of coefficient * axis position, all of it exact in the term's dtype."""
     path: list[Any] = []
     below = terms.peel(term, path)
@@ -230,7 +230,7 @@ def _affine_below(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | Non
         return (int(value), {}) if value.is_integer() else None
     cast = terms.producer(term, "convert_element_type")
     if cast is not None:
-        return _affine(terms, terms.operands(term, cast)[0])
+        return affine(terms, terms.operands(term, cast)[0])
     array = terms.graph.array(term.atom)
     if array is not None:
         return _progression(np.asarray(array), term.axes) if np.size(array) <= MAX_CONSTANT_SIZE else None
@@ -240,7 +240,7 @@ def _affine_below(terms: Terms, term: Term) -> tuple[int, dict[Axis, int]] | Non
     if eqn.primitive.name == "iota":
         axis = term.axes[eqn.params["dimension"]]
         return 0, ({} if axis is None else {axis: 1})
-    first, second = (_affine(terms, t) for t in terms.operands(term, eqn))
+    first, second = (affine(terms, t) for t in terms.operands(term, eqn))
     if first is None or second is None:
         return None
     sign = 1 if eqn.primitive.name == "add" else -1

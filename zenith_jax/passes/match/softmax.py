@@ -64,7 +64,7 @@ def softmax_form(terms: Terms, term: Term) -> SoftmaxForm | Refusal | None:
             advice="jax.nn.softmax is safe from overflow and is fused",
         )
     x, shift = terms.operands(shifted, subtraction)
-    refusal = _check_shift(terms, x, shift, axis, inner)
+    refusal = check_shift(terms, x, shift, axis, inner)
     if refusal is not None:
         return refusal
     inner.append(subtraction)
@@ -73,7 +73,7 @@ def softmax_form(terms: Terms, term: Term) -> SoftmaxForm | Refusal | None:
     return SoftmaxForm(below, axis, (*inner, *path), tuple(e.outvars[0].aval.dtype for e in path))
 
 
-def _check_shift(terms: Terms, x: Term, shift: Term, axis: Axis, inner: list[JaxprEqn]) -> Refusal | None:
+def check_shift(terms: Terms, x: Term, shift: Term, axis: Axis, inner: list[JaxprEqn]) -> Refusal | None:
     """That `shift` is max(x) along `axis`, with or without stop_gradient: softmax does not depend on its shift."""
     shift = terms.peel(shift, inner, also=("stop_gradient",))
     clamp = terms.producer(shift, "max")
