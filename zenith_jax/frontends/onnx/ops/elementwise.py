@@ -38,7 +38,6 @@ _UNARY = {
     "Log": "log",
     "Neg": "negative",
     "Not": "logical_not",
-    "Reciprocal": "reciprocal",
     "Round": "rint",  # half to even
     "Sign": "sign",
     "Sin": "sin",
@@ -102,6 +101,13 @@ def _register_tables() -> None:
 
 
 _register_tables()
+
+
+@operator("Reciprocal")
+@silent
+def reciprocal(x, *, consumed_inputs=None):
+    del consumed_inputs
+    return np.reciprocal(x) if is_static(x) else 1 / x  # jnp.reciprocal is a power, which no matcher takes for 1/sqrt
 
 
 @operator("Mean")
