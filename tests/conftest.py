@@ -1,4 +1,4 @@
-"""What every test runs under: four CPU devices, and a reason where a GPU is missing."""
+"""What every test runs under: four CPU devices, a reason where a GPU is missing, and no swallowed exception."""
 
 import os
 
@@ -6,6 +6,8 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import functools as ft
+import logging
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -27,3 +29,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and (reason := _no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class _Collector(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture(autouse=True)
+def no_swallowed_exception() -> Iterator[None]:
+    """A matcher that raises costs users its fusion and leaves a line in the log; a test that it fails."""
+    collector, logger = _Collector(), logging.getLogger("zenith_jax")
+    logger.addHandler(collector)
+    yield
+    logger.removeHandler(collector)
+    assert not collector.records, "\n\n".join(logging.Formatter().format(r) for r in collector.records)

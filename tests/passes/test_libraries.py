@@ -77,8 +77,8 @@ def test_nnx_layer_norm_is_fused(rng, check_fused, options):
         normal(rng, B, T, WIDTH, dtype=dtype) * 3 + 1,
         counts={"layer_norm": 1},
         oracle=wide,
-        # On a GPU XLA keeps float32 where the program rounds to bfloat16 and back; the kernel's cotangent is rounded, as
-        # written, so that the float32 gradients of parameters are sums of terms with an error of half a bfloat16 ulp.
+        # On a GPU XLA keeps float32 where the program rounds to bfloat16 and back; the kernel's cotangent is rounded,
+        # as written, so that the float32 gradients of parameters are sums of terms with an error of half a bfloat16 ulp.
         floor_ulps=8.0 if dtype == jnp.float32 else 2.0,
         floor_dtype=dtype,
     )
@@ -434,3 +434,16 @@ def test_activations_by_hand_are_fused(rng, check_fused, name, function):
 
 def test_gated_activation_is_fused_around_its_gate(rng, check_fused):
     check_fused(lambda x, y: jax.nn.silu(x * 1.5) * y, normal(rng, B, WIDTH), normal(rng, B, WIDTH), counts={"silu": 1})
+
+
+@pytest.mark.parametrize("name", ["gelu_erf", "gelu_tanh", "silu"])
+def test_activation_of_a_linear_layer_is_fused(rng, check_fused, name):
+    function = {
+        "gelu_erf": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu
+    }[name]  # fmt: skip
+    check_fused(
+        lambda x, kernel, bias: function(x @ kernel + bias),
+        *(normal(rng, B, T, WIDTH), normal(rng, WIDTH, 2 * WIDTH), normal(rng, 2 * WIDTH)),
+        counts={name: 1},
+        floor_ulps=32.0,  # the products' own rounding
+    )

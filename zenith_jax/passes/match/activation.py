@@ -91,16 +91,19 @@ def _value(
     eqn = terms.graph.producer(term.atom)
     if eqn is None or depth == 0:
         raise _NotAFunctionOfX
-    name, operands = eqn.primitive.name, terms.operands(term, eqn)
+    name = eqn.primitive.name
+    if name not in _ANALYTIC and not (sign is not None and name in ("abs", "select_n")):
+        raise _NotAFunctionOfX
+    operands = terms.operands(term, eqn)
     value = lambda t: _value(terms, t, x, inner, sign, depth - 1)  # noqa: E731
     inner[id(eqn)] = eqn
-    if name == "abs" and sign is not None:
+    if name == "abs":
         below = value(operands[0])
         return below * (sign * _slope_sign(below))
-    if name == "select_n" and sign is not None and len(operands) == 3:
+    if name == "select_n":
+        if len(operands) != 3:
+            raise _NotAFunctionOfX
         return _chosen(terms, operands, value, inner, sign)
-    if name not in _ANALYTIC:
-        raise _NotAFunctionOfX
     values = [value(t) for t in operands]
     with np.errstate(all="ignore"):
         return _ANALYTIC[name](eqn.params, *values)
