@@ -305,12 +305,19 @@ def type_info(proto: Any) -> TypeInfo:
         tensor = getattr(proto, kind)
         shape = None
         if tensor.HasField("shape"):
-            shape = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim)
+            shape = tuple(_dimension(d) for d in tensor.shape.dim)
         dtype = dtypes.from_onnx(tensor.elem_type) if tensor.elem_type else None
         return TypeInfo(kind.removesuffix("_type"), dtype, shape)
     if kind in ("sequence_type", "optional_type"):
         return TypeInfo(kind.removesuffix("_type"), element=type_info(getattr(proto, kind).elem_type))
     return TypeInfo((kind or "").removesuffix("_type"))
+
+
+def _dimension(proto: Any) -> int | str | None:
+    """Paddle's exporter writes -1 for a dimension that it does not know."""
+    if proto.HasField("dim_value"):
+        return proto.dim_value if proto.dim_value >= 0 else None
+    return proto.dim_param or None
 
 
 def _constant(node: NodeDef) -> np.ndarray | None:
