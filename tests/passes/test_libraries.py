@@ -78,7 +78,7 @@ def test_nnx_layer_norm_is_fused(rng, check_fused, options):
         counts={"layer_norm": 1},
         oracle=wide,
         # On a GPU XLA keeps float32 where the program rounds to bfloat16 and back; the kernel's cotangent is rounded,
-        # as written, so that the float32 gradients of parameters are sums of terms with an error of half a bfloat16 ulp.
+        # as written, so that the float32 gradients of parameters are sums of terms off by half a bfloat16 ulp.
         floor_ulps=8.0 if dtype == jnp.float32 else 2.0,
         floor_dtype=dtype,
     )
