@@ -34,7 +34,7 @@ def model(op_type: str, inputs: list[Any], attributes: dict[str, Any], *, output
 
 def zenith(proto: Any, inputs: list[Any], *, static: tuple[int, ...] = ()) -> list[np.ndarray]:
     """Under `jax.jit`, with all inputs traced except those at the positions in `static`."""
-    loaded = zenith_onnx.load(proto)
+    loaded = zenith_onnx.load(proto, static=[f"in{i}" for i in static])
     given = {f"in{i}": v for i, v in enumerate(inputs) if v is not None}
     known = {name: given.pop(name) for name in [f"in{i}" for i in static]}
     results = jax.jit(lambda traced: loaded.apply(loaded.params, **traced, **known))(

@@ -39,10 +39,12 @@ def non_zero(x, *, node: Node):
     """(rank, count): a column of indices for each element that is not zero, in row-major order."""
 
     def exact(x):
-        # A scalar has one index of no components: NumPy has no opinion any more.
+        # A scalar has an index of no components.
         return (np.stack(np.nonzero(x)).astype(np.int64) if x.ndim else np.zeros((0, int(x != 0)), np.int64),)
 
     def bounded(x, size):
+        if not x.ndim:
+            return (jnp.zeros((0, size), dtypes.held(np.int64)),)
         return (dtypes.cast(jnp.stack(jnp.nonzero(x, size=size, fill_value=0)), np.int64),)
 
     return _exact_or_bounded(exact, bounded, node, x)
