@@ -41,6 +41,13 @@ def test_ops_directly():
     assert "a wrong call says what is wrong: attention" in run("examples/ops_directly.py")
 
 
+def test_own_kernel_in_pallas():
+    shown = run("examples/own_kernel_pallas.py")
+    assert "fused  gated_norm  float32[2,6,32], float32[2,6,32], float32[32] eps=1e-05" in shown
+    assert "because the kernel is written for float32, not bfloat16" in shown
+    assert float(shown.split("largest difference ")[1].split()[0]) < 1e-4
+
+
 def test_gpt2_training_step_benchmark(tmp_path):
     path = tmp_path / "figures.json"
     run("benchmarks/h100/gpt2_train_step.py", "--tiny", "--runs", "1", "--batch", "2", "--json", str(path))

@@ -14,7 +14,7 @@ LAYERS = [
     {"cli"},
     {"demo", "bench"},
     {"__init__"},  # the public names: what `import zenith_jax` gives
-    {"verify"},
+    {"verify", "register"},
     {"api"},
     {"frontends"},
     {"doctor", "passes"},

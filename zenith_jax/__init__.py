@@ -9,6 +9,7 @@ from zenith_jax import ops
 from zenith_jax.api import explain, fuse, jit
 from zenith_jax.config import Config, config, configure, configured
 from zenith_jax.frontends import onnx
+from zenith_jax.register import register
 from zenith_jax.report import Report, Site
 from zenith_jax.verify import Comparison, Verification, verify
 
@@ -28,5 +29,6 @@ __all__ = [
     "jit",
     "onnx",
     "ops",
+    "register",
     "verify",
 ]

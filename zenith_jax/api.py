@@ -14,6 +14,7 @@ import numpy as np
 
 from zenith_jax.config import Config, config
 from zenith_jax.ir import _compat
+from zenith_jax.passes.registered import active
 from zenith_jax.passes.rewrite import Context, rewrite
 from zenith_jax.report import Report, collecting, log_sites
 
@@ -84,7 +85,7 @@ def explain(function: Callable) -> Callable[..., Report]:
 def current_context(settings: Config) -> Context:
     """What a rewriting that starts now is part of."""
     platform = settings.platform or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    return Context(platform, settings.use_cost)
+    return Context(platform, settings.use_cost, registered=active())
 
 
 def _is_array(x: Any) -> bool:

@@ -22,6 +22,10 @@ class NativeError(ZenithError, RuntimeError):
     """A native module is missing or cannot be used here. The text holds the command that fixes it."""
 
 
+class RegistrationError(ZenithError, ValueError):
+    """A function given to `zenith.register` cannot be a pattern, or what is to replace it does not fit it."""
+
+
 class VerificationError(ZenithError, AssertionError):
     """`zenith.verify` found a fused result further from float64 than rounding explains."""
 

@@ -136,7 +136,7 @@ def _site_comparisons(function: Callable, context: Context, args: tuple, kwargs:
         fused = jax.jit(lambda *xs, m=match, s=static: m.emit(*xs, **s))(*inputs)
         with jax.enable_x64(True):
             wide = {k: "float64" if k in ("dtype", "result_dtype") else v for k, v in static.items()}
-            exact = jax.jit(lambda *xs, m=match, s=wide: m.emit(*xs, **s))(*_wide(tuple(inputs)))
+            exact = jax.jit(lambda *xs, m=match, s=wide: (m.exact or m.emit)(*xs, **s))(*_wide(tuple(inputs)))
         names = [f"site {i} {match.op} {_compat.source_line(match.root).rsplit('/', 1)[-1]}"] * len(match.results)
         rows += _compared(names, fused, unfused, exact)
     return rows

@@ -123,6 +123,11 @@ def map_subjaxprs(params: dict[str, Any], function: Callable[[Any], Any]) -> dic
     return {name: mapped(value) for name, value in params.items()}
 
 
+def function_source(jaxpr: Any) -> str:
+    """Name, file and line of the function that was traced to `jaxpr`; "" when unknown."""
+    return getattr(getattr(opened(jaxpr), "debug_info", None), "func_src_info", "") or ""
+
+
 def is_high(jaxpr: Any) -> bool:
     """Whether the jaxpr holds hijax types or primitives, which Zenith leaves alone."""
     return bool(getattr(opened(jaxpr), "is_high", False))

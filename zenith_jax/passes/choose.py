@@ -115,6 +115,8 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
 
 def declined(match: Match, platform: str, *, differentiated: bool, use_cost: bool) -> Refusal | None:
     """Why the match is left to XLA on this platform, or None."""
+    if match.declined is not None:
+        return match.declined(platform)
     case = dict(match.case)
     if platform not in ("cpu", "cuda"):
         return refuse("there are no kernels for {platform}", platform=platform)

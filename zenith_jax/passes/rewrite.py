@@ -45,12 +45,14 @@ RECURSED = {
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """platform: "cpu" or "cuda". differentiated: the jaxpr is a primal that is about to be differentiated."""
+    """platform: "cpu" or "cuda". differentiated: the jaxpr is a primal that is about to be differentiated.
+    registered: patterns that users have registered; they claim equations before ours."""
 
     platform: str
     use_cost: bool = True
     differentiated: bool = False
     where: str = ""
+    registered: tuple[Callable, ...] = ()
 
     def inside(self, primitive: str) -> Context:
         return dataclasses.replace(self, where=f"{self.where}/{primitive}".strip("/"))
@@ -84,11 +86,11 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
 
 
 def plan(graph: Graph, context: Context) -> list[Match]:
-    """Matches to carry out: each equation claimed by one, in the order of MATCHERS."""
+    """Matches to carry out: each equation claimed by one, registered patterns first, then in the order of MATCHERS."""
     claimed: set[int] = set()
     plan: list[Match] = []
     sites: list[tuple[int, Site]] = []
-    for matcher in MATCHERS:
+    for matcher in (*context.registered, *MATCHERS):
         for index, eqn in enumerate(graph.eqns):
             if id(eqn) in claimed:
                 continue
@@ -99,7 +101,7 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                 found = found.simpler
             if found is None:
                 continue  # another match has equations of this one, and computes them
-            op = found.op if isinstance(found, Match) else matcher.__module__.rsplit(".", 1)[-1]
+            op = found.op if isinstance(found, Match) else _op_of(matcher)
             refusal = (
                 found
                 if isinstance(found, Refusal)
@@ -119,7 +121,7 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                     ),
                 )
             )
-            if isinstance(found, Match):
+            if isinstance(found, Match) and not (found.declined is not None and refusal is not None):
                 claimed.update(id(e) for e in found.inner)
                 if refusal is None:
                     plan.append(found)
@@ -128,12 +130,16 @@ def plan(graph: Graph, context: Context) -> list[Match]:
     return plan
 
 
+def _op_of(matcher: Any) -> str:
+    return getattr(matcher, "name", None) or matcher.__module__.rsplit(".", 1)[-1]
+
+
 def _attempt(matcher: Callable, graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     """A matcher's verdict; a bug in it loses one fusion and not the user's program."""
     try:
         return matcher(graph, eqn)
     except Exception:
-        logger.exception("matcher %s failed at %s; please report it", matcher.__module__, _compat.source_line(eqn))
+        logger.exception("matcher %s failed at %s; please report it", _op_of(matcher), _compat.source_line(eqn))
         return None
 
 
