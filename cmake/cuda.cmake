@@ -24,16 +24,28 @@ if(NOT ptx_arch MATCHES "[a-z]$")  # code for "90a" runs on that architecture on
 endif()
 
 file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cu)
-zenith_kernels(zenith_cuda_kernels ${cuda_sources})
-set(nvcc_options ${gencode} --expt-relaxed-constexpr
+set(hopper_sources ${cuda_sources})
+list(FILTER hopper_sources INCLUDE REGEX "/cuda/attention/hopper/")
+list(FILTER cuda_sources EXCLUDE REGEX "/cuda/attention/hopper/")
+set(nvcc_warnings --expt-relaxed-constexpr
     "SHELL:-Xcompiler=-Wall,-Wextra$<$<BOOL:${ZENITH_WERROR}>:,-Werror>"
     "$<$<BOOL:${ZENITH_WERROR}>:SHELL:-Werror all-warnings>")
+set(nvcc_options ${gencode} ${nvcc_warnings})
+zenith_kernels(zenith_cuda_kernels ${cuda_sources})
 target_compile_options(zenith_cuda_kernels PRIVATE ${nvcc_options})
+set(cuda_kernels zenith_cuda_kernels)
+if("90a" IN_LIST ZENITH_CUDA_ARCHS)  # wgmma and TMA: for that architecture only
+  zenith_kernels(zenith_cuda_hopper_kernels ${hopper_sources})
+  target_compile_options(zenith_cuda_hopper_kernels PRIVATE
+                         "SHELL:-gencode arch=compute_90a,code=sm_90a" ${nvcc_warnings})
+  target_compile_definitions(zenith_cuda_kernels PRIVATE ZENITH_HOPPER)
+  list(APPEND cuda_kernels zenith_cuda_hopper_kernels)
+endif()
 
 zenith_handlers(zenith_cuda_handlers)
 target_compile_definitions(zenith_cuda_handlers PRIVATE ZENITH_BACKEND_CUDA)
 target_include_directories(zenith_cuda_handlers SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
-zenith_module(_cuda zenith_cuda_kernels zenith_cuda_handlers CUDA::cudart_static)
+zenith_module(_cuda ${cuda_kernels} zenith_cuda_handlers CUDA::cudart_static)
 target_compile_definitions(_cuda PRIVATE ZENITH_BACKEND_CUDA)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 

@@ -1,7 +1,10 @@
 // Which attention kernel serves which problem.
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "cuda/attention/kernels.h"
+#include "cuda/attention/problem.cuh"
 
 namespace zenith {
 namespace {
@@ -40,6 +43,49 @@ bool FitsTensorCores(const AttentionBackwardArgs& a) {
          attention::HasAlignedRows(a.dvalue, a.value_strides, bytes);
 }
 
+#ifdef ZENITH_HOPPER  // the module holds code for sm_90a
+/// Whether the kernels for Hopper take a problem that FitsTensorCores. ZENITH_HOPPER=0 in the
+/// environment keeps them from it, for tests and comparisons.
+bool FitsHopper(const AttentionProblem& p) {
+  static const bool allowed = [] {
+    const char* value = std::getenv("ZENITH_HOPPER");
+    return value == nullptr || std::string_view(value) != "0";
+  }();
+  if (!allowed || p.dtype == DType::kF32 || p.mask || p.bias || !(p.scale > 0) ||
+      attention::MayHaveDeadRows(p))
+    return false;
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+}
+
+Status HopperForward(const AttentionForwardArgs& args, const Launch& launch) {
+  using namespace attention::hopper;
+  const auto fits = [&](int64_t qk_dim, int64_t v_dim) {
+    return args.qk_dim <= qk_dim && args.v_dim <= v_dim;
+  };
+  const auto kernel = fits(64, 64)     ? ForwardD64
+                      : fits(96, 96)   ? ForwardD96
+                      : fits(128, 128) ? ForwardD128
+                      : fits(192, 128) ? ForwardD192V128
+                      : fits(192, 192) ? ForwardD192
+                                       : ForwardD256;
+  return kernel(args, launch);
+}
+
+/// Expects `delta` filled. Head sizes up to 128.
+Status HopperBackward(const AttentionBackwardArgs& args, const Launch& launch) {
+  using namespace attention::hopper;
+  const int64_t dim = HeadDim(args);
+  const auto dquery = dim <= 64 ? DqueryD64 : dim <= 96 ? DqueryD96 : DqueryD128;
+  const auto dkey_dvalue = dim <= 64 ? DkeyDvalueD64 : dim <= 96 ? DkeyDvalueD96 : DkeyDvalueD128;
+  const Status status = dquery(args, launch);
+  return status.ok() ? dkey_dvalue(args, launch) : status;
+}
+#endif
+
 /// The kernel for a problem that fits: float32's, or the smallest tile that holds the head.
 template <typename Kernel>
 Kernel* Pick(const AttentionProblem& p, Kernel* d64, Kernel* d128, Kernel* d256, Kernel* f32) {
@@ -53,6 +99,9 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
   using namespace attention;
   if (args.batch * args.kv_heads * args.groups * args.q_len == 0) return {};
   if (!FitsTensorCores(args, args.out)) return NaiveForward(args, launch);
+#ifdef ZENITH_HOPPER
+  if (FitsHopper(args)) return HopperForward(args, launch);
+#endif
   return Pick(args, ForwardD64, ForwardD128, ForwardD256, ForwardF32)(args, launch);
 }
 
@@ -62,6 +111,9 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
   if (!status.ok()) return status;
   if (args.batch * args.kv_heads * args.groups == 0 || !FitsTensorCores(args))
     return NaiveBackward(args, launch);
+#ifdef ZENITH_HOPPER
+  if (FitsHopper(args) && HeadDim(args) <= 128) return HopperBackward(args, launch);
+#endif
   status = Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32)(args, launch);
   if (!status.ok()) return status;
   return Pick(args, DkeyDvalueD64, DkeyDvalueD128, DkeyDvalueD256, DkeyDvalueF32)(args, launch);

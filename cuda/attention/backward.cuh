@@ -310,13 +310,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
 }
 
-/// Whether some query may have no allowed key. Without mask and bias the band alone decides: the
-/// first query must not look before the keys, the last not behind them.
-inline bool MayHaveDeadRows(const AttentionProblem& p) {
-  return p.mask || p.bias || p.kv_len == 0 || p.left + p.right < 0 || p.right < 0 ||
-         p.q_len - 1 - p.left >= p.kv_len;
-}
-
 template <typename Config, bool kModified>
 Status LaunchBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   const auto kernel = attention_backward_kernel<Config, kModified>;

@@ -31,6 +31,24 @@ Status DkeyDvalueD128(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD256(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueF32(const AttentionBackwardArgs& args, const Launch& launch);
 
+/// wgmma and TMA: compute capability 9.0 alone, in a module with code for sm_90a. Float16 and
+/// bfloat16, no mask and no bias, scale > 0, every query with an allowed key. The name says the
+/// largest head size, of query and key and, where it is another, of value.
+namespace hopper {
+Status ForwardD64(const AttentionForwardArgs& args, const Launch& launch);
+Status ForwardD96(const AttentionForwardArgs& args, const Launch& launch);
+Status ForwardD128(const AttentionForwardArgs& args, const Launch& launch);
+Status ForwardD192V128(const AttentionForwardArgs& args, const Launch& launch);
+Status ForwardD192(const AttentionForwardArgs& args, const Launch& launch);
+Status ForwardD256(const AttentionForwardArgs& args, const Launch& launch);
+Status DqueryD64(const AttentionBackwardArgs& args, const Launch& launch);
+Status DqueryD96(const AttentionBackwardArgs& args, const Launch& launch);
+Status DqueryD128(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueD64(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueD96(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueD128(const AttentionBackwardArgs& args, const Launch& launch);
+}  // namespace hopper
+
 /// Shared memory that the tensor core kernels may ask for: up to 128 features what every device of
 /// compute capability 8.0 or newer grants a block, above that what 8.0 and 9.0 grant (8.6, 8.9 and
 /// 12.0 do not). CUDA C++ Programming Guide, technical specifications per compute capability.

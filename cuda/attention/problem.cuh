@@ -56,6 +56,13 @@ __host__ __device__ inline int64_t ScoreOffset(const ScoreStrides& strides, cons
   return i.batch * strides.batch + i.kv_head * strides.kv_head + i.group * strides.group;
 }
 
+/// Whether some query may have no allowed key. Without mask and bias the band alone decides: the
+/// first query must not look before the keys, the last not behind them.
+inline bool MayHaveDeadRows(const AttentionProblem& p) {
+  return p.mask || p.bias || p.kv_len == 0 || p.left + p.right < 0 || p.right < 0 ||
+         p.q_len - 1 - p.left >= p.kv_len;
+}
+
 __device__ inline float LoadBias(const AttentionProblem& p, int64_t offset) {
   switch (p.bias_dtype) {
     case DType::kF16:

@@ -252,6 +252,29 @@ void Test(Report& report, const Problem& p) {
 constexpr MaskedRow kMaskedRows[] = {MaskedRow::kNan, MaskedRow::kMean};
 constexpr int64_t kOpen = kUnbounded;
 
+/// More tiles than a GPU has multiprocessors, for kernels whose blocks take several: of equal and
+/// of unequal length, and with query heads that share keys.
+void AddManyTiles(std::vector<Problem>& problems, DType dtype) {
+  constexpr int64_t kDims[][2] = {{64, 64},   {96, 96},   {128, 128},
+                                  {192, 128}, {192, 192}, {256, 256}};
+  constexpr int64_t kBands[][2] = {{kOpen, kOpen}, {kOpen, 0}, {150, 20}};
+  for (const auto& [d, e] : kDims) {
+    for (const auto& [left, right] : kBands) {
+      problems.push_back({.dtype = dtype,
+                          .batch = 2,
+                          .kv_heads = 11,
+                          .groups = 4,
+                          .q_len = 523,
+                          .kv_len = 523,
+                          .qk_dim = d,
+                          .v_dim = e,
+                          .left = left,
+                          .right = right,
+                          .length_first = d != 96});
+    }
+  }
+}
+
 /// Head sizes: tiles of 64, 128 and 256 features, full and not, equal or not, and what only the
 /// naive kernel takes (20, 111 and 300 features, pointers that are not aligned).
 void AddSizes(std::vector<Problem>& problems, DType dtype) {
@@ -307,6 +330,7 @@ void AddSizes(std::vector<Problem>& problems, DType dtype) {
       }
     }
   }
+  AddManyTiles(problems, dtype);
   for (const MaskedRow row : kMaskedRows) {
     const Problem empty{.dtype = dtype, .groups = 2, .q_len = 5, .kv_len = 7, .masked_row = row};
     for (const auto size : {&Problem::batch, &Problem::kv_heads, &Problem::groups, &Problem::q_len,

@@ -1,0 +1,211 @@
+// dquery for Hopper: a persistent block takes tiles of 64 queries a consumer warpgroup and streams
+// over the keys in the band, as the forward does (forward.cuh), recomputing p from lse:
+//   p = exp(scale * query . key - lse);  dlogits = p * (dout . value - delta)
+//   dquery = scale * dlogits . key
+// A consumer waits for its products of one tile before it issues those of the next; the tensor
+// cores meanwhile work for the others. To leave dquery under way over that border was slower: ptxas
+// then waits after every product (C7514) or, with fewer keys per tile, there are more of them.
+// query, dout and dquery cross memory once, key and value once per query tile.
+#pragma once
+
+#include "cuda/attention/hopper/fragment.cuh"
+#include "cuda/attention/hopper/pipeline.cuh"
+#include "cuda/attention/kernels.h"
+
+namespace zenith::attention::hopper {
+
+template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_>
+struct DqueryConfig {
+  using T = T_;
+  static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
+  static constexpr int kConsumers = kConsumers_;          // warpgroups
+  static constexpr int kCols = kCols_;                    // keys per tile
+  static constexpr int kStages = 2;                       // of keys, and as many of values
+  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kQueryBytes = TileBytes(kRows, kQkDim);
+  static constexpr int kDoutBytes = TileBytes(kRows, kVDim);
+  static constexpr int kKeyBytes = TileBytes(kCols, kQkDim);
+  static constexpr int kValueBytes = TileBytes(kCols, kVDim);
+  static constexpr int kTilesBytes = kQueryBytes + kDoutBytes + kStages * (kKeyBytes + kValueBytes);
+  static constexpr int kSharedBytes =
+      kTilesBytes + BarrierPair::kBytes + 2 * BarrierRing<kStages>::kBytes + kTileAlignment;
+  static_assert(kSharedBytes <= kMaxSharedBytes);
+};
+
+struct DqueryParams {
+  CUtensorMap query, key, value, dout;
+  AttentionBackwardArgs args;
+  Schedule schedule;
+};
+
+/// Addresses in shared memory.
+template <typename Config>
+struct DqueryShared {
+  uint32_t query, dout, keys, values;
+  BarrierPair rows;
+  BarrierRing<Config::kStages> key, value;
+
+  __device__ __forceinline__ explicit DqueryShared(uint32_t base)
+      : query((base + kTileAlignment - 1) & ~(kTileAlignment - 1)),
+        dout(query + Config::kQueryBytes),
+        keys(dout + Config::kDoutBytes),
+        values(keys + Config::kStages * Config::kKeyBytes),
+        rows{query + Config::kTilesBytes},
+        key{rows.end()},
+        value{key.end()} {}
+};
+
+template <typename Config>
+__device__ __forceinline__ void ProduceDquery(const DqueryParams& p,
+                                              const DqueryShared<Config>& shared,
+                                              const Band& band) {
+  const int rounds = p.schedule.total_rounds();
+  Ring<Config::kStages> ring;
+  uint32_t row_parity = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const Schedule::Item item = p.schedule.At(round);
+    if (item.tile < 0) continue;
+    const QueryTile<Config::kRows, Config::kCols> tile(p.args, p.schedule, band, item);
+    BarrierWait(shared.rows.empty(), row_parity ^ 1);
+    row_parity ^= 1;
+    BarrierExpect(shared.rows.full(), Config::kQueryBytes + Config::kDoutBytes);
+    LoadTile<Config::kRows, Config::kQkDim>(shared.query, p.query, shared.rows.full(), tile.t0,
+                                            tile.head, tile.batch);
+    LoadTile<Config::kRows, Config::kVDim>(shared.dout, p.dout, shared.rows.full(), tile.t0,
+                                           tile.head, tile.batch);
+    for (int n = tile.first + tile.count - 1; n >= tile.first; --n, ring.Advance()) {
+      BarrierWait(shared.key.empty(ring.stage), ring.parity ^ 1);
+      BarrierExpect(shared.key.full(ring.stage), Config::kKeyBytes);
+      LoadTile<Config::kCols, Config::kQkDim>(shared.keys + ring.stage * Config::kKeyBytes, p.key,
+                                              shared.key.full(ring.stage), n * Config::kCols,
+                                              tile.kv_head, tile.batch);
+      BarrierWait(shared.value.empty(ring.stage), ring.parity ^ 1);
+      BarrierExpect(shared.value.full(ring.stage), Config::kValueBytes);
+      LoadTile<Config::kCols, Config::kVDim>(shared.values + ring.stage * Config::kValueBytes,
+                                             p.value, shared.value.full(ring.stage),
+                                             n * Config::kCols, tile.kv_head, tile.batch);
+    }
+  }
+}
+
+template <typename Config>
+__device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
+                                              const DqueryShared<Config>& shared,
+                                              const Band& band) {
+  using T = typename Config::T;
+  constexpr int kQkDim = Config::kQkDim, kVDim = Config::kVDim, kCols = Config::kCols;
+  const int group = ConsumerIndex();
+  const int warp = threadIdx.x % kWarpgroupSize / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int q_len = static_cast<int>(p.args.q_len), kv_len = static_cast<int>(p.args.kv_len);
+  const float factor = p.args.scale * kLog2E;
+
+  const uint64_t query = MatrixDescriptor(shared.query + group * 64 * kBlockRowBytes);
+  const uint64_t dout = MatrixDescriptor(shared.dout + group * 64 * kBlockRowBytes);
+  const uint64_t keys = MatrixDescriptor(shared.keys);
+  const uint64_t values = MatrixDescriptor(shared.values);
+  const uint64_t keys_by_column = MatrixDescriptor(shared.keys, kCols * kBlockRowBytes);
+  float scores[kCols / 2], dp[kCols / 2], acc[kQkDim / 2];
+  uint32_t dlogits[kCols / 16][4];
+
+  const int rounds = p.schedule.total_rounds();
+  Ring<Config::kStages> ring;
+  uint32_t row_parity = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const Schedule::Item item = p.schedule.At(round);
+    if (item.tile < 0) continue;
+    const QueryTile<Config::kRows, kCols> tile(p.args, p.schedule, band, item);
+    const int t = tile.t0 + group * 64 + warp * 16;
+    float lse[2], delta[2];  // lse in units of log2; +inf past the end: p = 0
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = t + lane / 4 + 8 * half;
+      const int64_t index =
+          (tile.batch * p.args.kv_heads * p.args.groups + tile.head) * p.args.q_len + row;
+      lse[half] = row < q_len ? p.args.lse[index] * kLog2E : INFINITY;
+      delta[half] = row < q_len ? p.args.delta[index] : 0.f;
+    }
+
+    BarrierWait(shared.rows.full(), row_parity);
+    row_parity ^= 1;
+    for (int n = tile.first + tile.count - 1, i = 0; i < tile.count; --n, ++i) {
+      const uint32_t stage = ring.stage;
+      BarrierWait(shared.key.full(stage), ring.parity);
+      BarrierWait(shared.value.full(stage), ring.parity);
+      FenceRegisters(scores);
+      FenceRegisters(dp);
+      WgmmaFence();
+      MultiplyRows<T, kQkDim, Config::kRows, kCols>(scores, query,
+                                                    keys + stage * (Config::kKeyBytes / 16));
+      MultiplyRows<T, kVDim, Config::kRows, kCols>(dp, dout,
+                                                   values + stage * (Config::kValueBytes / 16));
+      WgmmaWait<1>();
+      FenceRegisters(scores);
+      if ((n + 1) * kCols > kv_len || !band.HoldsAll(t, 16, n * kCols, kCols))
+        ApplyBand<true>(scores, band, t, n * kCols, kv_len);
+#pragma unroll
+      for (int j = 0; j < kCols / 2; ++j) scores[j] = Exp2(scores[j] * factor - lse[j / 2 % 2]);
+      WgmmaWait<0>();
+      FenceRegisters(dp);
+      if (lane == 0) BarrierArrive(shared.value.empty(stage));
+#pragma unroll
+      for (int j = 0; j < kCols / 2; ++j) scores[j] *= dp[j] - delta[j / 2 % 2];
+      Pack<T>(scores, dlogits);
+      FenceRegisters(acc);
+      WgmmaFence();
+      MultiplyColumns<T>(acc, dlogits, keys_by_column + stage * (Config::kKeyBytes / 16), i > 0);
+      WgmmaWait<0>();
+      FenceRegisters(acc);
+      if (lane == 0) BarrierArrive(shared.key.empty(stage));
+      ring.Advance();
+    }
+    if (lane == 0) BarrierArrive(shared.rows.empty());
+    const float scale[2] = {p.args.scale, p.args.scale};
+    StoreFragment(
+        acc, scale,
+        RowPointer(static_cast<T*>(p.args.dquery), p.args.query_strides, tile.batch, tile.head, t),
+        p.args.query_strides.length, q_len - t, static_cast<int>(p.args.qk_dim));
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
+    hopper_attention_dquery_kernel(const __grid_constant__ DqueryParams p) {
+  extern __shared__ unsigned char shared_bytes[];
+  const DqueryShared<Config> shared(SharedAddress(shared_bytes));
+  if (threadIdx.x == 0) {
+    shared.rows.Init(WarpsOf(Config::kConsumers));
+    shared.key.Init(WarpsOf(Config::kConsumers));
+    shared.value.Init(WarpsOf(Config::kConsumers));
+    BarrierInitFence();
+  }
+  __syncthreads();
+  const Band band(p.args);
+  if (threadIdx.x < kWarpgroupSize) {
+    LowerRegisters<ProducerRegisters(Config::kConsumers)>();
+    if (threadIdx.x == 0) ProduceDquery<Config>(p, shared, band);
+  } else {
+    RaiseRegisters<ConsumerRegisters(Config::kConsumers)>();
+    ConsumeDquery<Config>(p, shared, band);
+  }
+}
+
+/// For problems that FitsHopper (cuda/attention.cu) admits.
+template <typename Config>
+Status LaunchDquery(const AttentionBackwardArgs& a, const Launch& launch) {
+  DqueryParams p{.query = {}, .key = {}, .value = {}, .dout = {}, .args = a, .schedule = {}};
+  Status status = QueryMap(a, a.query, a.query_strides, a.qk_dim, Config::kRows, p.query);
+  if (status.ok()) status = QueryMap(a, a.dout, a.out_strides, a.v_dim, Config::kRows, p.dout);
+  if (status.ok()) status = KeyMap(a, a.key, a.key_strides, a.qk_dim, Config::kCols, p.key);
+  if (status.ok()) status = KeyMap(a, a.value, a.value_strides, a.v_dim, Config::kCols, p.value);
+  if (!status.ok()) return status;
+  const auto kernel = hopper_attention_dquery_kernel<Config>;
+  int blocks = 0;
+  status = Prepare(kernel, Config::kSharedBytes, blocks);
+  if (!status.ok()) return status;
+  p.schedule = ScheduleOfQueries<Config>(a, blocks);
+  kernel<<<static_cast<unsigned>(blocks), ThreadsOf(Config::kConsumers), Config::kSharedBytes,
+           launch.stream>>>(p);
+  return LastLaunch();
+}
+
+}  // namespace zenith::attention::hopper

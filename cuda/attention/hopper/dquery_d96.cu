@@ -1,0 +1,13 @@
+#include "cuda/attention/hopper/dquery.cuh"
+
+namespace zenith::attention::hopper {
+
+template <typename T>
+using Config = DqueryConfig<T, 96, 96, 2, 128>;
+
+Status DqueryD96(const AttentionBackwardArgs& args, const Launch& launch) {
+  return args.dtype == DType::kF16 ? LaunchDquery<Config<__half>>(args, launch)
+                                   : LaunchDquery<Config<__nv_bfloat16>>(args, launch);
+}
+
+}  // namespace zenith::attention::hopper

@@ -1,0 +1,107 @@
+// What the Hopper kernels have in common: a block of one producer and some consumer warpgroups, the
+// barriers between them, and the tiles of work of a persistent block.
+#pragma once
+
+#include "cuda/attention/hopper/schedule.cuh"
+#include "cuda/attention/hopper/tile.cuh"
+
+namespace zenith::attention::hopper {
+
+/// The producer is warpgroup 0.
+constexpr int ThreadsOf(int consumers) { return (consumers + 1) * kWarpgroupSize; }
+constexpr int WarpsOf(int consumers) { return consumers * kWarpgroupSize / kWarpSize; }
+
+/// Registers of a thread: of 65536, a block starts with 168 in three warpgroups or 128 in four.
+constexpr int ProducerRegisters(int consumers) { return consumers == 2 ? 24 : 32; }
+constexpr int ConsumerRegisters(int consumers) { return consumers == 2 ? 240 : 160; }
+
+/// Which consumer this warpgroup is, in a register that the compiler knows to be uniform.
+__device__ __forceinline__ int ConsumerIndex() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroupSize, 0) - 1;
+}
+
+/// Buffers and their two barriers each: `full`, on which the producer's threads arrive when what
+/// they store is there and the copies have started, and `empty`, on which every warp of the
+/// consumers arrives when it is done.
+template <int kStages>
+struct BarrierRing {
+  uint32_t barriers;
+
+  __device__ __forceinline__ uint32_t full(uint32_t stage = 0) const {
+    return barriers + 16 * stage;
+  }
+  __device__ __forceinline__ uint32_t empty(uint32_t stage = 0) const {
+    return barriers + 16 * stage + 8;
+  }
+  __device__ __forceinline__ uint32_t end() const { return full(kStages); }
+  static constexpr int kBytes = 16 * kStages;
+
+  /// One thread; then BarrierInitFence and __syncthreads.
+  __device__ __forceinline__ void Init(int consumer_warps, int producer_threads = 1) const {
+    for (int stage = 0; stage < kStages; ++stage) {
+      BarrierInit(full(stage), producer_threads);
+      BarrierInit(empty(stage), consumer_warps);
+    }
+  }
+};
+using BarrierPair = BarrierRing<1>;
+
+/// kRows queries of a head and the tiles of kCols keys in their band.
+template <int kRows, int kCols>
+struct QueryTile {
+  int t0, head, batch, kv_head;
+  int first, count;  // tiles of keys
+
+  __device__ __forceinline__ QueryTile(const AttentionProblem& p, const Schedule& schedule,
+                                       const Band& band, const Schedule::Item& item) {
+    const int heads = static_cast<int>(p.kv_heads * p.groups);
+    t0 = (schedule.tiles - 1 - item.tile) * kRows;  // late queries see the most keys: they go first
+    batch = item.head / heads;
+    head = item.head - batch * heads;
+    kv_head = head / static_cast<int>(p.groups);
+    const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
+    first = band.KeysBegin(t0) / kCols;
+    count = (band.KeysEnd(t0, min(kRows, q_len - t0), kv_len) + kCols - 1) / kCols - first;
+  }
+};
+
+/// kRows keys of a head and the tiles of kCols queries, of each head of the group, that see them.
+template <int kRows, int kCols>
+struct KeyTile {
+  int s0, batch, kv_head;
+  int first, count;  // tiles of queries
+
+  __device__ __forceinline__ KeyTile(const AttentionProblem& p, const Band& band,
+                                     const Schedule::Item& item) {
+    const int kv_heads = static_cast<int>(p.kv_heads);
+    s0 = item.tile * kRows;  // early keys are seen by the most queries
+    batch = item.head / kv_heads;
+    kv_head = item.head - batch * kv_heads;
+    const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
+    first = band.QueriesBegin(s0) / kCols;
+    const int end = band.QueriesEnd(s0, min(kRows, kv_len - s0), q_len);
+    count = max(0, (end + kCols - 1) / kCols - first);
+  }
+};
+
+/// Items for tiles of `rows` rows of length `length`. `blocks`: of the grid; lowered to the items.
+inline Schedule MakeSchedule(const AttentionProblem& p, int64_t rows, int64_t length, int64_t heads,
+                             int64_t head_bytes, int& blocks) {
+  const int64_t tiles = (length + rows - 1) / rows, items = tiles * p.batch * heads;
+  if (items < blocks) blocks = static_cast<int>(items);
+  const bool equal = p.left >= p.q_len && p.right >= p.kv_len;
+  return MakeSchedule(tiles, p.batch * heads, head_bytes, equal, blocks);
+}
+/// Query heads of a group stream the same keys and values.
+template <typename Config>
+Schedule ScheduleOfQueries(const AttentionProblem& p, int& blocks) {
+  return MakeSchedule(p, Config::kRows, p.q_len, p.kv_heads * p.groups,
+                      p.kv_len * (Config::kQkDim + Config::kVDim) * 2 / p.groups, blocks);
+}
+template <typename Config>
+Schedule ScheduleOfKeys(const AttentionProblem& p, int& blocks) {
+  return MakeSchedule(p, Config::kRows, p.kv_len, p.kv_heads,
+                      p.q_len * p.groups * (Config::kQkDim + Config::kVDim) * 2, blocks);
+}
+
+}  // namespace zenith::attention::hopper
