@@ -150,7 +150,7 @@ class Parser:
         nodes = self._nodes(proto.node, path, depth=0)
         self._in_function = False
         inputs, outputs = (tuple(ValueInfo(name) for name in names) for names in (proto.input, proto.output))
-        graph = self._assembled(proto.name, inputs, outputs, {}, nodes, where=f"function {path[:-1]}")
+        graph = assembled(proto.name, inputs, outputs, {}, nodes, where=f"function {path[:-1]}")
         # A schema's body for a node without its optional outputs does not compute them.
         missing = graph.captures & frozenset(itertools.chain(*(n.reads for n in graph.nodes)))
         if missing:
@@ -172,7 +172,7 @@ class Parser:
         inputs = tuple(ValueInfo(i.name, type_info(i.type)) for i in proto.input if i.name not in initializers)
         outputs = tuple(ValueInfo(o.name, type_info(o.type)) for o in proto.output)
         where = f"graph {path or proto.name or 'main'!r}"
-        graph = self._assembled(proto.name, inputs, outputs, initializers, nodes, where)
+        graph = assembled(proto.name, inputs, outputs, initializers, nodes, where)
         if depth == 0 and graph.captures:
             raise OnnxError(_missing(graph))
         return graph
@@ -273,25 +273,32 @@ class Parser:
         dense[flat] = values
         return dense.reshape(shape)
 
-    def _assembled(
-        self,
-        name: str,
-        inputs: tuple[ValueInfo, ...],
-        outputs: tuple[ValueInfo, ...],
-        initializers: Mapping[str, str],
-        nodes: list[NodeDef],
-        where: str,
-    ) -> Graph:
-        given = {i.name for i in inputs} | set(initializers)
-        if len({i.name for i in inputs}) != len(inputs):
-            raise OnnxError(f"{where} has two inputs of the same name: {[i.name for i in inputs]}")
-        ordered, captures = _sorted(nodes, given, where)
-        produced = given.union(*(n.outputs for n in ordered))
-        captures |= {o.name for o in outputs} - produced
-        read = frozenset(itertools.chain((o.name for o in outputs), *(n.reads for n in ordered)))
-        return Graph(
-            name, inputs, outputs, initializers, tuple(ordered), frozenset(captures), read, _frees(ordered, outputs)
-        )
+
+def assembled(
+    name: str,
+    inputs: tuple[ValueInfo, ...],
+    outputs: tuple[ValueInfo, ...],
+    initializers: Mapping[str, str],
+    nodes: Iterable[NodeDef],
+    where: str,
+) -> Graph:
+    """A Graph of nodes in any order. where: what errors call it."""
+    given = {i.name for i in inputs} | set(initializers)
+    if len({i.name for i in inputs}) != len(inputs):
+        raise OnnxError(f"{where} has two inputs of the same name: {[i.name for i in inputs]}")
+    ordered, captures = _sorted(list(nodes), given, where)
+    produced = given.union(*(n.outputs for n in ordered))
+    captures |= {o.name for o in outputs} - produced
+    read = frozenset(itertools.chain((o.name for o in outputs), *(n.reads for n in ordered)))
+    return Graph(
+        name, inputs, outputs, initializers, tuple(ordered), frozenset(captures), read, _frees(ordered, outputs)
+    )
+
+
+def with_nodes(graph: Graph, nodes: Iterable[NodeDef]) -> Graph:
+    """The graph with other nodes for the same inputs and outputs."""
+    where = f"graph {graph.name!r}"
+    return assembled(graph.name, graph.inputs, graph.outputs, graph.initializers, nodes, where)
 
 
 def canonical(domain: str) -> str:

@@ -17,6 +17,7 @@ from zenith_jax.frontends.onnx import dtypes, wire
 from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.onnx.graph import Graph, Parser, ValueInfo, canonical
 from zenith_jax.frontends.onnx.model import OnnxModel, Program
+from zenith_jax.frontends.onnx.passes import quantized
 from zenith_jax.frontends.onnx.steering import Steering, steering
 
 logger = logging.getLogger("zenith_jax")
@@ -36,6 +37,7 @@ def load(
     params: Collection[str] = (),
     size_bounds: Mapping[str, int] | None = None,
     dynamic: Mapping[str, Sequence[int]] | None = None,
+    integers: bool = True,
 ) -> OnnxModel:
     """An ONNX model as a JAX function with parameters.
 
@@ -50,6 +52,7 @@ def load(
     size_bounds: for a node (or an output) whose size depends on data, the size it is to have inside `jax.jit`.
     dynamic: for a symbolic dimension the sizes to compile for, {"batch": (1, 8, 64)}: `model(x)` pads with zeros to the
     next one and cuts the result. Only for dimensions along which the model's results are independent.
+    integers: multiply dequantised 8-bit integers as integers, exactly, instead of as floats: see `passes.quantized`.
 
     Raises OnnxError for a file that is no valid model; nothing in the file is executed.
     """
@@ -66,6 +69,8 @@ def load(
             raise OnnxError(f"the function {'.'.join(k for k in key if k)} is defined twice")
         functions[key] = parser.function(f)
     graph = parser.main_graph(proto.graph)
+    if integers:
+        graph = quantized.in_integers(graph)
     steers = steering(graph, functions)
     arrays, constants, statics = _sorted_weights(parser, graph, steers, params)
     unknown = sorted(set(static) - {i.name for i in graph.inputs})
