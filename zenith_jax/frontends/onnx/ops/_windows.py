@@ -10,8 +10,8 @@ from collections.abc import Sequence
 class Windows:
     """Window o of an axis covers start[o] + dilation * (0 .. size-1) of the input, start[o] = stride * o - before.
 
-    before, after: elements added in front and behind, all of them counted; after may reach past `pad_after`, what the
-    model asks for, where ceil_mode adds a last window. outputs: how many windows.
+    before, after: elements added in front and behind for just these windows; ceil_mode makes `after` differ from
+    `pad_after`, what the model asks for: more for a window that it adds, less for one that it drops. outputs: how many.
     """
 
     size: tuple[int, ...]
@@ -64,6 +64,6 @@ def windows(
                 count -= 1
         before.append(front)
         pad_after.append(back)
-        after.append(max(back, (count - 1) * strides[i] + extent - n - front) if ceil_mode else back)
+        after.append(max(0, (count - 1) * strides[i] + extent - n - front) if ceil_mode else back)
         outputs.append(count)
     return Windows(size, strides, dilations, *map(tuple, (before, after, pad_after, outputs)))
