@@ -204,19 +204,25 @@ def tree_ensemble_classifier(
     if binary:
         base = None if base is None or not len(base) else np.asarray(base)[-1:]
         score = _aggregated(forest, x, "SUM", base)
-        return _binary(score, labels, bool((weights >= 0).all()), post_transform)
+        return _binary(score, labels, bool((weights >= 0).all()), post_transform, both=class_ids[0] == 0)
     scores = _aggregated(forest, x, "SUM", base)
     return label_of(jnp.argmax(scores, 1), labels), post_transformed(scores, post_transform)
 
 
-def _binary(score: Any, labels: Any, is_probability: bool, post_transform: str) -> tuple[Any, Any]:
-    """From the second class's score s, as ONNX Runtime does: weights that are all positive add up to a probability."""
-    if is_probability:
-        best, scores, post_transform = score > 0.5, jnp.concatenate([1 - score, score], 1), "NONE"
+def _binary(score: Any, labels: Any, is_probability: bool, post_transform: str, *, both: bool) -> tuple[Any, Any]:
+    """From one class's score s, as ONNX Runtime does: weights that are all positive add up to a probability.
+
+    both: the leaves name class 0 and mean class 1, from which the other's score follows; else it is 0.
+    """
+    best = label_of((score[:, 0] > (0.5 if is_probability else 0)).astype(np.int32), labels)
+    if not both:
+        scores = jnp.concatenate([jnp.zeros_like(score), score], 1)
+    elif is_probability:
+        scores, post_transform = jnp.concatenate([1 - score, score], 1), "NONE"
     else:
-        best, scores = score > 0, jnp.concatenate([-score, score], 1)
+        scores = jnp.concatenate([-score, score], 1)
         post_transform = post_transform if post_transform == "LOGISTIC" else "NONE"
-    return label_of(best[:, 0].astype(np.int32), labels), post_transformed(scores, post_transform)
+    return best, post_transformed(scores, post_transform)
 
 
 def _from_lists(nodes: dict[str, Any], tree_ids: Any, node_ids: Any, targets: Any, weights: Any, count: int) -> _Forest:

@@ -129,16 +129,13 @@ def multi_head_attention(
     query = jnp.asarray(query)
     if query.ndim == 5:
         query, key, value = query[:, :, :, 0], query[:, :, :, 1], query[:, :, :, 2]
-    elif key is None:
-        raise OnnxError("MultiHeadAttention needs a key, or query of shape (b, t, h, 3, d)")
+    elif key is None or (value is None and key.ndim != 5):
+        raise OnnxError("MultiHeadAttention needs key and value, or a query of shape (b, t, h, 3, d)")
     elif key.ndim == 5:
         query, key, value = split_heads(query, num_heads), key[:, :, :, 0], key[:, :, :, 1]
     else:
         query = split_heads(query, num_heads)
-        key, value = (
-            jnp.swapaxes(jnp.asarray(v), 1, 2) if v.ndim == 4 else split_heads(jnp.asarray(v), num_heads)
-            for v in (key, value)
-        )
+        key, value = _by_length(key, num_heads), _by_length(value, num_heads)
     if bias is not None:
         sizes = [v.shape[2] * v.shape[3] for v in (query, key, value)]
         parts = jnp.split(jnp.asarray(bias), np.cumsum(sizes[:2]).tolist())
@@ -159,6 +156,12 @@ def multi_head_attention(
     if unidirectional:
         logits = jnp.where(_causal(query.shape[1], key.shape[1]), logits, -jnp.inf)
     return out, *present, jax.nn.softmax(logits, -1).astype(query.dtype)
+
+
+def _by_length(x: Any, heads: int) -> Any:
+    """(b, s, h * d) or (b, h, s, d) -> (b, s, h, d)"""
+    x = jnp.asarray(x)
+    return jnp.swapaxes(x, 1, 2) if x.ndim == 4 else split_heads(x, heads)
 
 
 def split_heads(x: Any, heads: int) -> Any:
