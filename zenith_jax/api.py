@@ -64,10 +64,11 @@ def undecorated(function: Callable) -> Callable:
     return function
 
 
-def explain(function: Callable) -> Callable[..., Report]:
+def explain(function: Callable, *, measure: bool = False) -> Callable[..., Report]:
     """explain(f)(*args): the Report of what `jit(f)` fuses for such arguments, and why not the rest. Runs nothing.
 
-    `function` may be decorated with `zenith.jit` already.
+    `function` may be decorated with `zenith.jit` already; `jax.ShapeDtypeStruct`s do for arrays. measure: compile and
+    run each fused site alone, both ways, on random operands, and put the times into the report.
     """
     plain = undecorated(function)
 
@@ -77,7 +78,8 @@ def explain(function: Callable) -> Callable[..., Report]:
         fresh = lambda *a, **k: _fused_call(plain, context, a, k)  # noqa: E731
         with collecting() as sites:
             jax.make_jaxpr(fresh)(*args, **kwargs)
-        return Report(tuple(sites), context.platform)
+        report = Report(tuple(sites), context.platform)
+        return report.measured() if measure else report
 
     return explained
 

@@ -52,10 +52,23 @@ def _bench(arguments: argparse.Namespace) -> int:
     return run.main(arguments)
 
 
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    from zenith_jax import explain_command
+
+    explain_command.add_arguments(parser)
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from zenith_jax import explain_command
+
+    return explain_command.main(arguments)
+
+
 COMMANDS = {
     "bench": Command("zenith.jit against jax.jit, op by op", _bench_arguments, _bench),
     "demo": Command("a sentence encoder with real weights: jax.jit against zenith.jit", _demo_arguments, _demo),
     "doctor": Command("what is installed, built and found, and how to fix what is missing", _doctor_arguments, _doctor),
+    "explain": Command("what is fused in a function, what is not, and why", _explain_arguments, _explain),
 }
 
 

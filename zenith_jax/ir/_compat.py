@@ -133,6 +133,14 @@ def is_high(jaxpr: Any) -> bool:
     return bool(getattr(opened(jaxpr), "is_high", False))
 
 
+def evaluated(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """Results of the equation's primitive on values."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # a pair until jax 0.10
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
 def new_var(aval: Any) -> Var:
     return Var(aval)
 

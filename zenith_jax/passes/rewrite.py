@@ -18,7 +18,8 @@ from zenith_jax.errors import Refusal
 from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Literal, Var
 from zenith_jax.ir.graph import Graph
-from zenith_jax.passes.choose import declined
+from zenith_jax.passes import gain
+from zenith_jax.passes.choose import RULES, declined
 from zenith_jax.passes.match import MATCHERS, Match
 from zenith_jax.report import Site, record
 
@@ -115,7 +116,13 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                         fused=refusal is None,
                         source=_compat.source_line(eqn),
                         detail=found.detail if isinstance(found, Match) else "",
-                        reason=str(refusal) if refusal is not None else "",
+                        reason=str(dataclasses.replace(refusal, advice="")) if refusal is not None else "",
+                        shapes=_shapes(found) if isinstance(found, Match) else "",
+                        advice=refusal.advice if refusal is not None else "",
+                        choice=_choice(found, context) if refusal is None and isinstance(found, Match) else "",
+                        flops=gain.flops(found) if isinstance(found, Match) else 0,
+                        bytes_saved=gain.bytes_saved(found) if isinstance(found, Match) else 0,
+                        measure=gain.timed(graph, found) if isinstance(found, Match) and refusal is None else None,
                         where=context.where,
                         differentiated=context.differentiated,
                     ),
@@ -128,6 +135,19 @@ def plan(graph: Graph, context: Context) -> list[Match]:
     for _, site in sorted(sites, key=lambda item: item[0]):
         record(site)
     return plan
+
+
+def _shapes(match: Match) -> str:
+    avals = [a.aval for a in match.leaves if hasattr(a.aval, "shape")]
+    return ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in avals)
+
+
+def _choice(match: Match, context: Context) -> str:
+    if match.declined is not None:
+        return "the registered replacement, which supports these arguments"
+    rule = "by the measured rule of this platform" if context.use_cost else "by request: the cost rule is switched off"
+    known = (context.platform, match.op) in RULES
+    return f"Zenith's {context.platform} kernel, " + (rule if known else "always: no rule is against it")
 
 
 def _op_of(matcher: Any) -> str:
@@ -188,6 +208,10 @@ def _recursed(eqn: JaxprEqn, context: Context) -> Sequence[JaxprEqn] | None:
     if name == "shard_map":
         return _shard_mapped(eqn, context)
     if name not in RECURSED:
+        return None
+    if context.differentiated and name.startswith("custom_"):
+        # Its primal is not what will run, the rule is. Where nothing is differentiated after all, the call stays in
+        # the outer program, and is rewritten with that.
         return None
     inner = context.inside("remat" if name in ("remat2", "checkpoint") else name)
     changed = False
