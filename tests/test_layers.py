@@ -14,7 +14,7 @@ LAYERS = [
     {"cli"},
     {"demo", "bench", "explain_command"},
     {"__init__"},  # the public names: what `import zenith_jax` gives
-    {"verify", "register"},
+    {"verify", "register", "export"},
     {"api"},
     {"frontends"},
     {"doctor", "passes"},

@@ -8,6 +8,7 @@
 from zenith_jax import ops
 from zenith_jax.api import explain, fuse, jit
 from zenith_jax.config import Config, config, configure, configured
+from zenith_jax.export import export, load_exported, safety_checks
 from zenith_jax.frontends import onnx
 from zenith_jax.register import register
 from zenith_jax.report import Report, Site
@@ -25,10 +26,13 @@ __all__ = [
     "configure",
     "configured",
     "explain",
+    "export",
     "fuse",
     "jit",
+    "load_exported",
     "onnx",
     "ops",
     "register",
+    "safety_checks",
     "verify",
 ]

@@ -56,8 +56,18 @@ def unavailable(platform: str) -> Refusal | None:
     return Refusal("{reason}", dict(reason=reason)) if reason else None
 
 
+# The call would have the sizes as one more operand, which the sharding rule does not count, and attributes that are
+# computed from sizes would have no value.
+_SYMBOLIC = Refusal("a dimension is symbolic, a kernel is called with sizes")
+
+
 def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes: tuple) -> Sequence[Any]:
-    refusal = unavailable(platform) or kernel.supports(ctx.avals_in, platform, **dict(attributes))
+    symbolic = any(not isinstance(n, int) for a in (*ctx.avals_in, *ctx.avals_out) for n in a.shape)
+    refusal = (
+        unavailable(platform)
+        or (_SYMBOLIC if symbolic else None)
+        or kernel.supports(ctx.avals_in, platform, **dict(attributes))
+    )
     if refusal is not None:
         logger.info("%s runs as XLA code on %s: %s", kernel.name, platform, refusal)
         return mlir.lower_fun(_reference, multiple_results=True)(ctx, *operands, kernel=kernel, attributes=attributes)

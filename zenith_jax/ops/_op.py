@@ -35,6 +35,9 @@ from zenith_jax.ir._compat import Primitive, ad, batching
 KERNEL_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
+KERNEL_NAMES: set[str] = set()  # of all that `kernel` declares, which is what custom calls are made of
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """One operand or result of a signature."""
@@ -136,6 +139,8 @@ class Kernel:
 
 def kernel(name: str, signature: str, result_dtypes: Sequence[Any], **rest: Any) -> Callable[[Callable], Kernel]:
     """Decorates a reference: @kernel("softmax_fwd", "*b d -> *b d", (0,), backward=...)."""
+
+    KERNEL_NAMES.add(name)
 
     def wrap(reference: Callable) -> Kernel:
         return Kernel(name, Signature.parse(signature), reference, tuple(result_dtypes), **rest)
