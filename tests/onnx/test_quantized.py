@@ -7,6 +7,8 @@ import pytest
 from onnx_one_node import runtime
 
 from zenith_jax.frontends import onnx as zenith_onnx
+from zenith_jax.frontends.onnx.ops import conv
+from zenith_jax.frontends.onnx.ops._windows import windows
 from zenith_jax.frontends.onnx.passes.quantized import in_integers
 
 onnx = pytest.importorskip("onnx")
@@ -134,3 +136,17 @@ def test_pass_leaves_other_graphs_alone():
     graph = zenith_onnx.load(FLOAT["matmul_int16"], integers=False).program.graph
     once = in_integers(graph)
     assert once is not graph and in_integers(once) is once
+
+
+@pytest.mark.parametrize("channels,kernel,group", [(300, (3, 3), 1), (8, (5, 2), 8), (4, (3, 3), 2), (2, (33, 32), 1)])
+def test_integer_convolutions_are_exact_beyond_the_integers_of_float32(channels, kernel, group):
+    x = RNG.integers(120, 128, (1, channels, 35, 34)).astype(np.int8)
+    w = RNG.integers(-128, -120, (group * 2, channels // group, *kernel)).astype(np.int8)
+    geometry = windows(x.shape[2:], kernel, strides=[2, 1], dilations=None, pads=None, auto_pad="VALID")
+    exact = jax.lax.conv_general_dilated(
+        x.astype(np.int32), w.astype(np.int32), geometry.stride, "VALID", feature_group_count=group
+    )
+    for way in (conv._sums_by_floats, conv._sums_by_taps):
+        np.testing.assert_array_equal(way(jnp.asarray(x), jnp.asarray(w), geometry=geometry, group=group), exact)
+    if channels * kernel[0] * kernel[1] // group > 1024:
+        assert np.abs(exact).max() > 2**24

@@ -5,6 +5,7 @@ Letters: n batch, c channels of the input, m channels of the output, g groups.
 
 from __future__ import annotations
 
+import functools as ft
 import itertools
 import math
 from typing import Any
@@ -60,14 +61,13 @@ def integer_conv(x: Any, w: Any, x_zero_point: Any, w_zero_point: Any, geometry:
     w, zero_w = as_int8(w, w_zero_point)
     fill = jnp.int8(0) if zero_x is None else zero_x.reshape(()).astype(jnp.int8)
     x = lax.pad(x, fill, [(0, 0, 0)] * 2 + [(low, high, 0) for low, high in geometry.padding])
-    valid = [(0, 0)] * rank
-    y = _integer_sums(x, w, geometry, group, valid)
+    y = _integer_sums(x, w, geometry, group)
     spatial = tuple(range(1, w.ndim))
     if zero_x is not None:
         y = y - zero_x.reshape(()) * _channels(jnp.sum(w, axis=spatial, dtype=jnp.int32), rank)
     if zero_w is not None:
         zero_w = _channels(jnp.broadcast_to(zero_w.reshape(-1), (w.shape[0],)), rank)
-        sums = _integer_sums(x, jnp.ones_like(w), geometry, group, valid)
+        sums = _integer_sums(x, jnp.ones_like(w), geometry, group)
         y = y - zero_w * sums
         if zero_x is not None:
             y = y + zero_x.reshape(()) * zero_w * math.prod(w.shape[1:])
@@ -78,24 +78,49 @@ def integer_conv(x: Any, w: Any, x_zero_point: Any, w_zero_point: Any, geometry:
 _EXACT_TAPS = 2**24 // 2**14
 
 
-def _integer_sums(x: Any, w: Any, geometry: Windows, group: int, padding: Any) -> Any:
-    """The convolution of int8 with int8 in int32, computed in float32 by as many channels at a time as stay exact.
+def _integer_sums(x: Any, w: Any, geometry: Windows, group: int) -> Any:
+    """The convolution of int8 with int8, without padding, in int32."""
+    by_floats = ft.partial(_sums_by_floats, geometry=geometry, group=group)
+    by_taps = ft.partial(_sums_by_taps, geometry=geometry, group=group)
+    return lax.platform_dependent(jnp.asarray(x), jnp.asarray(w), cpu=by_floats, default=by_taps)
+
+
+def _sums_by_floats(x: Any, w: Any, *, geometry: Windows, group: int) -> Any:
+    """In float32, by as many channels at a time as stay exact.
 
     XLA has no fast convolution of integers on the CPU: 32 channels of 56 x 56 by 3 x 3 took 12.2 ms, and 0.53 ms in
-    float32 (two cores with AVX2, other work on them, jax 0.11.2, 2026-11).
+    float32 (two cores with AVX2, other work on them, jax 0.11.2, 2026-11). On a GPU it would not be exact: cuDNN may
+    choose Winograd's algorithm, which multiplies by fractions.
     """
-    n, channels = x.shape[:2]
-    per_group, kernel = w.shape[1], math.prod(w.shape[2:])
-    step = _EXACT_TAPS // max(kernel, 1)
+    step = _EXACT_TAPS // max(math.prod(w.shape[2:]), 1)
     if step == 0:
-        return _convolved(x, w, geometry, group, padding, jnp.int32)
-    by_group = x.reshape(n, group, channels // group, *x.shape[2:])
-    total = None
-    for start in range(0, per_group, step):
+        return _sums_by_taps(x, w, geometry=geometry, group=group)
+    by_group = x.reshape(x.shape[0], group, -1, *x.shape[2:])
+    total: Any = 0
+    for start in range(0, w.shape[1], step):
         some = slice(start, start + step)
-        part = by_group[:, :, some].reshape(n, -1, *x.shape[2:]).astype(jnp.float32)
-        y = _convolved(part, w[:, some].astype(jnp.float32), geometry, group, padding).astype(jnp.int32)
-        total = y if total is None else total + y
+        part = by_group[:, :, some].reshape(x.shape[0], -1, *x.shape[2:]).astype(jnp.float32)
+        sums = _convolved(part, w[:, some].astype(jnp.float32), geometry, group, [(0, 0)] * (x.ndim - 2))
+        total = total + sums.astype(jnp.int32)
+    return total
+
+
+def _sums_by_taps(x: Any, w: Any, *, geometry: Windows, group: int) -> Any:
+    """A product of int8 matrices for each element of the kernel."""
+    spatial, kernel = x.shape[2:], w.shape[2:]
+    x = x.reshape(x.shape[0], group, -1, *spatial)
+    w = w.reshape(group, -1, *w.shape[1:])
+    total: Any = 0
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        seen = []
+        for at, size, k, stride, dilation in zip(tap, spatial, kernel, geometry.stride, geometry.dilation, strict=True):
+            start = at * dilation
+            seen.append(slice(start, size - (k - 1 - at) * dilation, stride))
+        part = x[(slice(None),) * 3 + tuple(seen)]
+        flat = part.reshape(*part.shape[:3], -1)
+        of_tap = w[(slice(None),) * 3 + tap]
+        sums = jnp.einsum("ngcs,gmc->ngms", flat, of_tap, preferred_element_type=jnp.int32)
+        total = total + sums.reshape(x.shape[0], -1, *part.shape[3:])
     return total
 
 
