@@ -138,7 +138,7 @@ def test_pass_leaves_other_graphs_alone():
     assert once is not graph and in_integers(once) is once
 
 
-@pytest.mark.parametrize("channels,kernel,group", [(300, (3, 3), 1), (8, (5, 2), 8), (4, (3, 3), 2), (2, (33, 32), 1)])
+@pytest.mark.parametrize("channels,kernel,group", [(300, (3, 3), 1), (8, (5, 2), 8), (4, (3, 3), 2)])
 def test_integer_convolutions_are_exact_beyond_the_integers_of_float32(channels, kernel, group):
     x = RNG.integers(120, 128, (1, channels, 35, 34)).astype(np.int8)
     w = RNG.integers(-128, -120, (group * 2, channels // group, *kernel)).astype(np.int8)
