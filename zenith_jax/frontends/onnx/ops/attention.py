@@ -136,6 +136,8 @@ class _Mask:
     def rows(self) -> Any:
         """Whether a query sees any key, broadcastable to (b, h, t, 1); None if each one does."""
         if self.allowed is None and self.bias is None:
+            if self.left is None and (self.right is None or self.right >= 0):
+                return None  # each sees the first key; so sizes may be symbolic here
             queries = np.arange(self.t)
             first = np.zeros_like(queries) if self.left is None else np.maximum(0, queries + self.left)
             last = np.full_like(queries, self.s - 1)
