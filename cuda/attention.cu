@@ -61,28 +61,33 @@ bool FitsHopper(const AttentionProblem& p) {
          major == 9 && minor == 0;
 }
 
+bool FitsHeads(const AttentionProblem& p, int64_t qk_dim, int64_t v_dim) {
+  return p.qk_dim <= qk_dim && p.v_dim <= v_dim;
+}
+
 Status HopperForward(const AttentionForwardArgs& args, const Launch& launch) {
   using namespace attention::hopper;
-  const auto fits = [&](int64_t qk_dim, int64_t v_dim) {
-    return args.qk_dim <= qk_dim && args.v_dim <= v_dim;
-  };
-  const auto kernel = fits(64, 64)     ? ForwardD64
-                      : fits(96, 96)   ? ForwardD96
-                      : fits(128, 128) ? ForwardD128
-                      : fits(192, 128) ? ForwardD192V128
-                      : fits(192, 192) ? ForwardD192
-                                       : ForwardD256;
+  const auto kernel = FitsHeads(args, 64, 64)     ? ForwardD64
+                      : FitsHeads(args, 96, 96)   ? ForwardD96
+                      : FitsHeads(args, 128, 128) ? ForwardD128
+                      : FitsHeads(args, 192, 128) ? ForwardD192V128
+                      : FitsHeads(args, 192, 192) ? ForwardD192
+                                                  : ForwardD256;
   return kernel(args, launch);
 }
 
-/// Expects `delta` filled. Head sizes up to 128.
+/// Expects `delta` filled.
 Status HopperBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   using namespace attention::hopper;
-  const int64_t dim = HeadDim(args);
-  const auto dquery = dim <= 64 ? DqueryD64 : dim <= 96 ? DqueryD96 : DqueryD128;
-  const auto dkey_dvalue = dim <= 64 ? DkeyDvalueD64 : dim <= 96 ? DkeyDvalueD96 : DkeyDvalueD128;
-  const Status status = dquery(args, launch);
-  return status.ok() ? dkey_dvalue(args, launch) : status;
+  const auto run = [&](auto dquery, auto dkey_dvalue) {
+    const Status status = dquery(args, launch);
+    return status.ok() ? dkey_dvalue(args, launch) : status;
+  };
+  return FitsHeads(args, 64, 64)     ? run(DqueryD64, DkeyDvalueD64)
+         : FitsHeads(args, 96, 96)   ? run(DqueryD96, DkeyDvalueD96)
+         : FitsHeads(args, 128, 128) ? run(DqueryD128, DkeyDvalueD128)
+         : FitsHeads(args, 192, 128) ? run(DqueryD192V128, DkeyDvalueD192V128)
+                                     : run(DqueryD256, DkeyDvalueD256);
 }
 #endif
 
@@ -112,7 +117,7 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
   if (args.batch * args.kv_heads * args.groups == 0 || !FitsTensorCores(args))
     return NaiveBackward(args, launch);
 #ifdef ZENITH_HOPPER
-  if (FitsHopper(args) && HeadDim(args) <= 128) return HopperBackward(args, launch);
+  if (FitsHopper(args)) return HopperBackward(args, launch);
 #endif
   status = Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32)(args, launch);
   if (!status.ok()) return status;

@@ -44,9 +44,13 @@ Status ForwardD256(const AttentionForwardArgs& args, const Launch& launch);
 Status DqueryD64(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD96(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD128(const AttentionBackwardArgs& args, const Launch& launch);
+Status DqueryD192V128(const AttentionBackwardArgs& args, const Launch& launch);
+Status DqueryD256(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD64(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD96(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD128(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueD192V128(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueD256(const AttentionBackwardArgs& args, const Launch& launch);
 }  // namespace hopper
 
 /// Shared memory that the tensor core kernels may ask for: up to 128 features what every device of

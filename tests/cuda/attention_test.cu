@@ -273,6 +273,20 @@ void AddManyTiles(std::vector<Problem>& problems, DType dtype) {
                           .length_first = d != 96});
     }
   }
+  for (const auto& [t, s] :
+       {std::pair{1700, 1700}, {70, 4200}}) {  // other tiles from some length on
+    for (const int64_t d : {64, 128}) {
+      for (const int64_t right : {kOpen, int64_t{0}}) {
+        problems.push_back({.dtype = dtype,
+                            .kv_heads = 2,
+                            .q_len = t,
+                            .kv_len = s,
+                            .qk_dim = d,
+                            .v_dim = d,
+                            .right = right});
+      }
+    }
+  }
 }
 
 /// Head sizes: tiles of 64, 128 and 256 features, full and not, equal or not, and what only the

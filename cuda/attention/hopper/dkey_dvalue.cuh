@@ -5,7 +5,8 @@
 // With keys as rows p^T and dlogits^T are, packed, the A operands of the products that follow, and
 // the sums over queries stay in registers, in one order: deterministic, without atomics. The price
 // is that dquery (dquery.cuh) computes p and dp again, seven products for five. key, value and the
-// results cross memory once, query and dout once per tile of keys.
+// results cross memory once, query and dout once per tile of keys. Head sizes over 128 leave no
+// registers for both accumulators: then one launch makes dkey and another dvalue.
 #pragma once
 
 #include "cuda/attention/hopper/fragment.cuh"
@@ -14,16 +15,20 @@
 
 namespace zenith::attention::hopper {
 
-template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_, int kStages_>
+enum class Wanted { kBoth, kDkey, kDvalue };
+
+template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_, int kStages_,
+          Wanted kWanted = Wanted::kBoth>
 struct DkeyDvalueConfig {
   using T = T_;
   static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
   static constexpr int kConsumers = kConsumers_;          // warpgroups
   static constexpr int kCols = kCols_;                    // queries per tile, a multiple of 32
   static constexpr int kStages = kStages_;
+  static constexpr bool kDkey = kWanted != Wanted::kDvalue, kDvalue = kWanted != Wanted::kDkey;
   static constexpr int kRows = 64 * kConsumers;
   static constexpr int kKeyBytes = TileBytes(kRows, kQkDim);
-  static constexpr int kValueBytes = TileBytes(kRows, kVDim);
+  static constexpr int kValueBytes = kDkey ? TileBytes(kRows, kVDim) : 0;  // for dp alone
   static constexpr int kQueryBytes = TileBytes(kCols, kQkDim);
   static constexpr int kDoutBytes = TileBytes(kCols, kVDim);
   static constexpr int kTilesBytes = kKeyBytes + kValueBytes + kStages * (kQueryBytes + kDoutBytes);
@@ -78,8 +83,9 @@ __device__ __forceinline__ void ProduceDkeyDvalue(const DkeyDvalueParams& p,
       BarrierExpect(shared.rows.full(), Config::kKeyBytes + Config::kValueBytes);
       LoadTile<Config::kRows, Config::kQkDim>(shared.key, p.key, shared.rows.full(), tile.s0,
                                               tile.kv_head, tile.batch);
-      LoadTile<Config::kRows, Config::kVDim>(shared.value, p.value, shared.rows.full(), tile.s0,
-                                             tile.kv_head, tile.batch);
+      if constexpr (Config::kDkey)
+        LoadTile<Config::kRows, Config::kVDim>(shared.value, p.value, shared.rows.full(), tile.s0,
+                                               tile.kv_head, tile.batch);
     }
     for (int group = 0; group < groups; ++group) {
       const int head = tile.kv_head * groups + group;
@@ -156,18 +162,19 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
       const uint32_t stage = ring.stage;
       BarrierWait(shared.cols.full(stage), ring.parity);
       FenceRegisters(scores);
-      FenceRegisters(dp);
+      if constexpr (Config::kDkey) FenceRegisters(dp);
       WgmmaFence();
       MultiplyRows<T, kQkDim, Config::kRows, kCols>(scores, key,
                                                     queries + stage * (Config::kQueryBytes / 16));
-      MultiplyRows<T, kVDim, Config::kRows, kCols>(dp, value,
-                                                   douts + stage * (Config::kDoutBytes / 16));
+      if constexpr (Config::kDkey)
+        MultiplyRows<T, kVDim, Config::kRows, kCols>(dp, value,
+                                                     douts + stage * (Config::kDoutBytes / 16));
       float4 statistics[kCols / 8];  // of columns 8 j + 2 (lane % 4) and the next
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j)
         statistics[j] =
             LoadShared4(lane_statistics + (stage * kCols + 8 * j) * int{sizeof(float2)});
-      WgmmaWait<1>();
+      WgmmaWait<Config::kDkey ? 1 : 0>();
       FenceRegisters(scores);
       // Rows past the last key may stay: they are not stored.
       if (!band.HoldsAll(n * kCols, kCols, s, 16))
@@ -176,38 +183,47 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
       for (int i = 0; i < kCols / 2; ++i)
         scores[i] =
             Exp2(scores[i] * factor - (i % 2 == 0 ? statistics[i / 4].x : statistics[i / 4].z));
-      Pack<T>(scores, weights);
-      WgmmaWait<0>();
-      FenceRegisters(dp);
-      FenceRegisters(dvalue);
-      WgmmaFence();
-      MultiplyColumns<T>(dvalue, weights, douts_by_column + stage * (Config::kDoutBytes / 16),
-                         true);
+      if constexpr (Config::kDvalue) Pack<T>(scores, weights);
+      if constexpr (Config::kDkey) {
+        WgmmaWait<0>();
+        FenceRegisters(dp);
+      }
+      if constexpr (Config::kDvalue) {
+        FenceRegisters(dvalue);
+        WgmmaFence();
+        MultiplyColumns<T>(dvalue, weights, douts_by_column + stage * (Config::kDoutBytes / 16),
+                           true);
+      }
+      if constexpr (Config::kDkey) {
 #pragma unroll
-      for (int i = 0; i < kCols / 2; ++i)
-        scores[i] *= dp[i] - (i % 2 == 0 ? statistics[i / 4].y : statistics[i / 4].w);
-      Pack<T>(scores, dlogits);
-      FenceRegisters(dkey);
-      WgmmaFence();
-      MultiplyColumns<T>(dkey, dlogits, queries_by_column + stage * (Config::kQueryBytes / 16),
-                         true);
+        for (int i = 0; i < kCols / 2; ++i)
+          scores[i] *= dp[i] - (i % 2 == 0 ? statistics[i / 4].y : statistics[i / 4].w);
+        Pack<T>(scores, dlogits);
+        FenceRegisters(dkey);
+        WgmmaFence();
+        MultiplyColumns<T>(dkey, dlogits, queries_by_column + stage * (Config::kQueryBytes / 16),
+                           true);
+      }
       WgmmaWait<0>();
-      FenceRegisters(dvalue);
-      FenceRegisters(dkey);
+      if constexpr (Config::kDvalue) FenceRegisters(dvalue);
+      if constexpr (Config::kDkey) FenceRegisters(dkey);
+      __syncwarp();  // the arrival speaks for all lanes, which have read the statistics
       if (lane == 0) BarrierArrive(shared.cols.empty(stage));
       ring.Advance();
       if (++n == tile.first + tile.count) n = tile.first;  // the next head of the group
     }
     if (lane == 0) BarrierArrive(shared.rows.empty());
     const float scale[2] = {p.args.scale, p.args.scale}, one[2] = {1, 1};
-    StoreFragment(
-        dkey, scale,
-        RowPointer(static_cast<T*>(p.args.dkey), p.args.key_strides, tile.batch, tile.kv_head, s),
-        p.args.key_strides.length, kv_len - s, static_cast<int>(p.args.qk_dim));
-    StoreFragment(dvalue, one,
-                  RowPointer(static_cast<T*>(p.args.dvalue), p.args.value_strides, tile.batch,
-                             tile.kv_head, s),
-                  p.args.value_strides.length, kv_len - s, static_cast<int>(p.args.v_dim));
+    if constexpr (Config::kDkey)
+      StoreFragment(
+          dkey, scale,
+          RowPointer(static_cast<T*>(p.args.dkey), p.args.key_strides, tile.batch, tile.kv_head, s),
+          p.args.key_strides.length, kv_len - s, static_cast<int>(p.args.qk_dim));
+    if constexpr (Config::kDvalue)
+      StoreFragment(dvalue, one,
+                    RowPointer(static_cast<T*>(p.args.dvalue), p.args.value_strides, tile.batch,
+                               tile.kv_head, s),
+                    p.args.value_strides.length, kv_len - s, static_cast<int>(p.args.v_dim));
   }
 }
 

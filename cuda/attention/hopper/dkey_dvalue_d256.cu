@@ -1,0 +1,18 @@
+#include "cuda/attention/hopper/dkey_dvalue.cuh"
+
+namespace zenith::attention::hopper {
+
+template <typename T>
+Status LaunchBoth(const AttentionBackwardArgs& args, const Launch& launch) {
+  const Status status =
+      LaunchDkeyDvalue<DkeyDvalueConfig<T, 256, 256, 2, 32, 2, Wanted::kDkey>>(args, launch);
+  if (!status.ok()) return status;
+  return LaunchDkeyDvalue<DkeyDvalueConfig<T, 256, 256, 2, 64, 2, Wanted::kDvalue>>(args, launch);
+}
+
+Status DkeyDvalueD256(const AttentionBackwardArgs& args, const Launch& launch) {
+  return args.dtype == DType::kF16 ? LaunchBoth<__half>(args, launch)
+                                   : LaunchBoth<__nv_bfloat16>(args, launch);
+}
+
+}  // namespace zenith::attention::hopper
