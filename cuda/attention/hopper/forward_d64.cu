@@ -8,7 +8,7 @@ namespace zenith::attention::hopper {
 template <typename T>
 Status LaunchByLength(const AttentionForwardArgs& args, const Launch& launch) {
   const bool causal = args.right < args.kv_len;
-  return args.q_len <= 128 || (causal && args.q_len <= 1536)
+  return args.q_len <= 256 || (causal && args.q_len <= 1536)
              ? LaunchForward<ForwardConfig<T, 64, 64, 2, 128>>(args, launch)
              : LaunchForward<ForwardConfig<T, 64, 64, 3, 128>>(args, launch);
 }
