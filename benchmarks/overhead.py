@@ -1,4 +1,5 @@
-"""What zenith.jit costs beside jax.jit: calls of a trivial function, and tracing a 12-layer GPT-2 training step.
+"""What zenith.jit costs beside jax.jit: calls of a trivial function, tracing a 12-layer GPT-2 training step,
+and rewriting 1, 10 and 100 unrolled layers.
 
     python benchmarks/overhead.py
 
@@ -22,6 +23,7 @@ from rich.table import Table
 
 import zenith_jax as zenith
 from zenith_jax.bench.machine import machine
+from zenith_jax.passes.rewrite import Context, rewrite
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples"))
 import gpt2
@@ -63,6 +65,23 @@ def trace_seconds() -> dict[str, float]:
     return {name: min(once(jit) for _ in range(6)) for name, jit in JITS.items()}
 
 
+def rewriting_milliseconds() -> dict[int, float]:
+    """Rewriting alone, by number of unrolled GPT-2 layers: shortest of three."""
+    found = {}
+    for layers in (1, 10, 100):
+        config = dataclasses.replace(gpt2.TINY, layers=layers)
+        graph, state = nnx.split(gpt2.GPT2(config, nnx.Rngs(0)))
+        ids = jnp.zeros((2, config.length), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda s, i, graph=graph: nnx.merge(graph, s)(i))(state, ids)
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            rewrite(jaxpr, Context("cpu", use_cost=False))
+            times.append((time.process_time() - start) * 1e3)
+        found[layers] = min(times)
+    return found
+
+
 def main() -> None:
     console = Console()
     console.print(machine().text(), highlight=False)
@@ -73,6 +92,10 @@ def main() -> None:
     ):
         plain, fused = values.values()
         table.add_row(f"{name}, {unit}", f"{plain:.3f}", f"{fused:.3f}", f"{fused / plain:.3f}")
+    console.print(table)
+    table = Table("layers", "rewriting, ms", "ms a layer")
+    for layers, ms in rewriting_milliseconds().items():
+        table.add_row(str(layers), f"{ms:.1f}", f"{ms / layers:.2f}")
     console.print(table)
 
 
