@@ -1,0 +1,94 @@
+"""A rewritten training step on 8 CPU devices, batch over 4 and heads over 2: nothing that is sharded is gathered.
+
+In a process of its own, which has eight devices; parameters and activations differ along every dimension.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from zenith_jax import native
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+SCRIPT = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import zenith_jax as zenith
+zenith.configure(use_cost=False)
+B, T, H, D = 8, 16, 4, 8
+rng = np.random.default_rng(20260401)
+normal = lambda *s: jnp.asarray(rng.normal(size=s) / 4, jnp.float32)
+
+def loss(params, x):
+    mean = x.mean(-1, keepdims=True)
+    y = (x - mean) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * params["scale"] + params["bias"]
+    q, k, v = (jnp.einsum("btf,fhd->bthd", y, w) for w in params["qkv"])
+    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    z = x + jnp.einsum("bthd,hdf->btf", attended, params["out"])
+    return jnp.sum(jax.nn.gelu(z) * jnp.cos(jnp.arange(H * D)))
+
+params = {"scale": normal(H * D) + 1, "bias": normal(H * D), "qkv": [normal(H * D, H, D) for _ in range(3)],
+          "out": normal(H, D, H * D)}
+x = normal(B, T, H * D)
+specs = {"scale": P(), "bias": P(), "qkv": [P(None, "model")] * 3, "out": P("model")}
+mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+assert jax.device_count() == 8
+place = lambda tree, specs: jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), tree, specs)
+placed, x_placed = place(params, specs), jax.device_put(x, NamedSharding(mesh, P("data")))
+
+def collectives(compiled):
+    names = "all-gather all-to-all collective-permute reduce-scatter all-reduce".split()
+    return {n: len(re.findall(rf" {n}(?:-start)?\\(", compiled.as_text())) for n in names}
+
+for name, function in (("forward", loss), ("backward", jax.value_and_grad(loss))):
+    report = zenith.explain(function)(params, x)
+    assert report.counts() == {"layer_norm": 1, "attention": 1, "gelu_tanh": 1}, report
+    fused = zenith.jit(function).lower(placed, x_placed).compile()
+    plain = jax.jit(function).lower(placed, x_placed).compile()
+    found, expected = collectives(fused), collectives(plain)
+    print(name, found, expected)
+    assert "zenith_attention_fwd" in fused.as_text()
+    assert not any(n for c, n in found.items() if c != "all-reduce"), found
+    assert found["all-reduce"] <= expected["all-reduce"] + 1, (found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4),
+                 fused(placed, x_placed), jax.jit(function)(params, x))
+
+# The feature axis sharded: rows must be whole for the norm, are gathered, and the values are right.
+x_features = jax.device_put(x, NamedSharding(mesh, P("data", None, "model")))
+norm = lambda x: jax.nn.softmax(x * 3)
+compiled = zenith.jit(norm).lower(x_features).compile()
+assert collectives(compiled)["all-gather"] >= 1
+np.testing.assert_allclose(compiled(x_features), norm(x), rtol=1e-5, atol=1e-6)
+
+# Explicit axes.
+explicit = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+with jax.set_mesh(explicit):
+    given = jax.device_put(x, NamedSharding(explicit, P("data")))
+    out = zenith.jit(lambda x: jax.nn.gelu(jax.nn.softmax(x * 3)))(given)
+    assert "data" in str(out.sharding.spec[0]), out.sharding
+np.testing.assert_allclose(out, jax.nn.gelu(norm(x)), rtol=1e-5, atol=1e-6)
+print("done")
+"""
+
+
+@pytest.mark.skipif(native.unavailable_reason("cpu") is not None, reason="the CPU module is not built")
+def test_a_training_step_on_eight_devices_gathers_nothing(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    paths = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0 and "done" in done.stdout, done.stdout + done.stderr
