@@ -1,0 +1,117 @@
+"""Runs other libraries' own tests of attention, norms and activations, with jax.jit and with zenith.jit in its place.
+
+    python dev/run_library_suites.py [--work DIRECTORY]
+
+Their sources come from PyPI's source distributions, of the versions that are installed, and stay outside of the
+repository. (Flax ships its tests there. Equinox and JAX do not.) What passes with jax.jit must pass with zenith.jit:
+the exit code is 1 where a test does not, and the tests are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+SUITES = {
+    "flax": [
+        "tests/linen/linen_activation_test.py",
+        "tests/linen/linen_attention_test.py",
+        "tests/nnx/nn/attention_test.py",
+        "tests/nnx/nn/normalization_test.py",
+    ],
+}
+
+# Before any test module is imported. zenith.jit calls jax.jit, which is why its two parts are put together here.
+PLUGIN = """
+import collections, os
+import jax
+import zenith_jax as zenith
+if os.environ["REPLACE_JIT"] == "1":
+    zenith.configure(use_cost=False)
+    plain = jax.jit
+    def jit(function=None, **options):
+        if function is None:
+            return lambda f: jit(f, **options)
+        return plain(zenith.fuse(function), **options)
+    jax.jit = jit
+    fused = collections.Counter()
+    from zenith_jax.passes import rewrite
+    record = rewrite.record
+    def counted(site):
+        if site.fused:
+            fused[site.op] += 1
+        record(site)
+    rewrite.record = counted
+    def pytest_terminal_summary(terminalreporter):
+        terminalreporter.write_line(f"sites fused: {dict(fused)}")
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=pathlib.Path, help="where sources are unpacked; default: a temporary folder")
+    work = parser.parse_args().work or pathlib.Path(tempfile.mkdtemp(prefix="library-suites-"))
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "zenith_in_place_of_jit.py").write_text(PLUGIN)
+    broken = []
+    for library, files in SUITES.items():
+        folder = unpacked(library, work)
+        before, after = (outcomes(folder, files, work, replace) for replace in (False, True))
+        passed = {test for test, good in before.items() if good}
+        lost = sorted(test for test in passed if not after.get(test))
+        broken += lost
+        print(f"{library}: {len(passed)} of {len(before)} pass with jax.jit, {sum(after.values())} with zenith.jit")
+        print(*(f"  fails with zenith.jit only: {test}" for test in lost), sep="\n")
+    return 1 if broken else 0
+
+
+def unpacked(library: str, work: pathlib.Path) -> pathlib.Path:
+    name = f"{library}-{importlib.metadata.version(library)}"
+    if not (work / name).is_dir():
+        archive = work / f"{name}.tar.gz"
+        if not archive.is_file():
+            wanted = name.replace("-", "==")
+            command = ["pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", str(work), wanted]
+            subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+        with tarfile.open(archive) as tar:
+            tar.extractall(work, filter="data")
+    return work / name
+
+
+def outcomes(folder: pathlib.Path, files: list[str], work: pathlib.Path, replace: bool) -> dict[str, bool]:
+    """{test: whether it passed}; skipped ones are left out."""
+    xml = work / f"{folder.name}-{'zenith' if replace else 'jax'}.xml"
+    paths = os.pathsep.join(p for p in (str(ROOT), str(work), os.environ.get("PYTHONPATH", "")) if p)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "zenith_in_place_of_jit", "-p", "no:cacheprovider"),
+            *("-c", os.devnull, "--rootdir", str(folder), "--junitxml", str(xml), "--tb=line", *files),
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "REPLACE_JIT": str(int(replace))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(*done.stdout.splitlines()[-3:], sep="\n")
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout + done.stderr)
+    found = {}
+    for case in ElementTree.parse(xml).iter("testcase"):
+        if case.find("skipped") is None:
+            name = f"{case.get('classname')}::{case.get('name')}"
+            found[name] = case.find("failure") is None and case.find("error") is None
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
