@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh_process import run_script
 
 import zenith_jax as zenith
 from zenith_jax import native
 
-ROOT = pathlib.Path(__file__).parents[2]
 native_cpu = pytest.mark.skipif(native.unavailable_reason("cpu") is not None, reason="the CPU module is not built")
 
 MODEL = """
@@ -77,31 +72,15 @@ print("hits", events["/jax/compilation_cache/cache_hits"], "misses", events["/ja
 """
 
 
-def run(text: str, where: pathlib.Path, **environment: str) -> str:
-    (where / "script.py").write_text(text)
-    paths = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=where,
-        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @native_cpu
 def test_a_step_is_saved_in_one_process_and_runs_in_another_without_its_source(tmp_path):
     pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
     (tmp_path / "the_model.py").write_text(MODEL)
-    run(SAVE, tmp_path)
+    run_script(SAVE, tmp_path)
     (tmp_path / "the_model.py").unlink()
     for cached in tmp_path.glob("__pycache__/*"):
         cached.unlink()
-    assert "as expected" in run(LOAD, tmp_path)
+    assert "as expected" in run_script(LOAD, tmp_path)
 
 
 @native_cpu
@@ -112,8 +91,8 @@ def test_the_persistent_cache_is_hit_by_a_second_process(tmp_path):
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     )
-    assert "hits 0 misses 1" in run(CACHED, tmp_path, **settings)
-    assert "hits 1 misses 0" in run(CACHED, tmp_path, **settings)
+    assert "hits 0 misses 1" in run_script(CACHED, tmp_path, **settings)
+    assert "hits 1 misses 0" in run_script(CACHED, tmp_path, **settings)
 
 
 @native_cpu

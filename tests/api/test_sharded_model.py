@@ -5,16 +5,10 @@ In a process of its own, which has eight devices; parameters and activations dif
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from fresh_process import run_script
 
 from zenith_jax import native
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 SCRIPT = """
 import re, sys
@@ -80,15 +74,4 @@ print("done")
 
 @pytest.mark.skipif(native.unavailable_reason("cpu") is not None, reason="the CPU module is not built")
 def test_a_training_step_on_eight_devices_gathers_nothing(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    paths = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0 and "done" in done.stdout, done.stdout + done.stderr
+    assert "done" in run_script(SCRIPT, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")

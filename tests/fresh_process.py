@@ -1,0 +1,31 @@
+"""A script in a Python process of its own: `from fresh_process import run_script`."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import zenith_jax
+
+
+def run_script(text: str, where: pathlib.Path, *, timeout_s: int = 250, **environment: str) -> str:
+    """What `text` prints as `where/script.py`, run there on the CPU; fails with all that it printed if it fails.
+
+    It imports the zenith_jax that is under test, wherever that lies: a checkout may hold no built modules.
+    """
+    (where / "script.py").write_text(text)
+    package = str(pathlib.Path(zenith_jax.__file__).parents[1])
+    paths = os.pathsep.join(p for p in (package, os.environ.get("PYTHONPATH", "")) if p)
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=where,
+        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
