@@ -91,7 +91,8 @@ def check_fused() -> Callable[..., zenith.Report]:
 
 @pytest.fixture
 def check_refused() -> Callable[..., zenith.Report]:
-    """check_refused(f, *args, op, reason): no site of `op` is fused, the report says why, values are unchanged."""
+    """check_refused(f, *args, op, reason): no site of `op` is fused, the report says why
+    (reason or advice holds that text), values are unchanged."""
 
     def check(function: Callable[..., Any], *args: Any, op: str, reason: str | None) -> zenith.Report:
         report = zenith.explain(function)(*args)
@@ -99,7 +100,8 @@ def check_refused() -> Callable[..., zenith.Report]:
         if reason is None:
             assert not [s for s in report.refused if s.op == op], str(report)
         else:
-            assert any(reason in s.reason for s in report.refused), f"no reason has {reason!r} in\n{report}"
+            said = [f"{s.reason}; {s.advice}" for s in report.refused]
+            assert any(reason in text for text in said), f"neither reason nor advice has {reason!r} in\n{report}"
         if not report.fused:  # the same program, so the same values and gradients
             assert str(jax.make_jaxpr(zenith.fuse(function))(*args)) == str(jax.make_jaxpr(function)(*args))
             return report
