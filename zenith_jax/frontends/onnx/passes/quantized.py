@@ -51,7 +51,9 @@ def _with_subgraphs(node: NodeDef) -> NodeDef:
 
     if not any(True for _ in node.graphs):
         return node
-    return dataclasses.replace(node, attributes={k: rewritten(v) for k, v in node.attributes.items()}, proto=b"")
+    new = dataclasses.replace(node, attributes={k: rewritten(v) for k, v in node.attributes.items()}, proto=b"")
+    # An unchanged node keeps its proto: some function bodies in ONNX's schemas are made from it.
+    return node if all(a is b for a, b in zip(new.graphs, node.graphs, strict=True)) else new
 
 
 def _in_integers(node: NodeDef, source: dict[str, NodeDef]) -> NodeDef:
