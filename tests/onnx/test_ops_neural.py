@@ -6,6 +6,7 @@ Expected values come from loops in NumPy, in float64, or from a property.
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from onnx_nodes import call, f32
@@ -93,6 +94,7 @@ CONVOLUTIONS = [
     dict(dilations=(2, 1), group=2),
     dict(auto_pad="SAME_UPPER", strides=(2, 2)),
     dict(auto_pad="SAME_LOWER", strides=(2, 2)),
+    dict(group=4, strides=(2, 1), dilations=(1, 2), pads=(1, 0, 2, 1)),  # depthwise, two filters to a channel
 ]
 
 
@@ -117,9 +119,27 @@ def naive_conv(x, w, *, strides=(1, 1), pads=None, dilations=(1, 1), group=1, au
 
 @pytest.mark.parametrize("attributes", CONVOLUTIONS)
 def test_convolution_against_loops(attributes):
-    x, w, b = normal(2, 4, 7, 8), normal(6, 4 // attributes.get("group", 1), 3, 2), normal(6)
+    x, w, b = normal(2, 4, 7, 8), normal(8, 4 // attributes.get("group", 1), 3, 2), normal(8)
     expected = naive_conv(x.astype(float), w.astype(float), **attributes) + b.reshape(-1, 1, 1)
     np.testing.assert_allclose(call("Conv", x, w, b, **attributes), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_convolution_of_thin_groups_is_one_loop_on_the_cpu_with_the_same_gradient(group):
+    """XLA's own convolution is many times slower there."""
+    x, w = normal(2, 4, 7, 8), normal(8, 4 // group, 3, 2)
+    attributes = dict(group=group, strides=(2, 1), pads=(1, 0, 2, 1))
+    ours = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(call("Conv", x, w, **attributes))), (0, 1)))
+    plain = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
+        x, w, (2, 1), [(1, 2), (0, 1)], feature_group_count=group
+    )
+    expected = jax.grad(lambda x, w: jnp.sum(jnp.sin(plain(x, w))), (0, 1))(x.astype(float), w.astype(float))
+    for got, wanted in zip(ours(x, w), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)  # sums of 100 terms of size 1
+    assert "stablehlo.convolution" not in ours.lower(x, w).as_text()
+    np.testing.assert_allclose(
+        jax.vmap(plain)(x[None], w[None]), [call("Conv", x, w, **attributes)], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("attributes", CONVOLUTIONS)
@@ -127,8 +147,8 @@ def test_convolution_against_loops(attributes):
 def test_integer_convolution_is_exact_with_zero_points_and_padding(attributes, types):
     low, high = map(np.iinfo, types)
     x = RNG.choice([low.min, low.max, 3], (1, 4, 7, 8)).astype(types[0])
-    w = RNG.choice([high.min, high.max, 5], (6, 4 // attributes.get("group", 1), 3, 2)).astype(types[1])
-    x_zero, w_zero = np.array(77, types[0]), RNG.integers(high.min, high.max, 6).astype(types[1])
+    w = RNG.choice([high.min, high.max, 5], (8, 4 // attributes.get("group", 1), 3, 2)).astype(types[1])
+    x_zero, w_zero = np.array(77, types[0]), RNG.integers(high.min, high.max, 8).astype(types[1])
     wide = naive_conv(x.astype(int) - 77, w.astype(int) - w_zero.astype(int).reshape(-1, 1, 1, 1), **attributes)
     y = jax.jit(lambda *v: call("ConvInteger", *v, **attributes))(x, w, x_zero, w_zero)
     assert y.dtype == np.int32
