@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,14 @@ from zenith_jax.frontends.onnx import dtypes, wire
 from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.onnx.graph import Graph, Parser, ValueInfo, canonical
 from zenith_jax.frontends.onnx.model import OnnxModel, Program
-from zenith_jax.frontends.onnx.passes import quantized
+from zenith_jax.frontends.onnx.parsed import Parsed, all_graphs
+from zenith_jax.frontends.onnx.passes import PASSES
 from zenith_jax.frontends.onnx.steering import Steering, steering
 
 logger = logging.getLogger("zenith_jax")
 
-# An integer or boolean weight up to this size stays NumPy, so that what is computed from it can still decide a shape.
-_SMALL_INTEGERS = 1024
+# A weight that is no parameter stays NumPy up to this size, in elements.
+_SMALL = 1024
 _XLA_ALIGNMENT = 64  # bytes; XLA's CPU backend copies what is aligned less
 _LARGE_BYTES = 1 << 16
 _SMALL_STEERING = 16  # elements; a float weight that a shape is computed from: scales, not a layer's weights
@@ -37,7 +38,7 @@ def load(
     params: Collection[str] = (),
     size_bounds: Mapping[str, int] | None = None,
     dynamic: Mapping[str, Sequence[int]] | None = None,
-    integers: bool = True,
+    passes: Sequence[str] | None = None,
 ) -> OnnxModel:
     """An ONNX model as a JAX function with parameters.
 
@@ -52,7 +53,8 @@ def load(
     size_bounds: for a node (or an output) whose size depends on data, the size it is to have inside `jax.jit`.
     dynamic: for a symbolic dimension the sizes to compile for, {"batch": (1, 8, 64)}: `model(x)` pads with zeros to the
     next one and cuts the result. Only for dimensions along which the model's results are independent.
-    integers: multiply dequantised 8-bit integers as integers, exactly, instead of as floats: see `passes.quantized`.
+    passes: names of those of PASSES to run, by default all of them; (): the model exactly as the file has it. To look
+    for the pass that does not do what you expect.
 
     Raises OnnxError for a file that is no valid model; nothing in the file is executed.
     """
@@ -69,17 +71,18 @@ def load(
             raise OnnxError(f"the function {'.'.join(k for k in key if k)} is defined twice")
         functions[key] = parser.function(f)
     graph = parser.main_graph(proto.graph)
-    if integers:
-        graph = quantized.in_integers(graph)
-    steers = steering(graph, functions)
-    arrays, constants, statics = _sorted_weights(parser, graph, steers, params)
+    trainable = _trainable(parser, graph, steering(graph, functions), params)
+    parsed = Parsed(graph, opsets, functions, parser.weights, trainable, _overridable(proto))
+    parsed = _after_passes(parsed, PASSES if passes is None else passes)
+    graph, steers = parsed.graph, steering(parsed.graph, functions)
     unknown = sorted(set(static) - {i.name for i in graph.inputs})
     if unknown:
         raise OnnxError(f"static={unknown}: the model's inputs are {[i.name for i in graph.inputs]}")
     metadata = {"producer": f"{proto.producer_name} {proto.producer_version}".strip(), "ir_version": proto.ir_version}
+    statics = {k: v for k, v in parsed.weights.items() if k not in parsed.trainable and _is_static(k, v, steers)}
     return OnnxModel(
-        params={k: _on_device(v) for k, v in arrays.items()},
-        constants={k: _on_device(v) for k, v in constants.items()},
+        params={k: _on_device(v) for k, v in parsed.weights.items() if k in parsed.trainable},
+        constants={k: _on_device(v) for k, v in parsed.weights.items() if k not in parsed.trainable | set(statics)},
         inputs=graph.inputs,
         outputs=graph.outputs,
         static_inputs=tuple(i.name for i in graph.inputs if i.name in static or _is_static_input(i, steers)),
@@ -138,26 +141,53 @@ def _opsets(proto: Any) -> dict[str, int]:
     return opsets
 
 
-def _sorted_weights(
-    parser: Parser, graph: Graph, steers: Steering, params: Collection[str]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The weights as parameters, other arrays on the device, and those that stay NumPy."""
-    unknown = sorted(set(params) - set(parser.weights))
-    if unknown:
+def _after_passes(parsed: Parsed, passes: Iterable[str]) -> Parsed:
+    """`parsed` after these passes, in the order of PASSES."""
+    names = set(passes)
+    if unknown := sorted(names - set(PASSES)):
+        raise OnnxError(f"passes={unknown}: there are {list(PASSES)}")
+    for name, run in PASSES.items():
+        if name in names:
+            try:
+                parsed = run(parsed)
+            except Exception:  # a file that no pass has been made for; running it says what is wrong with it
+                logger.warning("the pass %r left this ONNX model as it was", name, exc_info=True)
+    return parsed
+
+
+def _overridable(proto: Any) -> frozenset[str]:
+    """Initializers that are inputs too, and so their defaults. Before IR version 4 every initializer had to be one."""
+    inputs = {i.name for i in proto.graph.input} if proto.ir_version >= 4 else set()
+    return frozenset(inputs & {i.name for i in proto.graph.initializer})
+
+
+def _trainable(parser: Parser, graph: Graph, steers: Steering, params: Collection[str]) -> frozenset[str]:
+    """The weights that become parameters: floats, except scalars, what a shape is computed from, and the running
+    statistics of a BatchNormalization, which no gradient moves."""
+    if unknown := sorted(set(params) - set(parser.weights)):
         raise OnnxError(f"params={unknown}: the model has no such weights")
-    arrays: dict[str, np.ndarray] = {}
-    constants: dict[str, np.ndarray] = {}
-    statics: dict[str, np.ndarray] = {}
-    for name, array in parser.weights.items():
-        if name in params:
-            arrays[name] = array
-        elif _stays_static(name, array, steers, name in parser.from_constants):
-            statics[name] = array
-        elif dtypes.is_floating(array):
-            arrays[name] = array
-        else:
-            constants[name] = array
-    return arrays, constants, statics
+
+    statistics = {
+        g.initializers.get(name)
+        for g in all_graphs(graph)
+        for node in g.nodes
+        if node.op_type == "BatchNormalization" and not node.domain
+        for name in node.inputs[3:5]
+    }
+
+    def is_parameter(name: str, array: np.ndarray) -> bool:
+        if name in statistics or array.dtype == np.object_ or name in steers.direct or not dtypes.is_floating(array):
+            return False
+        # A scalar is an epsilon or a scale; a Constant with one element too. A bias of one element is a parameter.
+        is_scalar = array.ndim == 0 or (name in parser.from_constants and array.size == 1)
+        return not is_scalar and not (name in steers.reached and array.ndim == 1 and array.size <= _SMALL_STEERING)
+
+    return frozenset(params) | {name for name, array in parser.weights.items() if is_parameter(name, array)}
+
+
+def _is_static(key: str, array: np.ndarray, steers: Steering) -> bool:
+    """Whether a weight that is no parameter stays NumPy, so that what is computed from it can decide a shape."""
+    return array.dtype == np.object_ or array.size <= _SMALL or key in steers.direct | steers.reached
 
 
 def _on_device(array: np.ndarray) -> jax.Array:
@@ -168,16 +198,6 @@ def _on_device(array: np.ndarray) -> jax.Array:
     if array.dtype in (np.float64, np.int64, np.uint64, np.complex128) and not jax.config.read("jax_enable_x64"):
         logger.info("an ONNX weight of %s becomes 32 bits wide: jax_enable_x64 is off", array.dtype)
     return jnp.asarray(array)
-
-
-def _stays_static(name: str, array: np.ndarray, steers: Steering, is_constant_node: bool) -> bool:
-    if array.dtype == np.object_ or name in steers.direct:
-        return True
-    if dtypes.is_floating(array):
-        # A scalar is an epsilon or a scale; a Constant with one element too. A bias of one element is a parameter.
-        is_scalar = array.ndim == 0 or (is_constant_node and array.size == 1)
-        return is_scalar or (name in steers.reached and array.ndim == 1 and array.size <= _SMALL_STEERING)
-    return array.size <= _SMALL_INTEGERS or name in steers.reached
 
 
 def _is_static_input(info: ValueInfo, steers: Steering) -> bool:

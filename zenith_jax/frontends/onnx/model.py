@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools as ft
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from zenith_jax.frontends.onnx import interpret
 from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError
 from zenith_jax.frontends.onnx.graph import FunctionDef, Graph, ValueInfo
+from zenith_jax.frontends.onnx.parsed import all_nodes
 
 logger = logging.getLogger("zenith_jax")
 
@@ -38,9 +39,11 @@ class OnnxModel:
     `model.apply(model.params, x)` is a pure function of the parameters and the inputs: jit, grad, vmap, shard and
     `zenith.jit` it as you like. `model(x)` is the short way: compiled once for each shape, parameters included.
 
-    params: the float weights by their name in the file, as JAX arrays; these are what `apply` differentiates by.
-    constants: the other large weights (quantised, tables). `apply` takes them from here; put them into the parameters,
-    `apply({**model.params, **model.constants}, x)`, to have them as arguments of a compiled function.
+    params: the float weights by their name in the file, as JAX arrays; these are what `apply` differentiates by. One
+    with a BatchNormalization after it holds that too (`passes.batch_norm`); weights that nothing reads are left out.
+    constants: the other large weights (quantised, tables, running statistics). `apply` takes them from here; put them
+    into the parameters, `apply({**model.params, **model.constants}, x)`, to have them as arguments of a compiled
+    function.
     static_inputs: inputs whose value decides a shape or chooses a variant of the model. Give them as NumPy arrays or
     Python numbers, outside of what is traced, or bind them by `specialise`; another value is another trace.
     """
@@ -113,7 +116,7 @@ class OnnxModel:
 
     def summary(self) -> str:
         """What is in the model, as text."""
-        counts = collections.Counter(str(n.op_type) for n in _all_nodes(self.program.graph))
+        counts = collections.Counter(str(n.op_type) for n in all_nodes(self.program.graph))
         lines = [f"ONNX model {self.program.graph.name!r}, opset {self.opset}"]
         more = {d: v for d, v in self.program.opsets.items() if d}
         if more:
@@ -277,10 +280,3 @@ def _result(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic) and value.dtype != np.object_:
         return jnp.asarray(value)
     return value
-
-
-def _all_nodes(graph: Graph) -> Iterable[Any]:
-    for node in graph.nodes:
-        yield node
-        for inner in node.graphs:
-            yield from _all_nodes(inner)

@@ -21,6 +21,8 @@ import numpy as np
 from zenith_jax.frontends.onnx.graph import Graph, NodeDef, with_nodes
 from zenith_jax.frontends.onnx.ops import conv, linear, quant
 from zenith_jax.frontends.onnx.ops._windows import windows
+from zenith_jax.frontends.onnx.parsed import Parsed
+from zenith_jax.frontends.onnx.passes._nodes import everywhere
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import is_static
 
@@ -28,32 +30,22 @@ DOMAIN = "zenith"
 _PRODUCTS = {"MatMul": "IntegerMatMul", "Gemm": "IntegerGemm", "Conv": "IntegerConv"}
 
 
-def in_integers(graph: Graph) -> Graph:
-    """The graph with products of integers, in its subgraphs as well; nodes that nobody reads any more are left out."""
+def in_integers(parsed: Parsed) -> Parsed:
+    """The model with products of integers, in subgraphs as well."""
+    return everywhere(parsed, lambda _, graph: _with_integers(graph))
+
+
+def _with_integers(graph: Graph) -> Graph:
     source = {n.outputs[0]: n for n in graph.nodes if _is_dequantize(n)}
-    nodes = [_in_integers(_with_subgraphs(node), source) for node in graph.nodes]
+    nodes = [_in_integers(node, source) for node in graph.nodes]
     if all(new is old for new, old in zip(nodes, graph.nodes, strict=True)):
         return graph
-    read = {o.name for o in graph.outputs}.union(*(n.reads for n in nodes))
-    return with_nodes(graph, [n for n in nodes if not _is_dequantize(n) or n.outputs[0] in read])
+    return with_nodes(graph, nodes)
 
 
 def _is_dequantize(node: NodeDef) -> bool:
     plain = not node.attributes.get("block_size") and node.attributes.get("output_dtype", 0) in (0, 1)
     return node.op_type == "DequantizeLinear" and node.domain == "" and plain
-
-
-def _with_subgraphs(node: NodeDef) -> NodeDef:
-    def rewritten(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(rewritten(v) for v in value)
-        return in_integers(value) if isinstance(value, Graph) else value
-
-    if not any(True for _ in node.graphs):
-        return node
-    new = dataclasses.replace(node, attributes={k: rewritten(v) for k, v in node.attributes.items()}, proto=b"")
-    # An unchanged node keeps its proto: some function bodies in ONNX's schemas are made from it.
-    return node if all(a is b for a, b in zip(new.graphs, node.graphs, strict=True)) else new
 
 
 def _in_integers(node: NodeDef, source: dict[str, NodeDef]) -> NodeDef:
