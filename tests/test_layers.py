@@ -14,14 +14,15 @@ LAYERS = [
     {"cli"},
     {"demo", "bench", "explain_command"},
     {"__init__"},  # the public names: what `import zenith_jax` gives
+    {"compiled"},
     {"verify", "register", "export"},
-    {"api"},
     {"frontends"},
+    {"api"},
     {"doctor", "passes"},
     {"ops"},
     {"ir", "native", "report"},
     {"report_html"},
-    {"config", "errors"},
+    {"config", "errors", "version"},
 ]
 HEIGHT = {name: -depth for depth, layer in enumerate(LAYERS) for name in layer}
 # A layer that sees only part of the ones below it.

@@ -5,23 +5,29 @@
 ... def train_step(state, batch): ...
 """
 
+import importlib
+from typing import Any
+
 from zenith_jax import ops
 from zenith_jax.api import explain, fuse, jit
+from zenith_jax.compiled import CompiledModel, compile, load
 from zenith_jax.config import Config, config, configure, configured
 from zenith_jax.export import export, load_exported, safety_checks
 from zenith_jax.frontends import onnx
 from zenith_jax.register import register
 from zenith_jax.report import Report, Site
 from zenith_jax.verify import Comparison, Verification, verify
-
-__version__ = "0.1.0"
+from zenith_jax.version import __version__
 
 __all__ = [
     "Comparison",
+    "CompiledModel",
     "Config",
     "Report",
     "Site",
     "Verification",
+    "__version__",
+    "compile",
     "config",
     "configure",
     "configured",
@@ -29,6 +35,7 @@ __all__ = [
     "export",
     "fuse",
     "jit",
+    "load",
     "load_exported",
     "onnx",
     "ops",
@@ -36,3 +43,12 @@ __all__ = [
     "safety_checks",
     "verify",
 ]
+
+# Doors that import a framework, when they are used: zenith.flax.wrap(module).
+_DOORS = {"flax": "zenith_jax.frontends.flax"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DOORS:
+        return importlib.import_module(_DOORS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

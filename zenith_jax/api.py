@@ -12,6 +12,7 @@ import jax
 import jax.extend.core as jec
 import numpy as np
 
+from zenith_jax import native
 from zenith_jax.config import Config, config
 from zenith_jax.ir import _compat
 from zenith_jax.passes.registered import active
@@ -86,8 +87,7 @@ def explain(function: Callable, *, measure: bool = False) -> Callable[..., Repor
 
 def current_context(settings: Config) -> Context:
     """What a rewriting that starts now is part of."""
-    platform = settings.platform or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    return Context(platform, settings.use_cost, registered=active())
+    return Context(settings.platform or native.default_platform(), settings.use_cost, registered=active())
 
 
 def _is_array(x: Any) -> bool:

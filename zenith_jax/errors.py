@@ -30,6 +30,22 @@ class VerificationError(ZenithError, AssertionError):
     """`zenith.verify` found a fused result further from float64 than rounding explains."""
 
 
+class FrontendError(ZenithError, TypeError):
+    """An object that is no model, or example inputs that do not fit it. The text says what to give instead."""
+
+
+class MissingExtraError(ZenithError, ImportError):
+    """An optional package is not installed. The text holds the command that installs it."""
+
+
+class InputError(ZenithError, TypeError):
+    """A call of a compiled model with other inputs than it was compiled for."""
+
+
+class SavedModelError(ZenithError, ValueError):
+    """A file that is no saved model, is damaged, or was saved for another version or platform."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Refusal:
     """Why a fusion does not apply. Becomes text only when shown: `str(refusal)`.

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.export as jax_export
 
 from zenith_jax import native
@@ -62,7 +61,7 @@ def load_exported(source: bytes | bytearray | str | pathlib.Path) -> jax_export.
     """
     data = source if isinstance(source, (bytes, bytearray)) else pathlib.Path(source).read_bytes()
     exported = jax_export.deserialize(bytearray(data))
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    here = native.default_platform()
     if here in native.PLATFORMS and here in exported.platforms and "zenith" in exported.mlir_module():
         reason = native.unavailable_reason(here)
         if reason is not None:

@@ -39,6 +39,11 @@ _registered: dict[str, ModuleType] = {}
 _batch_partitionable: set[str] = set()
 
 
+def default_platform() -> str:
+    """The platform of JAX's default backend, as jax lowers for it: "cpu", "cuda", "tpu", ..."""
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
 def target(name: str) -> str:
     """The custom-call target of a kernel: "rms_norm_fwd" -> "zenith_rms_norm_fwd_v1"."""
     return f"zenith_{name}_v{KERNEL_VERSION}"

@@ -127,6 +127,12 @@ class Report:
             sites=[{name: getattr(s, name) for name in names} for s in self.sites],
         )
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Report:
+        """The report that `as_dict` wrote."""
+        sites = [{**s, "measured_us": s["measured_us"] and tuple(s["measured_us"])} for s in content["sites"]]
+        return cls(tuple(Site(**s) for s in sites), content["platform"])
+
     def measured(self) -> Report:
         """The report with times: each different site that is fused is compiled and run, fused and unfused."""
         times: dict[Site, tuple[float, float]] = {}

@@ -51,7 +51,7 @@ def machine() -> Machine:
 
 def kernels_missing() -> str | None:
     """Why the kernels for JAX's default backend cannot run, or None: then every op runs as XLA code."""
-    name = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    name = native.default_platform()
     if name not in native.PLATFORMS:
         return f"there are no kernels for {name}"
     return native.unavailable_reason(name)
