@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from zenith_jax.errors import ZenithError
 from zenith_jax.frontends.onnx import dtypes, tensors
 from zenith_jax.frontends.onnx.errors import OnnxError, UnsupportedError
 
-MAX_GRAPH_DEPTH = 64  # graphs within graphs; each level costs Python a handful of stack frames
+# Graphs within graphs. Protobuf's C++ and Python parsers stop at 100 messages within each other, 3 for each graph.
+MAX_GRAPH_DEPTH = 32
+_MAX_TYPE_DEPTH = 16  # sequences of optionals of sequences
 _MAX_KEPT_PROTO = 1 << 16  # bytes; beyond it the node carries tensors or graphs
 
 
@@ -145,19 +148,19 @@ class Parser:
         return self._graph(proto, path="", depth=0, raw=self.raw)
 
     def function(self, proto: Any) -> FunctionDef:
-        path = f"{proto.domain}.{proto.name}{':' + proto.overload if proto.overload else ''}/"
+        path = f"{text(proto.domain)}.{text(proto.name)}{':' + text(proto.overload) if proto.overload else ''}/"
         self._in_function = True
         nodes = self._nodes(proto.node, path, depth=0)
         self._in_function = False
-        inputs, outputs = (tuple(ValueInfo(name) for name in names) for names in (proto.input, proto.output))
-        graph = assembled(proto.name, inputs, outputs, {}, nodes, where=f"function {path[:-1]}")
+        inputs, outputs = (tuple(ValueInfo(text(name)) for name in names) for names in (proto.input, proto.output))
+        graph = assembled(text(proto.name), inputs, outputs, {}, nodes, where=f"function {path[:-1]}")
         # A schema's body for a node without its optional outputs does not compute them.
         missing = graph.captures & frozenset(itertools.chain(*(n.reads for n in graph.nodes)))
         if missing:
             raise OnnxError(f"function {path[:-1]} reads {sorted(missing)}, which nothing in it computes")
-        defaults = {a.name: self._attribute(a, path, 0) for a in proto.attribute_proto}
+        defaults = {text(a.name): self._attribute(a, path, 0) for a in proto.attribute_proto}
         opsets = {canonical(o.domain): o.version for o in proto.opset_import}
-        return FunctionDef(graph, opsets, frozenset(proto.attribute), defaults)
+        return FunctionDef(graph, opsets, frozenset(text(a) for a in proto.attribute), defaults)
 
     def _graph(self, proto: Any, path: str, depth: int, raw: Mapping[int, np.ndarray] | None = None) -> Graph:
         if depth > MAX_GRAPH_DEPTH:
@@ -165,14 +168,15 @@ class Parser:
         initializers: dict[str, str] = {}
         for position, tensor in enumerate(proto.initializer):
             array = tensors.to_numpy(tensor, self.folder, raw=(raw or {}).get(position))
-            self._add_weight(initializers, tensor.name, array, path)
+            self._add_weight(initializers, text(tensor.name), array, path)
         for sparse in proto.sparse_initializer:
-            self._add_weight(initializers, sparse.values.name, self._sparse(sparse), path)
+            self._add_weight(initializers, text(sparse.values.name), self._sparse(sparse), path)
         nodes = self._nodes(proto.node, path, depth, None if self._in_function else initializers)
-        inputs = tuple(ValueInfo(i.name, type_info(i.type)) for i in proto.input if i.name not in initializers)
-        outputs = tuple(ValueInfo(o.name, type_info(o.type)) for o in proto.output)
-        where = f"graph {path or proto.name or 'main'!r}"
-        graph = assembled(proto.name, inputs, outputs, initializers, nodes, where)
+        name = text(proto.name)
+        inputs = tuple(i for i in map(_value_info, proto.input) if i.name not in initializers)
+        outputs = tuple(map(_value_info, proto.output))
+        where = f"graph {path or name or 'main'!r}"
+        graph = assembled(name, inputs, outputs, initializers, nodes, where)
         if depth == 0 and graph.captures:
             raise OnnxError(_missing(graph))
         return graph
@@ -194,7 +198,7 @@ class Parser:
         """The nodes, except constants, which become initializers where the graph can have some."""
         nodes = []
         for index, proto in enumerate(protos):
-            label = proto.name or next((o for o in proto.output if o), f"{proto.op_type}_{index}")
+            label = text(proto.name or next((o for o in proto.output if o), f"{text(proto.op_type)}_{index}"))
             try:
                 node = self._node(proto, label, path, depth)
                 constant = _constant(node) if initializers is not None else None
@@ -206,29 +210,30 @@ class Parser:
             except OnnxError as error:
                 if "node " in str(error):
                     raise
-                raise type(error)(f"node {label!r} ({proto.op_type}): {error}") from error
+                raise type(error)(f"node {label!r} ({text(proto.op_type)}): {error}") from error
         return nodes
 
     def _node(self, proto: Any, label: str, path: str, depth: int) -> NodeDef:
         attributes: dict[str, Any] = {}
         for a in proto.attribute:
-            if a.name in attributes:
-                raise OnnxError(f"attribute {a.name!r} is given twice")
-            attributes[a.name] = self._attribute(a, f"{path}{label}/", depth)
+            name = text(a.name)
+            if name in attributes:
+                raise OnnxError(f"attribute {name!r} is given twice")
+            attributes[name] = self._attribute(a, f"{path}{label}/", depth)
         return NodeDef(
             label,
-            proto.op_type,
+            text(proto.op_type),
             canonical(proto.domain),
-            getattr(proto, "overload", ""),
-            tuple(proto.input),
-            tuple(proto.output),
+            text(getattr(proto, "overload", "")),
+            tuple(map(text, proto.input)),
+            tuple(map(text, proto.output)),
             attributes,
-            proto.SerializeToString() if proto.ByteSize() <= _MAX_KEPT_PROTO else b"",
+            _serialised(proto),
         )
 
     def _attribute(self, proto: Any, path: str, depth: int) -> Any:
         if proto.ref_attr_name:
-            return Reference(proto.ref_attr_name)
+            return Reference(text(proto.ref_attr_name))
         match proto.type:
             case 1:
                 return proto.f
@@ -239,7 +244,7 @@ class Parser:
             case 4:
                 return tensors.to_numpy(proto.t, self.folder)
             case 5:
-                return self._graph(proto.g, f"{path}{proto.name}/", depth + 1)
+                return self._graph(proto.g, f"{path}{text(proto.name)}/", depth + 1)
             case 6:
                 return tuple(proto.floats)
             case 7:
@@ -249,18 +254,20 @@ class Parser:
             case 9:
                 return tuple(tensors.to_numpy(t, self.folder) for t in proto.tensors)
             case 10:
-                return tuple(self._graph(g, f"{path}{proto.name}{i}/", depth + 1) for i, g in enumerate(proto.graphs))
+                return tuple(
+                    self._graph(g, f"{path}{text(proto.name)}{i}/", depth + 1) for i, g in enumerate(proto.graphs)
+                )
             case 11:
                 return self._sparse(proto.sparse_tensor)
             case 13:
                 return type_info(proto.tp)
-        raise UnsupportedError(f"attribute {proto.name!r} has type {proto.type}")
+        raise UnsupportedError(f"attribute {text(proto.name)!r} has type {proto.type}")
 
     def _sparse(self, proto: Any) -> np.ndarray:
         """A SparseTensorProto as a dense array."""
         values, indices = (tensors.to_numpy(t, self.folder) for t in (proto.values, proto.indices))
         shape = tuple(proto.dims)
-        name = proto.values.name
+        name = text(proto.values.name)
         size = int(np.prod(shape, dtype=np.float64))
         if any(d < 0 for d in shape) or size > 2**31:
             raise OnnxError(f"sparse tensor {name!r} has dimensions {shape}; made dense they would not fit")
@@ -301,12 +308,37 @@ def with_nodes(graph: Graph, nodes: Iterable[NodeDef]) -> Graph:
     return assembled(graph.name, graph.inputs, graph.outputs, graph.initializers, nodes, where)
 
 
-def canonical(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain
+def text(name: str | bytes) -> str:
+    """A name of a proto. Protobuf gives bytes where it is no UTF-8, which a damaged file may hold."""
+    return name if isinstance(name, str) else name.decode("utf-8", errors="backslashreplace")
 
 
-def type_info(proto: Any) -> TypeInfo:
+def canonical(domain: str | bytes) -> str:
+    return "" if domain == "ai.onnx" else text(domain)
+
+
+def _serialised(proto: Any) -> bytes:
+    """The node, unless it is large or nested so deep that protobuf would not read it again."""
+    from google.protobuf.message import EncodeError
+
+    try:
+        return proto.SerializeToString() if proto.ByteSize() <= _MAX_KEPT_PROTO else b""
+    except EncodeError:
+        return b""
+
+
+def _value_info(proto: Any) -> ValueInfo:
+    name = text(proto.name)
+    try:
+        return ValueInfo(name, type_info(proto.type))
+    except ZenithError as error:
+        raise OnnxError(f"the type of the tensor {name!r}: {error}") from None
+
+
+def type_info(proto: Any, depth: int = 0) -> TypeInfo:
     """A TypeProto as data."""
+    if depth > _MAX_TYPE_DEPTH:
+        raise OnnxError(f"it is nested more than {_MAX_TYPE_DEPTH} deep")
     kind = proto.WhichOneof("value")
     if kind in ("tensor_type", "sparse_tensor_type"):
         tensor = getattr(proto, kind)
@@ -316,7 +348,7 @@ def type_info(proto: Any) -> TypeInfo:
         dtype = dtypes.from_onnx(tensor.elem_type) if tensor.elem_type else None
         return TypeInfo(kind.removesuffix("_type"), dtype, shape)
     if kind in ("sequence_type", "optional_type"):
-        return TypeInfo(kind.removesuffix("_type"), element=type_info(getattr(proto, kind).elem_type))
+        return TypeInfo(kind.removesuffix("_type"), element=type_info(getattr(proto, kind).elem_type, depth + 1))
     return TypeInfo((kind or "").removesuffix("_type"))
 
 
@@ -324,7 +356,7 @@ def _dimension(proto: Any) -> int | str | None:
     """Paddle's exporter writes -1 for a dimension that it does not know."""
     if proto.HasField("dim_value"):
         return proto.dim_value if proto.dim_value >= 0 else None
-    return proto.dim_param or None
+    return text(proto.dim_param) or None
 
 
 def _constant(node: NodeDef) -> np.ndarray | None:

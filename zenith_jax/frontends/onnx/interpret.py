@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zenith_jax.frontends.onnx import functions, registry
+from zenith_jax.frontends.onnx import functions, limits, registry
 from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError, UnsupportedError
 from zenith_jax.frontends.onnx.graph import FunctionDef, Graph, NodeDef, Reference
-from zenith_jax.frontends.onnx.values import is_static
+from zenith_jax.frontends.onnx.values import is_static, is_symbolic
 
 MAX_CALL_DEPTH = 64  # functions within functions
-MAX_CALLS = 1_000_000  # nodes of functions in one run; beyond it functions that call each other twice would not end
 # A computed constant of more elements than this, all equal, becomes a broadcast: weights of a network without any are
 # made by ConstantOfShape, and XLA would carry them as literals.
 _LARGE = 1 << 12
@@ -36,7 +35,13 @@ class Run:
     functions: Mapping[tuple[str, str, str], FunctionDef]
     weights: Mapping[str, Any]
     size_bounds: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    calls: int = 0
+    nodes: int = 0
+
+    def count(self, nodes: int) -> None:
+        """Functions that call each other twice, and loops in loops, would not end while anybody waits."""
+        self.nodes += nodes
+        if self.nodes > limits.MAX_NODES:
+            raise OnnxError(f"more than {limits.MAX_NODES} nodes would run in one call, rounds of loops included")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Subgraph:
 
 def evaluate(graph: Graph, given: Mapping[str, Any], frame: Frame) -> list[Any]:
     """The graph's outputs. given: a value for each input and each captured name."""
+    frame.run.count(len(graph.nodes) + 1)
     values = {name: frame.run.weights[key] for name, key in graph.initializers.items()}
     values.update(given)
     for node, dead in zip(graph.nodes, graph.frees, strict=True):
@@ -76,6 +82,7 @@ def evaluate(graph: Graph, given: Mapping[str, Any], frame: Frame) -> list[Any]:
             results = _results(node, values, graph.read, frame)
             if len(results) < len(node.outputs) and any(o in graph.read for o in node.outputs[len(results) :]):
                 raise UnsupportedError(f"output {node.outputs[len(results)]!r} is not computed")
+            limits.check_results(results)
         values.update((name, result) for name, result in zip(node.outputs, results, strict=False) if name)
         for name in dead:
             values.pop(name, None)
@@ -142,7 +149,7 @@ def _results(node: NodeDef, values: Mapping[str, Any], read: frozenset[str], fra
         _check_call(operator, inputs, attributes)
         if any(isinstance(v, Subgraph) for v in attributes.values()):
             return operator(info, inputs, attributes)
-        return _applied(ft.partial(operator, info, inputs, attributes), inputs)
+        return _applied(lambda given: operator(info, given, attributes), inputs)
     function = functions.body_of(node, opset, inputs)
     return _call(function, inputs, attributes, wanted, frame)
 
@@ -169,9 +176,8 @@ def _call(
     function: FunctionDef, inputs: Sequence[Any], attributes: Mapping[str, Any], wanted: Sequence[bool], frame: Frame
 ) -> Sequence[Any]:
     graph = function.graph
-    frame.run.calls += len(graph.nodes)
-    if frame.depth >= MAX_CALL_DEPTH or frame.run.calls > MAX_CALLS:
-        raise OnnxError(f"functions call each other more than {MAX_CALL_DEPTH} deep or {MAX_CALLS} times")
+    if frame.depth >= MAX_CALL_DEPTH:
+        raise OnnxError(f"functions call each other more than {MAX_CALL_DEPTH} deep")
     if len(inputs) > len(graph.inputs) or len(wanted) > len(graph.outputs):
         raise OnnxError(
             f"the function has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, "
@@ -186,12 +192,15 @@ def _call(
     return evaluate(graph, given, body)
 
 
-def _applied(operator: Callable[[], tuple[Any, ...]], inputs: Sequence[Any]) -> Sequence[Any]:
+def _applied(operator: Callable[[Sequence[Any]], tuple[Any, ...]], inputs: Sequence[Any]) -> Sequence[Any]:
+    limits.check_ahead(operator, inputs)
     if not is_static(list(inputs)):
-        return operator()
+        return operator(inputs)
+    if any(is_symbolic(v) for v in inputs):  # NumPy computes with symbols; JAX can only while it traces
+        return [r if isinstance(r, jax.Array) else _folded(r) for r in operator(inputs)]
     # 64 bits, because jnp would else narrow the int64 and double that NumPy holds.
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        results = operator()
+        results = operator(inputs)
     return [_folded(result) for result in results]
 
 

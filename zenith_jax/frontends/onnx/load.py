@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import ZenithError
-from zenith_jax.frontends.onnx import dtypes, wire
+from zenith_jax.frontends.onnx import buckets, dtypes, limits, wire
 from zenith_jax.frontends.onnx.errors import OnnxError
-from zenith_jax.frontends.onnx.graph import Graph, Parser, ValueInfo, canonical
+from zenith_jax.frontends.onnx.graph import FunctionDef, Graph, Parser, ValueInfo, canonical, text
+from zenith_jax.frontends.onnx.interpret import MAX_CALL_DEPTH
 from zenith_jax.frontends.onnx.model import OnnxModel, Program
 from zenith_jax.frontends.onnx.parsed import Parsed, all_graphs
 from zenith_jax.frontends.onnx.passes import PASSES
 from zenith_jax.frontends.onnx.steering import Steering, steering
+
+Key = tuple[str, str, str]  # of a function: domain, name, overload
 
 logger = logging.getLogger("zenith_jax")
 
@@ -39,6 +43,7 @@ def load(
     size_bounds: Mapping[str, int] | None = None,
     dynamic: Mapping[str, Sequence[int]] | None = None,
     passes: Sequence[str] | None = None,
+    max_bytes: int | None = None,
 ) -> OnnxModel:
     """An ONNX model as a JAX function with parameters.
 
@@ -55,6 +60,7 @@ def load(
     next one and cuts the result. Only for dimensions along which the model's results are independent.
     passes: names of those of PASSES to run, by default all of them; (): the model exactly as the file has it. To look
     for the pass that does not do what you expect.
+    max_bytes: the largest value that a node may compute, else a quarter of the machine's memory; checked beforehand.
 
     Raises OnnxError for a file that is no valid model; nothing in the file is executed.
     """
@@ -66,10 +72,11 @@ def load(
     opsets = _opsets(proto)
     functions = {}
     for f in proto.functions:
-        key = canonical(f.domain), f.name, f.overload
+        key = canonical(f.domain), text(f.name), text(f.overload)
         if key in functions:
-            raise OnnxError(f"the function {'.'.join(k for k in key if k)} is defined twice")
+            raise OnnxError(f"the function {_names([key])} is defined twice")
         functions[key] = parser.function(f)
+    _check_calls(functions)
     graph = parser.main_graph(proto.graph)
     trainable = _trainable(parser, graph, steering(graph, functions), params)
     parsed = Parsed(graph, opsets, functions, parser.weights, trainable, _overridable(proto))
@@ -88,7 +95,8 @@ def load(
         static_inputs=tuple(i.name for i in graph.inputs if i.name in static or _is_static_input(i, steers)),
         program=Program(graph, opsets, functions, statics, metadata),
         size_bounds=dict(size_bounds or {}),
-        dynamic={k: tuple(sorted(v)) for k, v in (dynamic or {}).items()},
+        dynamic=buckets.checked(dynamic or {}, graph.inputs),
+        max_bytes=limits.default_max_bytes() if max_bytes is None else max_bytes,
     )
 
 
@@ -139,6 +147,43 @@ def _opsets(proto: Any) -> dict[str, int]:
     if not opsets and proto.ir_version < 3:
         return {"": 1}  # before IR version 3 there were no operator sets
     return opsets
+
+
+def _check_calls(functions: Mapping[Key, FunctionDef]) -> None:
+    """Raises OnnxError where a function calls itself, directly or through others, or where calls nest too deep."""
+    calls = {key: list(_called(function.graph, functions)) for key, function in functions.items()}
+    waiting = {key: set(called) for key, called in calls.items()}
+    depth = dict.fromkeys(functions, 1)
+    ready = [key for key, called in waiting.items() if not called]
+    callers = collections.defaultdict(set)
+    for key, called in calls.items():
+        for other in called:
+            callers[other].add(key)
+    while ready:
+        done = ready.pop()
+        del waiting[done]
+        for caller in callers[done]:
+            depth[caller] = max(depth[caller], depth[done] + 1)
+            waiting[caller].discard(done)
+            if not waiting[caller]:
+                ready.append(caller)
+    if waiting:
+        raise OnnxError(f"a function calls itself, directly or through others: {_names(waiting)}")
+    if max(depth.values(), default=0) > MAX_CALL_DEPTH:
+        raise OnnxError(f"functions call each other more than {MAX_CALL_DEPTH} deep")
+
+
+def _called(graph: Graph, functions: Mapping[Key, FunctionDef]) -> Iterator[Key]:
+    for node in graph.nodes:
+        key = node.domain, node.op_type, node.overload
+        if key in functions:
+            yield key
+        for inner in node.graphs:
+            yield from _called(inner, functions)
+
+
+def _names(keys: Iterable[Key]) -> str:
+    return ", ".join(sorted(".".join(k for k in key if k) for key in keys))
 
 
 def _after_passes(parsed: Parsed, passes: Iterable[str]) -> Parsed:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zenith_jax.frontends.onnx import interpret
+from zenith_jax.frontends.onnx import buckets, dtypes, interpret, limits
 from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError
 from zenith_jax.frontends.onnx.graph import FunctionDef, Graph, ValueInfo
 from zenith_jax.frontends.onnx.parsed import all_nodes
@@ -57,6 +57,7 @@ class OnnxModel:
     size_bounds: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dynamic: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     bound: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    max_bytes: int = dataclasses.field(default_factory=limits.default_max_bytes)
 
     @property
     def opset(self) -> int:
@@ -75,7 +76,8 @@ class OnnxModel:
         values = {name: self._input(name, value) for name, value in given.items() if name not in weights}
         weights.update((name, jnp.asarray(value)) for name, value in given.items() if name in weights)
         run = interpret.Run(self.program.functions, weights, self.size_bounds)
-        results = interpret.evaluate(self.program.graph, values, interpret.Frame(run, self.program.opsets))
+        with limits.limited(self.max_bytes):
+            results = interpret.evaluate(self.program.graph, values, interpret.Frame(run, self.program.opsets))
         return tuple(_result(value) for value in results)
 
     def __call__(self, *inputs: Any, **inputs_by_name: Any) -> tuple[Any, ...]:
@@ -87,10 +89,12 @@ class OnnxModel:
         statics = {k: v for k, v in given.items() if k in self.static_inputs or not _is_numeric(v)}
         traced = {k: v for k, v in given.items() if k not in statics}
         if not self._compiled.eager:
-            padded, sizes = self._padded(traced)
+            pad = buckets.padding(self.dynamic, self.inputs, traced)
+            weights = {**self.params, **self.constants}
+            compiled = self._compiled(statics)
             try:
-                results = self._compiled(statics)({**self.params, **self.constants}, padded)
-                return tuple(self._cut(r, o, sizes) for r, o in zip(results, self.outputs, strict=True))
+                results = compiled(weights, buckets.padded(pad, self.inputs, traced))
+                return buckets.cut(pad, self.outputs, results, lambda: jax.eval_shape(compiled, weights, traced))
             except NotStaticError as error:
                 logger.warning("this ONNX model runs node by node, not compiled: %s", error)
                 self._compiled.eager = True
@@ -114,9 +118,13 @@ class OnnxModel:
         run = interpret.Run(self.program.functions, {})
         return dict(interpret.unsupported(self.program.graph, interpret.Frame(run, self.program.opsets)))
 
+    def node_counts(self) -> collections.Counter[str]:
+        """How often each node type occurs, graphs within nodes included."""
+        return collections.Counter(str(n.op_type) for n in all_nodes(self.program.graph))
+
     def summary(self) -> str:
         """What is in the model, as text."""
-        counts = collections.Counter(str(n.op_type) for n in all_nodes(self.program.graph))
+        counts = self.node_counts()
         lines = [f"ONNX model {self.program.graph.name!r}, opset {self.opset}"]
         more = {d: v for d, v in self.program.opsets.items() if d}
         if more:
@@ -148,7 +156,11 @@ class OnnxModel:
             raise OnnxError(
                 f"inputs of the model are {names}: given twice {twice}, unknown {unknown}, missing {missing}"
             )
-        return {**given, **by_name}
+        given.update(by_name)
+        for name, value in given.items():
+            if name not in self.static_inputs:
+                _check_width(name, value)
+        return given
 
     def _input(self, name: str, value: Any) -> Any:
         """An input as a value of the interpreter: JAX's, or NumPy where it is static or JAX has no such type."""
@@ -175,36 +187,6 @@ class OnnxModel:
             return array.astype(object)
         return array if isinstance(value, np.ndarray) or info.dtype is None else array.astype(info.dtype)
 
-    def _padded(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-        """Inputs padded with zeros to the buckets of `dynamic`, and the sizes that they had."""
-        sizes: dict[str, int] = {}
-        if not self.dynamic:
-            return inputs, sizes
-        padded = dict(inputs)
-        for info in self.inputs:
-            value = inputs.get(info.name)
-            if value is None or info.shape is None or np.ndim(value) != len(info.shape):
-                continue
-            widths = [(0, 0)] * np.ndim(value)
-            for axis, symbol in enumerate(info.shape):
-                if isinstance(symbol, str) and symbol in self.dynamic:
-                    size = np.shape(value)[axis]
-                    bucket = min((b for b in self.dynamic[symbol] if b >= size), default=None)
-                    if bucket is None:
-                        raise OnnxError(
-                            f"input {info.name!r}: {symbol} is {size}, the largest bucket is "
-                            f"{max(self.dynamic[symbol])}"
-                        )
-                    sizes[symbol] = size
-                    widths[axis] = (0, bucket - size)
-            padded[info.name] = np.pad(value, widths) if isinstance(value, np.ndarray) else jnp.pad(value, widths)
-        return padded, sizes
-
-    def _cut(self, result: Any, info: ValueInfo, sizes: Mapping[str, int]) -> Any:
-        if not sizes or info.shape is None or np.ndim(result) != len(info.shape):
-            return result
-        return result[tuple(slice(sizes.get(d)) if isinstance(d, str) else slice(None) for d in info.shape)]
-
 
 class _Compiled:
     """The compiled functions of a model, one for each combination of values of its static inputs."""
@@ -221,7 +203,11 @@ class _Compiled:
 
             @jax.jit
             def compiled(params: dict[str, Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
-                return model.apply(params, **inputs, **statics)
+                results = model.apply(params, **inputs, **statics)
+                for info, leaves in zip(model.outputs, map(jax.tree.leaves, results), strict=True):
+                    if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+                        raise NotStaticError(f"output {info.name!r} holds strings, which jax.jit cannot give")
+                return results
 
             self.functions[key] = compiled
         return self.functions[key]
@@ -252,6 +238,19 @@ def _leaf(value: Any) -> Any:
         return value
     array = np.asarray(value)
     return array.astype(object) if array.dtype.kind in "OUS" else jnp.asarray(array)
+
+
+def _check_width(name: str, value: Any) -> None:
+    """Raises where JAX would wrap 64-bit integers around, silently, to make 32-bit ones of them."""
+    is_wide = isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.dtype.itemsize == 8 and value.size
+    if not is_wide or dtypes.held(value.dtype) == value.dtype:
+        return
+    limits = np.iinfo(dtypes.held(value.dtype))
+    if value.min() < limits.min or value.max() > limits.max:
+        raise OnnxError(
+            f"input {name!r} holds {value.min()} to {value.max()}, which needs 64 bits: turn jax_enable_x64 on, or "
+            f"make the input static, load(static=[{name!r}])"
+        )
 
 
 def _check(info: ValueInfo, value: jax.Array) -> None:

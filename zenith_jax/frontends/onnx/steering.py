@@ -74,16 +74,23 @@ class Steering:
     switches: frozenset[str]
 
 
-def steering(graph: Graph, functions: Mapping[tuple[str, str, str], FunctionDef]) -> Steering:
-    """Of the graph's inputs, initializers and captures."""
+Functions = Mapping[tuple[str, str, str], FunctionDef]
+
+
+def steering(graph: Graph, functions: Functions, known: dict[FunctionDef, Steering] | None = None) -> Steering:
+    """Of the graph's inputs, initializers and captures. The functions must not call themselves.
+
+    known: what was found of functions, each of which is looked at once, however often it is called.
+    """
+    known = {} if known is None else known
     direct: set[str] = set()
     switches: set[str] = set()
     reached: set[str] = set()
     for node in graph.nodes:
-        operands = _operands(node, functions)
+        operands = _operands(node, functions, known)
         direct |= operands
         for inner in node.graphs:
-            found = steering(inner, functions)
+            found = steering(inner, functions, known)
             outside = inner.captures
             direct |= found.direct & outside
             reached |= found.reached & outside
@@ -102,10 +109,12 @@ def steering(graph: Graph, functions: Mapping[tuple[str, str, str], FunctionDef]
     )
 
 
-def _operands(node: NodeDef, functions: Mapping[tuple[str, str, str], FunctionDef]) -> set[str]:
+def _operands(node: NodeDef, functions: Functions, known: dict[FunctionDef, Steering]) -> set[str]:
     function = functions.get((node.domain, node.op_type, node.overload))
     if function is not None:
-        found = steering(function.graph, functions).reached
+        if function not in known:
+            known[function] = steering(function.graph, functions, known)
+        found = known[function].reached
         pairs = zip(function.graph.inputs, node.inputs, strict=False)
         return {actual for formal, actual in pairs if actual and formal.name in found}
     positions = STEERING.get(node.op_type, ())

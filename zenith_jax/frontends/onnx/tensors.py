@@ -28,7 +28,7 @@ def to_numpy(tensor: Any, folder: pathlib.Path | None, *, raw: np.ndarray | None
     folder: where external data may lie, None: nowhere. raw: the bytes of raw_data, if they were left outside the proto.
     Raises OnnxError where type, dimensions and data do not fit together.
     """
-    name = tensor.name or "?"
+    name = tensor.name or "?"  # bytes where a damaged file has no UTF-8
     try:
         dtype = dtypes.from_onnx(tensor.data_type)
     except DTypeError as error:
@@ -102,7 +102,7 @@ def _check_count(count: int, shape: tuple[int, ...], name: str, what: str) -> No
 
 def _external(tensor: Any, folder: pathlib.Path | None, name: str) -> np.ndarray:
     """The bytes of external data, mapped copy-on-write: nothing is read before it is used."""
-    where = {entry.key: entry.value for entry in tensor.external_data}
+    where: dict[str, Any] = {entry.key: entry.value for entry in tensor.external_data}
     location = where.get("location", "")
     if folder is None:
         raise OnnxError(
@@ -128,16 +128,16 @@ def _external(tensor: Any, folder: pathlib.Path | None, name: str) -> np.ndarray
 def _inside(folder: pathlib.Path, location: str, name: str) -> pathlib.Path:
     """The regular file at `location`, which must lie in `folder` after all symbolic links are followed."""
     relative = pathlib.PurePosixPath(location.replace("\\", "/"))
-    problem = None
     if not location or "\0" in location or relative.is_absolute() or ".." in relative.parts:
         problem = "is not a path within the model's folder"
     else:
         root = folder.resolve()
-        path = (root / relative).resolve()
-        if not path.is_relative_to(root):
-            problem = "is a link that leaves the model's folder"
-        elif not path.is_file():
-            problem = f"is no file in {folder}"
-        else:
+        try:
+            path = (root / relative).resolve()
+            is_file = path.is_file()
+        except (OSError, RuntimeError):  # a name that is too long; links in a circle
+            path, is_file = root, False
+        if is_file and path.is_relative_to(root):
             return path
+        problem = f"is no file in {folder}" if path.is_relative_to(root) else "is a link that leaves the model's folder"
     raise OnnxError(f"tensor {name!r}: external data {location!r} {problem}")

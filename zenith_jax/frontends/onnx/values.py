@@ -11,7 +11,17 @@ from jax.core import Tracer
 
 from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError, UnsupportedError
 
-__all__ = ["NotStaticError", "OnnxError", "UnsupportedError", "ints", "is_known", "is_static", "static", "xp"]
+__all__ = [
+    "NotStaticError",
+    "OnnxError",
+    "UnsupportedError",
+    "ints",
+    "is_known",
+    "is_static",
+    "is_symbolic",
+    "static",
+    "xp",
+]
 
 
 def is_static(value: Any) -> bool:
@@ -19,6 +29,13 @@ def is_static(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(is_static(v) for v in value)
     return value is None or isinstance(value, np.ndarray | np.generic)
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether the value is static and holds symbols that `jax.export` has for sizes."""
+    if not isinstance(value, np.ndarray) or value.dtype != object:
+        return False
+    return any(not isinstance(v, str | bytes | int | np.integer) for v in value.flat)
 
 
 def xp(*values: Any) -> ModuleType:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+from zenith_jax.frontends.onnx.limits import check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,14 @@ class Windows:
     @property
     def padding(self) -> list[tuple[int, int]]:
         return list(zip(self.before, self.after, strict=True))
+
+
+def check_fits(x: Any, geometry: Windows) -> None:
+    """Raises OnnxError where the windows of x, whose spatial axes are its last, or x with its padding are too large."""
+    outer = x.shape[: x.ndim - len(geometry.size)]
+    padded = [n + low + high for n, (low, high) in zip(x.shape[len(outer) :], geometry.padding, strict=True)]
+    check_size((*outer, *padded), x.dtype)
+    check_size((*outer, *geometry.outputs), x.dtype)
 
 
 def per_axis(values: Sequence[int] | None, rank: int, default: int = 1) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from zenith_jax.frontends.onnx.dtypes import held
 from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError
 from zenith_jax.frontends.onnx.registry import Node, operator
 from zenith_jax.frontends.onnx.values import is_known, is_static, static
@@ -22,6 +23,7 @@ Subgraph = Callable[..., list[Any]]
 
 UNROLLED = 8  # a loop of so many rounds is written out: its body may then use the round's number for shapes
 MAX_UNROLLED = 10_000  # rounds written out at most, where lax.scan cannot carry the values
+MAX_SCANNED = 2**31 - 1  # more is what exporters write for "while the condition holds"
 
 
 @operator("If", since=1)
@@ -30,16 +32,17 @@ def if_(condition: Any, *, then_branch: Subgraph, else_branch: Subgraph) -> tupl
     if is_known(condition):
         return tuple(then_branch() if _truth(condition) else else_branch())
     branches = [_Branch(then_branch), _Branch(else_branch)]
-    avals = [jax.eval_shape(branch) for branch in branches]
-    if _types(avals[0]) != _types(avals[1]):
+    try:
+        # Not traced beforehand to compare the types: thirty Ifs in each other would be traced 2^30 times.
+        values = lax.cond(jnp.reshape(condition, ()), *branches)
+    except TypeError as error:  # the branches' types; what goes wrong inside of one is an OnnxError
+        then, otherwise = (_types(branch.outputs) for branch in branches)
         raise NotStaticError(
-            f"the condition is traced and the branches give different types, {_types(avals[0])} and "
-            f"{_types(avals[1])}: make the input that decides the condition static, load(static=...)"
-        )
+            f"the condition is traced and the branches give different types, {then} and {otherwise}: make the input "
+            f"that decides the condition static, load(static=...)"
+        ) from error
     # What both branches know to be the same value stays known.
     kept = [_same(a, b) for a, b in zip(branches[0].outputs, branches[1].outputs, strict=True)]
-    traced = iter(lax.cond(jnp.reshape(condition, ()), *branches))
-    values = [next(traced) for _ in kept]
     return tuple(v if k is None else k for k, v in zip(kept, values, strict=True))
 
 
@@ -157,7 +160,7 @@ def _scanned(length: int, carried: Sequence[Any], body: Subgraph) -> tuple[Any, 
             raise _Unsteady
         return after, jax.tree.map(jnp.asarray, results[len(carried) :])
 
-    if any(v is None for v in carried):
+    if any(v is None for v in carried) or length > MAX_SCANNED:
         raise _Unsteady
     values, rows = lax.scan(step, _arrays(carried), jnp.arange(length))
     return (*values, *rows)
@@ -172,7 +175,7 @@ def _arrays(values: Sequence[Any]) -> list[Any]:
 def _while(trips: Any, condition: Any, carried: Sequence[Any], body: Subgraph, node: Node) -> tuple[Any, ...]:
     traced = "how often the loop runs is traced"
     count = len(carried)
-    rounds = jnp.iinfo(jnp.int32).max if trips is None else jnp.reshape(trips, ())
+    rounds = _rounds(trips)
     if any(v is None or isinstance(v, list | tuple) for v in carried):
         raise NotStaticError(f"{traced}, and it carries a sequence or an optional, which JAX cannot")
     start = _arrays(carried)
@@ -199,6 +202,16 @@ def _while(trips: Any, condition: Any, carried: Sequence[Any], body: Subgraph, n
     zero = jnp.zeros((), jnp.asarray(rounds).dtype)
     _, _, values, rows = lax.while_loop(again, step, (zero, first, start, buffers))
     return (*values, *rows)
+
+
+def _rounds(trips: Any) -> Any:
+    """At most so many as the integers count that JAX has: exporters write 2^63 - 1 for a loop without a limit."""
+    if trips is None:
+        return jnp.iinfo(jnp.int32).max
+    if not is_known(trips):
+        return jnp.reshape(trips, ())
+    dtype = held(np.int64)
+    return jnp.asarray(min(int(static(trips, "M").reshape(())), np.iinfo(dtype).max), dtype)
 
 
 @operator("Scan", since=8)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.ops._arrays import in_jax
-from zenith_jax.frontends.onnx.ops._windows import Windows, per_axis, windows
+from zenith_jax.frontends.onnx.ops._windows import Windows, check_fits, per_axis, windows
 from zenith_jax.frontends.onnx.ops.linear import as_int8, requantized
 from zenith_jax.frontends.onnx.registry import operator
 
@@ -91,6 +92,7 @@ def conv(x, w, b=None, *, auto_pad="NOTSET", dilations=None, group=1, kernel_sha
     """x: (n, c, *spatial); w: (m, c/g, *kernel); b: (m,)."""
     del kernel_shape  # that of w
     geometry = windows(x.shape[2:], w.shape[2:], strides=strides, dilations=dilations, pads=pads, auto_pad=auto_pad)
+    check_fits(x, geometry)
     y = _convolved(x, w, geometry, group)
     return y if b is None else y + b.reshape(-1, *(1,) * (x.ndim - 2))
 
@@ -105,6 +107,7 @@ def integer_conv(x: Any, w: Any, x_zero_point: Any, w_zero_point: Any, geometry:
     which is x_zero_point, so x is padded with that first.
     """
     rank = x.ndim - 2
+    check_fits(x, geometry)
     x, zero_x = as_int8(x, x_zero_point)
     w, zero_w = as_int8(w, w_zero_point)
     fill = jnp.int8(0) if zero_x is None else zero_x.reshape(()).astype(jnp.int8)
@@ -247,6 +250,7 @@ def conv_transpose(
     extra = per_axis(output_padding, rank, 0)
     pads = per_axis(pads, 2 * rank, 0)
     padding, crop = [], []
+    size = list(x.shape)
     for i in range(rank):
         extent = (w.shape[2 + i] - 1) * dilations[i] + 1
         full = strides[i] * (x.shape[2 + i] - 1) + extra[i] + extent
@@ -263,6 +267,8 @@ def conv_transpose(
         low, high = extent - 1 - front, extent - 1 - back + extra[i]
         padding.append((max(low, 0), max(high, 0)))
         crop.append((max(-low, 0), max(-high, 0)))
+        size[2 + i] = full + padding[i][0] + padding[i][1]
+    check_size(size, x.dtype)
     c, m = w.shape[0], w.shape[1] * group
     kernel = jnp.flip(w, tuple(range(2, w.ndim))).reshape(group, c // group, m // group, *w.shape[2:])
     kernel = jnp.swapaxes(kernel, 1, 2).reshape(m, c // group, *w.shape[2:])
@@ -307,6 +313,7 @@ def deform_conv(
     n, c, *sizes = x.shape
     rank, m = len(sizes), w.shape[0]
     geometry = windows(sizes, w.shape[2:], strides=strides, dilations=dilations, pads=pads)
+    check_fits(x, geometry)
     taps, points = math.prod(geometry.size), math.prod(geometry.outputs)
 
     # Positions, (n, offset_group, taps * points) for each axis.

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.ops.resize import cubic_weight
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import UnsupportedError, ints, xp
@@ -96,6 +97,7 @@ def _reflected(position: Any, low: float, high: float) -> Any:
 def affine_grid(theta, size, *, align_corners=0):
     """theta: (n, 2, 3) or (n, 3, 4); size: (n, c, *image). The grid for GridSample: theta @ (x, y, [z,] 1)."""
     n, _, *image = ints(size, "size")
+    check_size((n, *image, len(image) + 1), np.float64)
     axes = []
     for d in image:
         if align_corners:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from zenith_jax.frontends.onnx import dtypes
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import ML, operator
 from zenith_jax.frontends.onnx.values import OnnxError, ints, is_static, xp
 
@@ -142,6 +143,7 @@ def top_k(x, k, *, axis=-1, largest=1, sorted=1):
 def one_hot(indices, depth, values, *, axis=-1):
     """values[1] where the new axis equals the index, values[0] elsewhere and for indices outside [-depth, depth)."""
     (depth,) = ints(depth, "depth")
+    check_size((*indices.shape, depth), values.dtype)
     m = xp(indices, values)
     axis %= indices.ndim + 1
     if not jnp.issubdtype(indices.dtype, jnp.signedinteger):

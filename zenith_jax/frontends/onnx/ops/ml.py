@@ -14,6 +14,7 @@ import numpy as np
 from jax.scipy.special import ndtri
 
 from zenith_jax.frontends.onnx import dtypes
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import ML, operator
 from zenith_jax.frontends.onnx.values import OnnxError, UnsupportedError, static, xp
 
@@ -84,6 +85,7 @@ def _fitted(rows: Any, width: int | None) -> Any:
 @ml_operator("OneHotEncoder")
 def one_hot_encoder(x, *, cats_int64s=None, cats_strings=None, zeros=1):
     """A new last axis with a 1 at the category's place; all zeros for an unknown one."""
+    check_size((*x.shape, len(cats_int64s or cats_strings or ())), np.float32)
     if cats_strings is not None:
         hot = static(x, "input").astype(str)[..., None] == np.asarray(cats_strings, str)
     else:

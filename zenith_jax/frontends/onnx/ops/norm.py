@@ -15,6 +15,7 @@ import numpy as np
 from jax import dtypes, lax
 
 from zenith_jax.frontends.onnx.dtypes import from_onnx
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.ops._arrays import in_jax
 from zenith_jax.frontends.onnx.ops.random import key_of
 from zenith_jax.frontends.onnx.registry import operator
@@ -151,6 +152,7 @@ def local_response_normalization(x, *, size, alpha=1e-4, beta=0.75, bias=1.0):
     """x / (bias + alpha / size * sum of squares over `size` channels around)^beta. Krizhevsky et al. 2012."""
     before = (size - 1) // 2
     wide = _wide(x)
+    check_size((x.shape[0], x.shape[1] + size - 1, *x.shape[2:]), wide.dtype)
     squares = lax.reduce_window(
         wide * wide,
         np.zeros((), wide.dtype),

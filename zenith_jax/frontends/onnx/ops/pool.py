@@ -14,8 +14,9 @@ import numpy as np
 from jax import lax
 
 from zenith_jax.frontends.onnx.dtypes import cast, is_floating
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.ops._arrays import in_jax
-from zenith_jax.frontends.onnx.ops._windows import Windows, per_axis, windows
+from zenith_jax.frontends.onnx.ops._windows import Windows, check_fits, per_axis, windows
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import ints
 
@@ -23,6 +24,7 @@ from zenith_jax.frontends.onnx.values import ints
 def _reduced(x: Any, geometry: Windows, initial: Any, function: Any) -> Any:
     """`function` over the windows of x, whose spatial axes are its last."""
     outer = x.ndim - len(geometry.size)
+    check_fits(x, geometry)
     ones = (1,) * outer
     return lax.reduce_window(
         x,
@@ -133,6 +135,7 @@ def average_pool(
         ceil_mode=ceil_mode,
     )
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    check_fits(x, geometry)
     counts = _counts(x.shape[2:], geometry, with_padding=bool(count_include_pad))
     total = _reduced(x.astype(wide), geometry, np.zeros((), wide), lax.add)
     return (total / jnp.asarray(np.maximum(counts, 1), wide)).astype(x.dtype)
@@ -199,8 +202,10 @@ def max_unpool(x, indices, output_shape=None, *, kernel_shape, pads=None, stride
     strides, pads = per_axis(strides, rank), per_axis(pads, 2 * rank, 0)
     spatial = [(n - 1) * strides[i] + kernel_shape[i] - pads[i] - pads[i + rank] for i, n in enumerate(x.shape[2:])]
     shape = (*x.shape[:2], *spatial)
+    check_size(shape, x.dtype)
     y = jnp.zeros(math.prod(shape), x.dtype).at[indices.reshape(-1)].set(x.reshape(-1)).reshape(shape)
     if output_shape is None:
         return y
     wanted = ints(output_shape, "output_shape")
+    check_size(wanted, x.dtype)
     return lax.pad(y, np.zeros((), x.dtype), [(0, w - n, 0) for w, n in zip(wanted, shape, strict=True)])

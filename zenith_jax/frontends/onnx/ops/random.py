@@ -16,6 +16,7 @@ import numpy as np
 from jax import dtypes
 
 from zenith_jax.frontends.onnx.dtypes import from_onnx
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import Node, operator
 
 
@@ -29,10 +30,12 @@ def _dtype(code: int | None, default: Any) -> Any:
 
 
 def _normal(shape: tuple[int, ...], dtype: Any, mean: float, scale: float, key: Any) -> Any:
+    check_size(shape, dtype)
     return mean + scale * jax.random.normal(key, shape, dtype)
 
 
 def _uniform(shape: tuple[int, ...], dtype: Any, low: float, high: float, key: Any) -> Any:
+    check_size(shape, dtype)
     return jax.random.uniform(key, shape, dtype, low, high)
 
 
@@ -67,4 +70,5 @@ def multinomial(logits, *, dtype=6, sample_size=1, seed=None, node):
     """Classes drawn from each row of unnormalised log-probabilities (batch, classes): (batch, sample_size)."""
     logits = jnp.asarray(logits)
     shape = (sample_size, logits.shape[0])
+    check_size((*shape, logits.shape[1]), logits.dtype)  # a random number for each class
     return jax.random.categorical(key_of(seed, node), logits, shape=shape).T.astype(_dtype(dtype, np.int32))

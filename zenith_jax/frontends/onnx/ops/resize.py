@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import OnnxError, UnsupportedError, ints, is_static, static, xp
 
@@ -131,6 +132,10 @@ class _Axis:
 def _resize(x: Any, method: _Method, axes: Any, plans: list[_Axis]) -> Any:
     m = xp(x)
     dtype = x.dtype
+    shape = list(x.shape)
+    for axis, plan in zip(axes, plans, strict=True):
+        shape[axis] = plan.out
+    check_size(shape, np.float64)  # as wide as positions are computed
     changed = [(a, p) for a, p in zip(axes, plans, strict=True) if not p.is_unchanged(method)]
     for _, plan in changed:
         if plan.out and not plan.size:

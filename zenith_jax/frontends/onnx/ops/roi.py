@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.ops._arrays import in_jax
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import is_known
@@ -44,6 +45,7 @@ def roi_align(
     He et al. 2017, arXiv:1703.06870.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
+    check_size((rois.shape[0], x.shape[1], output_height, output_width), dtype)
     half = 0.5 if coordinate_transformation_mode == "half_pixel" else 0.0
     low_x, low_y, high_x, high_y = (rois.astype(dtype) * spatial_scale - half).T
     size_x, size_y = high_x - low_x, high_y - low_y
@@ -105,6 +107,8 @@ def max_roi_pool(x, rois, *, pooled_shape, spatial_scale=1.0):
 
     x: (n, c, h, w); rois: (r, 5), image and corners. Girshick 2015, arXiv:1504.08083.
     """
+    # The largest of what is made on the way.
+    check_size((rois.shape[0], x.shape[1], *pooled_shape, max(x.shape[2:])), x.dtype)
     batch = rois[:, 0].astype(jnp.int32)
     # Half away from zero, as in the original: coordinates are not negative.
     low_x, low_y, high_x, high_y = jnp.floor(rois[:, 1:].astype(jnp.float32) * spatial_scale + 0.5).T

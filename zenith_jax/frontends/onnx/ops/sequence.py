@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import OnnxError, ints, is_known, xp
 
@@ -85,6 +86,7 @@ def split_to_sequence(x, split=None, *, axis=0, keepdims=1):
 def concat_from_sequence(sequence, *, axis, new_axis=0):
     if not sequence:
         raise OnnxError("ConcatFromSequence of an empty sequence")
+    check_size((sum(v.size for v in sequence),), sequence[0].dtype)
     m = xp(*sequence)
     return m.stack(sequence, axis) if new_axis else m.concatenate(sequence, axis)
 

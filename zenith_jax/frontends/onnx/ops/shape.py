@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.frontends.onnx import dtypes
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import OnnxError, ints, static, xp
 
@@ -97,14 +98,16 @@ def expand(x, shape):
     wanted = dimensions(shape, "shape")
     rank = max(x.ndim, len(wanted))
     pairs = zip((1,) * (rank - x.ndim) + x.shape, (1,) * (rank - len(wanted)) + wanted, strict=True)
-    return xp(x).broadcast_to(x, tuple(d if isinstance(w, int) and w == 1 else w for d, w in pairs))
+    shape = tuple(d if isinstance(w, int) and w == 1 else w for d, w in pairs)
+    check_size(shape, x.dtype)
+    return xp(x).broadcast_to(x, shape)
 
 
 @operator("Tile", since=1)
 def tile_one_axis(x, tiles, axis):
     repeats = [1] * x.ndim
     repeats[ints(axis, "axis")[0]] = ints(tiles, "tiles")[0]
-    return xp(x).tile(x, repeats)
+    return tile(x, np.asarray(repeats))
 
 
 @operator("Tile", since=6)
@@ -112,6 +115,7 @@ def tile(x, repeats):
     repeats = dimensions(repeats, "repeats")
     if len(repeats) != x.ndim:
         raise OnnxError(f"Tile takes a repeat for each of the {x.ndim} axes, got {len(repeats)}")
+    check_size([d * r for d, r in zip(x.shape, repeats, strict=True)], x.dtype)
     return xp(x).tile(x, repeats)
 
 
@@ -142,9 +146,10 @@ def constant(
 
 @operator("ConstantOfShape")
 def constant_of_shape(shape, *, value=None):
-    """A view of one element: a file that asks for 2**40 of them costs nothing until they are used."""
+    """A view of one element, which costs nothing until it is used."""
     value = np.zeros(1, np.float32) if value is None else np.asarray(value)
     wanted = dimensions(shape, "shape")
+    check_size(wanted, value.dtype)
     symbolic = not all(isinstance(d, int) for d in wanted)
     return (jnp if symbolic else np).broadcast_to(value.reshape(()), wanted)
 
@@ -164,6 +169,7 @@ def range_(start, limit, delta):
     first, last, step = exact(start), exact(limit), exact(delta)
     count = -((first - last) // step) if exact is int else math.ceil((last - first) / step)
     count = max(int(count), 0)
+    check_size((count,), dtype)
     # start + i * delta in the operands' dtype, as the function body in the schema has it.
     return (start + np.arange(count).astype(dtype) * delta).astype(dtype)
 

@@ -15,6 +15,7 @@ from jax import dtypes
 
 from zenith_jax.frontends.onnx.dtypes import from_onnx
 from zenith_jax.frontends.onnx.errors import OnnxError
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import static
 
@@ -43,6 +44,8 @@ def _transform(x: Any, dft_length: Any, axis: int, inverse: int, onesided: int) 
     if axis == x.ndim - 1:
         raise OnnxError(f"DFT: the axis may not be the last, which holds real and imaginary part; got {axis}")
     n = None if dft_length is None else _scalar(dft_length, "dft_length")
+    if n is not None:
+        check_size([n if i == axis else d for i, d in enumerate(x.shape)], np.complex128)
     if inverse and onesided:
         return _as_pairs(jnp.fft.irfft(signal, n, axis), x.dtype)
     if inverse:
@@ -71,7 +74,10 @@ def stft(signal, frame_step, window=None, frame_length=None, *, onesided=1):
     else:
         length = samples.shape[1] if window is None else window.shape[0]
     step = _scalar(frame_step, "frame_step")
+    if step < 1 or not 1 <= length <= samples.shape[1]:
+        raise OnnxError(f"STFT of {samples.shape[1]} samples in steps of {step} and frames of {length}")
     starts = np.arange((samples.shape[1] - length) // step + 1) * step
+    check_size((samples.shape[0], starts.size, length), np.complex128)
     frames = samples[:, starts[:, None] + np.arange(length)]
     if window is not None:
         frames = frames * jnp.asarray(window).astype(frames.real.dtype)
@@ -88,6 +94,7 @@ def _register_window(name: str, coefficients: tuple[float, ...]) -> None:
     @operator(name, since=17)
     def window(size, *, output_datatype=1, periodic=1):
         size = _scalar(size, "size")
+        check_size((size, len(coefficients)), np.float64)
         angle = 2 * np.pi * np.arange(size) / max(size if periodic else size - 1, 1)
         terms = [(-1) ** k * c * np.cos(k * angle) for k, c in enumerate(coefficients)]
         return np.sum(terms, axis=0).astype(from_onnx(output_datatype))
@@ -104,6 +111,7 @@ def mel_weight_matrix(num_mel_bins, dft_length, sample_rate, lower_edge_hertz, u
     bins = _scalar(num_mel_bins, "num_mel_bins")
     length = _scalar(dft_length, "dft_length")
     rate = _scalar(sample_rate, "sample_rate")
+    check_size((length // 2 + 1, bins + 2), np.float64)
     edges = [float(static(e, n).reshape(())) for e, n in ((lower_edge_hertz, "lower"), (upper_edge_hertz, "upper"))]
     low, high = (2595 * np.log10(1 + edge / 700) for edge in edges)
     mel = np.arange(bins + 2) * ((high - low) / (bins + 2)) + low

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.ops.shape import dimensions
 from zenith_jax.frontends.onnx.registry import Node, operator
 from zenith_jax.frontends.onnx.values import OnnxError, UnsupportedError, ints, is_static, xp
@@ -28,6 +29,8 @@ def split(x, split=None, *, axis=0, num_outputs=None, node: Node):
     total = x.shape[axis]
     if split is None:
         count = len(node.wanted) if num_outputs is None else num_outputs
+        if count < 1 or count != len(node.wanted):
+            raise OnnxError(f"Split has {len(node.wanted)} outputs, num_outputs is {count}")
         part = -(-total // count)
         lengths = (
             [max(min(part, total - i * part), 0) for i in range(count)] if isinstance(part, int) else [part] * count
@@ -78,9 +81,13 @@ def pad(x, pads, constant_value=None, axes=None, *, mode="constant"):
     """Begins then ends, for `axes`. A negative pad removes."""
     amounts = dimensions(pads, "pads")
     axes = range(x.ndim) if axes is None else ints(axes, "axes")
+    axes = list(axes)
+    if len(amounts) != 2 * len(axes):
+        raise OnnxError(f"Pad takes two amounts for each of the {len(axes)} axes, got {amounts}")
     widths = [(0, 0)] * x.ndim
     for i, axis in enumerate(axes):
         widths[axis] = (amounts[i], amounts[i + len(amounts) // 2])
+    check_size([lo + d + hi for (lo, hi), d in zip(widths, x.shape, strict=True)], x.dtype)
     if mode == "constant":
         return _pad_constant(x, widths, constant_value)
     x = x[tuple(slice(max(-lo, 0), d - max(-hi, 0)) for (lo, hi), d in zip(widths, x.shape, strict=True))]
@@ -113,6 +120,7 @@ def center_crop_pad(x, shape, *, axes=None):
         # An odd one is missing at the end, and cut at the end.
         low = missing // 2 if missing >= 0 else -(-missing // 2)
         widths[axis] = (low, missing - low)
+    check_size([lo + d + hi for (lo, hi), d in zip(widths, x.shape, strict=True)], x.dtype)
     return _pad_constant(x, widths, None)
 
 
@@ -146,6 +154,7 @@ def col2im(x, image_shape, block_shape, *, dilations=None, pads=None, strides=No
     dilations, strides = dilations or [1] * rank, strides or [1] * rank
     pads = pads or [0] * (2 * rank)
     padded = [d + pads[i] + pads[i + rank] for i, d in enumerate(image)]
+    check_size((*x.shape[:2], *padded), x.dtype)
     position = np.zeros((1, 1), np.int64)  # of each element of each block, in the padded image laid flat
     for i in range(rank):
         blocks = (padded[i] - dilations[i] * (block[i] - 1) - 1) // strides[i] + 1

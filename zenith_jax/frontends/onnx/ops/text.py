@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import OnnxError, static, xp
 
@@ -26,6 +27,8 @@ def _each(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
 
 @operator("StringConcat", since=20)
 def string_concat(x, y):
+    longest = sum(max((len(str(text)) for text in static(v, "input").flat), default=0) for v in (x, y))
+    check_size((*np.broadcast_shapes(x.shape, y.shape), longest), np.int32)
     return _each(lambda a, b: str(a) + str(b), x, y)
 
 
@@ -101,6 +104,7 @@ def tf_idf_vectorizer(
     length = rows.shape[1]
     starts = [*ngram_counts, len(pool)]
     indexes = np.asarray(ngram_indexes)
+    check_size((int(indexes.max()) + 1,) * 2, np.int32)
     found: Any = np.zeros((rows.shape[0], int(indexes.max()) + 1), np.int32)
     passed = 0  # n-grams of smaller n
     for n in range(1, len(starts)):

@@ -45,14 +45,14 @@ def _with_integers(graph: Graph) -> Graph:
 
 def _is_dequantize(node: NodeDef) -> bool:
     plain = not node.attributes.get("block_size") and node.attributes.get("output_dtype", 0) in (0, 1)
-    return node.op_type == "DequantizeLinear" and node.domain == "" and plain
+    return node.op_type == "DequantizeLinear" and node.domain == "" and plain and len(node.outputs) == 1
 
 
 def _in_integers(node: NodeDef, source: dict[str, NodeDef]) -> NodeDef:
     """a, b, more.. -> a, a's scale, a's zero point, b, b's scale, b's zero point, more.."""
-    if node.domain or node.op_type not in _PRODUCTS or not all(name in source for name in node.inputs[:2]):
+    factors = [source[name] for name in node.inputs[:2] if name in source]
+    if node.domain or node.op_type not in _PRODUCTS or len(factors) < 2:
         return node
-    factors = [source[name] for name in node.inputs[:2]]
     axes = {f"{letter}_axis": f.attributes.get("axis", 1) for letter, f in zip("ab", factors, strict=True)}
     operands = [name for f in factors for name in (*f.inputs, "")[:3]]
     return dataclasses.replace(
