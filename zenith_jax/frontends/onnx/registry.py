@@ -60,7 +60,18 @@ _operators: dict[tuple[str, str], list[Operator]] = {}  # sorted by `since`
 
 
 def operator(name: str, *, since: int = 1, domain: str = "") -> Callable[[Callable], Callable]:
-    """Registers a function for `name` from opset `since` of `domain` on; a second one with the same key replaces it."""
+    """Registers a function for `name` from opset `since` of `domain` on; a second one with the same key replaces it.
+
+    >>> @zenith.onnx.operator("ScaledTanh", domain="my.domain")
+    ... def scaled_tanh(x, scale=None, *, alpha=1.0):
+    ...     y = jnp.tanh(alpha * x)
+    ...     return y if scale is None else y * scale
+
+    Inputs come by position, None for one left out, attributes by name; give them the defaults of the operator's
+    specification. An input that is known while tracing is a NumPy array and may decide a shape, another one is a JAX
+    array. Return an array, or a tuple of them. A parameter named `node` gets the `Node`. Raise NotImplementedError for
+    what the function does not cover. A function with the same name inside of a model comes before it.
+    """
 
     def register(function: Callable) -> Callable:
         entry = Operator(name, since, function, "node" in inspect.signature(function).parameters)
