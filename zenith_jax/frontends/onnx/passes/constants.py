@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from zenith_jax.frontends.onnx import functions, interpret
+from zenith_jax.frontends.onnx import functions, interpret, limits
 from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.onnx.graph import NodeDef, ValueInfo, assembled, with_nodes
 from zenith_jax.frontends.onnx.parsed import Parsed
@@ -75,12 +75,15 @@ def _values(parsed: Parsed, node: NodeDef, known: Mapping[str, np.ndarray]) -> d
     outputs = tuple(ValueInfo(o) for o in node.outputs if o in parsed.graph.read)
     inputs = tuple(ValueInfo(name) for name in given)
     alone = assembled(node.label, inputs, outputs, {}, [node], where=f"node {node}")
+    largest = max(LIMIT_BYTES, sum(v.nbytes for v in given.values()))
     try:
-        values = interpret.evaluate(alone, given, interpret.Frame(interpret.Run(parsed.functions, {}), parsed.opsets))
+        with limits.limited(largest):  # before it is computed, where a value decides the size
+            frame = interpret.Frame(interpret.Run(parsed.functions, {}), parsed.opsets)
+            values = interpret.evaluate(alone, given, frame)
     except OnnxError:
         return None  # the same error comes, with more around it, if the node is reached
     if not all(isinstance(v, np.ndarray) for v in values):
         return None  # a sequence, or a large array of one value, which tracing makes a broadcast
-    if sum(v.nbytes for v in values) > max(LIMIT_BYTES, sum(v.nbytes for v in given.values())):
+    if sum(v.nbytes for v in values) > largest:
         return None
     return {info.name: value for info, value in zip(outputs, values, strict=True)}
