@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import collections
 import logging
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import ZenithError
-from zenith_jax.frontends.onnx import buckets, dtypes, limits, wire
+from zenith_jax.frontends.onnx import buckets, calls, dtypes, limits, wire
+from zenith_jax.frontends.onnx.device import on_device
 from zenith_jax.frontends.onnx.errors import OnnxError
-from zenith_jax.frontends.onnx.graph import FunctionDef, Graph, Parser, ValueInfo, canonical, text
-from zenith_jax.frontends.onnx.interpret import MAX_CALL_DEPTH
+from zenith_jax.frontends.onnx.graph import Graph, Parser, ValueInfo, canonical, text
 from zenith_jax.frontends.onnx.model import OnnxModel, Program
 from zenith_jax.frontends.onnx.parsed import Parsed, all_graphs
 from zenith_jax.frontends.onnx.passes import PASSES
 from zenith_jax.frontends.onnx.steering import Steering, steering
 
-Key = tuple[str, str, str]  # of a function: domain, name, overload
-
 logger = logging.getLogger("zenith_jax")
 
 # A weight that is no parameter stays NumPy up to this size, in elements.
 _SMALL = 1024
-_XLA_ALIGNMENT = 64  # bytes; XLA's CPU backend copies what is aligned less
-_LARGE_BYTES = 1 << 16
 _SMALL_STEERING = 16  # elements; a float weight that a shape is computed from: scales, not a layer's weights
 
 
@@ -74,13 +67,15 @@ def load(
     for f in proto.functions:
         key = canonical(f.domain), text(f.name), text(f.overload)
         if key in functions:
-            raise OnnxError(f"the function {_names([key])} is defined twice")
+            raise OnnxError(f"the function {calls.names([key])} is defined twice")
         functions[key] = parser.function(f)
-    _check_calls(functions)
+    calls.check(functions)
     graph = parser.main_graph(proto.graph)
     trainable = _trainable(parser, graph, steering(graph, functions), params)
     parsed = Parsed(graph, opsets, functions, parser.weights, trainable, _overridable(proto))
-    parsed = _after_passes(parsed, PASSES if passes is None else passes)
+    limit = limits.default_max_bytes() if max_bytes is None else max_bytes
+    with limits.limited(limit):
+        parsed = _after_passes(parsed, PASSES if passes is None else passes)
     graph, steers = parsed.graph, steering(parsed.graph, functions)
     unknown = sorted(set(static) - {i.name for i in graph.inputs})
     if unknown:
@@ -88,15 +83,15 @@ def load(
     metadata = {"producer": f"{proto.producer_name} {proto.producer_version}".strip(), "ir_version": proto.ir_version}
     statics = {k: v for k, v in parsed.weights.items() if k not in parsed.trainable and _is_static(k, v, steers)}
     return OnnxModel(
-        params={k: _on_device(v) for k, v in parsed.weights.items() if k in parsed.trainable},
-        constants={k: _on_device(v) for k, v in parsed.weights.items() if k not in parsed.trainable | set(statics)},
+        params={k: on_device(v) for k, v in parsed.weights.items() if k in parsed.trainable},
+        constants={k: on_device(v) for k, v in parsed.weights.items() if k not in parsed.trainable | set(statics)},
         inputs=graph.inputs,
         outputs=graph.outputs,
         static_inputs=tuple(i.name for i in graph.inputs if i.name in static or _is_static_input(i, steers)),
         program=Program(graph, opsets, functions, statics, metadata),
         size_bounds=dict(size_bounds or {}),
         dynamic=buckets.checked(dynamic or {}, graph.inputs),
-        max_bytes=limits.default_max_bytes() if max_bytes is None else max_bytes,
+        max_bytes=limit,
     )
 
 
@@ -149,43 +144,6 @@ def _opsets(proto: Any) -> dict[str, int]:
     return opsets
 
 
-def _check_calls(functions: Mapping[Key, FunctionDef]) -> None:
-    """Raises OnnxError where a function calls itself, directly or through others, or where calls nest too deep."""
-    calls = {key: list(_called(function.graph, functions)) for key, function in functions.items()}
-    waiting = {key: set(called) for key, called in calls.items()}
-    depth = dict.fromkeys(functions, 1)
-    ready = [key for key, called in waiting.items() if not called]
-    callers = collections.defaultdict(set)
-    for key, called in calls.items():
-        for other in called:
-            callers[other].add(key)
-    while ready:
-        done = ready.pop()
-        del waiting[done]
-        for caller in callers[done]:
-            depth[caller] = max(depth[caller], depth[done] + 1)
-            waiting[caller].discard(done)
-            if not waiting[caller]:
-                ready.append(caller)
-    if waiting:
-        raise OnnxError(f"a function calls itself, directly or through others: {_names(waiting)}")
-    if max(depth.values(), default=0) > MAX_CALL_DEPTH:
-        raise OnnxError(f"functions call each other more than {MAX_CALL_DEPTH} deep")
-
-
-def _called(graph: Graph, functions: Mapping[Key, FunctionDef]) -> Iterator[Key]:
-    for node in graph.nodes:
-        key = node.domain, node.op_type, node.overload
-        if key in functions:
-            yield key
-        for inner in node.graphs:
-            yield from _called(inner, functions)
-
-
-def _names(keys: Iterable[Key]) -> str:
-    return ", ".join(sorted(".".join(k for k in key if k) for key in keys))
-
-
 def _after_passes(parsed: Parsed, passes: Iterable[str]) -> Parsed:
     """`parsed` after these passes, in the order of PASSES."""
     names = set(passes)
@@ -233,16 +191,6 @@ def _trainable(parser: Parser, graph: Graph, steers: Steering, params: Collectio
 def _is_static(key: str, array: np.ndarray, steers: Steering) -> bool:
     """Whether a weight that is no parameter stays NumPy, so that what is computed from it can decide a shape."""
     return array.dtype == np.object_ or array.size <= _SMALL or key in steers.direct | steers.reached
-
-
-def _on_device(array: np.ndarray) -> jax.Array:
-    """The array for JAX: without a copy where it lies in the CPU's memory already and is aligned for XLA."""
-    is_aligned = array.ctypes.data % _XLA_ALIGNMENT == 0 and array.flags.carray  # also writable, which DLPack wants
-    if is_aligned and array.nbytes >= _LARGE_BYTES and array.dtype == np.float32 and jax.default_backend() == "cpu":
-        return jax.dlpack.from_dlpack(array)
-    if array.dtype in (np.float64, np.int64, np.uint64, np.complex128) and not jax.config.read("jax_enable_x64"):
-        logger.info("an ONNX weight of %s becomes 32 bits wide: jax_enable_x64 is off", array.dtype)
-    return jnp.asarray(array)
 
 
 def _is_static_input(info: ValueInfo, steers: Steering) -> bool:
