@@ -56,3 +56,13 @@ def test_gpt2_training_step_benchmark(tmp_path):
     assert figures["fused"] == found
     assert set(figures["median_ms"]) == {"jax.jit", "zenith.jit"}
     assert figures["machine"]["date"]
+
+
+def test_benchmark_of_loading_onnx_models(tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "figures.json"
+    shown = run("benchmarks/onnx_load.py", "--tiny", "--external", "--json", str(path))
+    assert "zenith.onnx" in shown and "ONNX Runtime" in shown
+    figures = json.loads(path.read_text())
+    assert figures["weights_bytes"] > 50_000
+    assert all(figures[by]["load_s"] > 0 for by in ("zenith.onnx", "ONNX Runtime"))

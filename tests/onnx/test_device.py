@@ -1,13 +1,12 @@
 """Weights are held once: shared with JAX or copied once, and pages of the file that were copied are let go."""
 
 import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import numpy as np
 import pytest
+from fresh_process import run_script
 from onnx_models import model, node, onnx
 
 from zenith_jax.frontends import onnx as zenith_onnx
@@ -65,7 +64,7 @@ def test_loading_takes_about_as_much_memory_as_the_weights(tmp_path):
     weights = {f"w{i}": np.full((1000, 1000), i, np.float32) for i in range(16)}
     onnx.save(model([node("Sum", list(weights), ["y"])], **weights), tmp_path / "m.onnx")
     script = """
-        import pathlib, sys
+        import pathlib
         import jax, onnx
         import zenith_jax as zenith
         def status(key):
@@ -74,12 +73,10 @@ def test_loading_takes_about_as_much_memory_as_the_weights(tmp_path):
         jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
-        model = zenith.onnx.load(sys.argv[1])
+        model = zenith.onnx.load("m.onnx")
         jax.block_until_ready(model.params)
         print(status("VmHWM") - before)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "m.onnx")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    grown = int(run_script(textwrap.dedent(script), tmp_path))
     size = sum(w.nbytes for w in weights.values())
-    assert int(done.stdout) < 1.5 * size  # measured 1.2; with pages and copies both 2.7
+    assert grown < 1.5 * size  # measured 1.2; with pages and copies both 2.7

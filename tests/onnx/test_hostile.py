@@ -6,14 +6,13 @@ ZENITH_ONNX_FLIPS=20000 pytest tests/onnx/test_hostile.py -k flipped     damages
 import json
 import os
 import random
-import subprocess
-import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh_process import run_script
 from onnx_models import BOOL, FLOAT, INT, graph, i64, info, leaf, model, node, onnx, refused
 
 from zenith_jax.frontends import onnx as zenith_onnx
@@ -257,12 +256,8 @@ def test_loading_runs_no_code_and_opens_no_other_file(folder):
         print(json.dumps([e for e in seen if e[0].split(".")[0] in
             "exec compile open os subprocess socket ctypes marshal pickle refused".split()]))
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True, text=True, cwd=folder, timeout=120, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    events = json.loads(result.stdout.splitlines()[-1])
+    output = run_script(textwrap.dedent(script), folder)
+    events = json.loads(output.splitlines()[-1])
     assert events[-1][0] == "refused", events
     opened = [arguments for event, arguments in events[:-1] if event == "open"]
     assert all("model.onnx" in o or "w.bin" in o for o in opened) and opened, events

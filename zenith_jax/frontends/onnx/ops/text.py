@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from zenith_jax.frontends.onnx import regex
 from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import OnnxError, static, xp
@@ -44,12 +44,9 @@ def string_split(x, *, delimiter=None, maxsplit=None):
 
 @operator("RegexFullMatch", since=20)
 def regex_full_match(x, *, pattern):
-    """ONNX writes patterns for RE2; Python's `re` knows nearly all of that syntax, and says so where it does not."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise OnnxError(f"RegexFullMatch cannot compile {pattern!r}: {error}") from None
-    return _each(lambda text: compiled.fullmatch(str(text)) is not None, x).astype(bool)
+    """Whether each text as a whole matches, by RE2's rules."""
+    compiled = regex.Pattern(pattern)
+    return _each(lambda text: compiled.fullmatch(str(text)), x).astype(bool)
 
 
 @operator("StringNormalizer", since=10)
