@@ -1,5 +1,7 @@
 """`@zenith.onnx.operator`: operators that ONNX does not have, or another function for one that it has."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +163,12 @@ def test_registered_operator_is_seen_by_the_rewriter():
     loaded = load(node("Norm", ["x", "s"], ["y"], domain="my.domain"), s=np.ones(4, np.float32))
     report = zenith.explain(loaded.apply)(loaded.params, X)
     assert [site.op for site in report.sites] == ["rms_norm"]
+
+
+def test_example_of_the_documentation():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "onnx.md"
+    (example,) = [b for b in page.read_text().split("```python\n") if b.startswith("@zenith.onnx.operator")]
+    exec(example.partition("```")[0], {"zenith": zenith, "jnp": jnp})
+    call = node("ScaledTanh", ["x", "s"], ["y"], domain="my.domain", alpha=2.0)
+    loaded = load(call, s=np.full(4, 3, np.float32))
+    np.testing.assert_allclose(loaded(X)[0], 3 * np.tanh(2 * X), rtol=1e-5)

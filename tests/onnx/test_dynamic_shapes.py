@@ -143,7 +143,7 @@ def test_export_with_a_symbolic_batch_serves_every_size():
     loaded = zenith_onnx.load(proto)
     b, length = jax.export.symbolic_shape("b, n")
     exported = jax.export.export(jax.jit(loaded.apply))(
-        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), loaded.params),
+        loaded.params,
         jax.ShapeDtypeStruct((b, length, 6), np.float32),
     )
     assert str(exported.out_avals[0].shape) == "(b, n, 2, 2)"

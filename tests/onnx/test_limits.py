@@ -119,6 +119,15 @@ def test_limit_does_not_outlive_the_call():
     assert zenith_onnx.load(proto).apply({})[0].shape == (1 << 20,)
 
 
+@pytest.mark.parametrize(("text", "limit"), [("4096\n", 1024), ("max\n", None), (None, None)])
+def test_default_limit_knows_what_a_container_may_have(text, limit, tmp_path, monkeypatch):
+    if text is not None:
+        (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(limits, "_CONTAINER_LIMIT", tmp_path / "memory.max")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    assert limits.default_max_bytes() == (limit or whole)
+
+
 def test_default_limit_is_less_than_the_machine_has():
     assert 1 << 20 < limits.default_max_bytes() < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

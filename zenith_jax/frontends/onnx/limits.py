@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,12 +22,18 @@ from zenith_jax.frontends.onnx import dtypes
 from zenith_jax.frontends.onnx.errors import OnnxError
 
 MAX_NODES = 4_000_000  # nodes run in one call, rounds of loops that are written out included: minutes, not for ever
+_CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")  # control groups, version 2: a number, or "max"
 _PART_OF_MEMORY = 4  # a quarter: a value, what it is made from, and room
 
 
 def default_max_bytes() -> int:
-    """A quarter of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _PART_OF_MEMORY
+    """A quarter of the machine's memory, or of what the container may have."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        allowed = _CONTAINER_LIMIT.read_text().strip()
+    except OSError:
+        allowed = ""
+    return (min(memory, int(allowed)) if allowed.isdecimal() else memory) // _PART_OF_MEMORY
 
 
 _max_bytes: contextvars.ContextVar[int] = contextvars.ContextVar("max_bytes", default=1 << 40)
