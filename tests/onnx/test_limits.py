@@ -112,6 +112,12 @@ def test_strings_that_double_are_stopped_at_the_limit():
         loaded.apply(loaded.params)
 
 
+@pytest.mark.parametrize("op_type", ["Reshape", "Expand", "Unsqueeze"])
+def test_shape_of_a_million_dimensions_is_refused(op_type):
+    proto = model([node(op_type, ["x", "s"], ["y"])], [info("x", FLOAT)], s=np.ones(1_000_000, np.int64))
+    refused(proto, np.ones(1, np.float32), match=f"node {op_type} 'the_{op_type}'.*100000. dimensions, more than 64")
+
+
 def test_limit_does_not_outlive_the_call():
     proto, _ = one_node("ConstantOfShape", [i64(1 << 20)], {})
     with pytest.raises(zenith_onnx.OnnxError, match="4 MB, the limit is 1 kB"):

@@ -22,6 +22,7 @@ from zenith_jax.frontends.onnx import dtypes
 from zenith_jax.frontends.onnx.errors import OnnxError
 
 MAX_NODES = 4_000_000  # nodes run in one call, rounds of loops that are written out included: minutes, not for ever
+MAX_RANK = 64  # NumPy's; XLA would compile for a million dimensions until the end of days
 _CONTAINER_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")  # control groups, version 2: a number, or "max"
 _PART_OF_MEMORY = 4  # a quarter: a value, what it is made from, and room
 
@@ -49,8 +50,15 @@ def limited(max_bytes: int) -> Iterator[None]:
         _max_bytes.reset(token)
 
 
+def check_rank(shape: Sequence[Any]) -> None:
+    """Raises OnnxError for a shape of too many dimensions."""
+    if len(shape) > MAX_RANK:
+        raise OnnxError(f"a result would have {len(shape)} dimensions, more than {MAX_RANK}")
+
+
 def check_size(shape: Sequence[Any], dtype: Any) -> None:
     """Raises OnnxError where an array would be larger than the limit. Symbolic sizes are let through."""
+    check_rank(shape)
     if not all(isinstance(d, int | np.integer) for d in shape):
         return
     sizes = [int(d) for d in shape]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.frontends.onnx import dtypes
-from zenith_jax.frontends.onnx.limits import check_size
+from zenith_jax.frontends.onnx.limits import check_rank, check_size
 from zenith_jax.frontends.onnx.registry import operator
 from zenith_jax.frontends.onnx.values import OnnxError, ints, static, xp
 
@@ -47,6 +47,7 @@ def dimensions(value: Any, name: str) -> tuple[Any, ...]:
 def reshape(x, shape, *, allowzero=0, consumed_inputs=None):
     """0 copies the dimension of `x` unless `allowzero`; -1 takes what is left."""
     wanted = dimensions(shape, "shape")
+    check_rank(wanted)
     copied = {i for i, d in enumerate(wanted) if isinstance(d, int) and d == 0 and not allowzero}
     if any(i >= x.ndim for i in copied):
         raise OnnxError(f"Reshape to {wanted} copies a dimension that an input of shape {x.shape} does not have")
@@ -84,7 +85,9 @@ def squeeze(x, axes=None):
 @operator("Unsqueeze")
 def unsqueeze(x, axes):
     """`axes` is an attribute before opset 13, an input since. They count in the result."""
-    return xp(x).expand_dims(x, ints(axes, "axes"))
+    axes = ints(axes, "axes")
+    check_rank([*x.shape, *axes])
+    return xp(x).expand_dims(x, axes)
 
 
 @operator("Transpose")
