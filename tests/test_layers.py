@@ -20,7 +20,7 @@ LAYERS = [
     {"frontends"},
     {"api"},
     {"doctor", "passes"},
-    {"ops"},
+    {"telemetry", "ops"},
     {"ir", "native", "report"},
     {"report_html"},
     {"config", "errors", "version"},

@@ -8,7 +8,7 @@
 import importlib
 from typing import Any
 
-from zenith_jax import ops
+from zenith_jax import ops, telemetry
 from zenith_jax.api import explain, fuse, jit
 from zenith_jax.compiled import CompiledModel, compile, load
 from zenith_jax.config import Config, config, configure, configured
@@ -41,6 +41,7 @@ __all__ = [
     "ops",
     "register",
     "safety_checks",
+    "telemetry",
     "verify",
 ]
 

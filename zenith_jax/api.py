@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools as ft
 import logging
+import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.passes.registered import active
 from zenith_jax.passes.rewrite import Context, rewrite
 from zenith_jax.report import Report, collecting, log_sites
+from zenith_jax.telemetry import compiling, sampling
 
 logger = logging.getLogger("zenith_jax")
 
@@ -35,7 +38,9 @@ def jit(function: Callable | None = None, **options: Any) -> Any:
     """
     if function is None:
         return ft.partial(jit, **options)
-    return jax.jit(fuse(function) if config().enabled else function, **options)
+    settings = config()
+    jitted = jax.jit(fuse(function) if settings.enabled else function, **options)
+    return sampling.sampled(jitted, settings.telemetry) if settings.telemetry else jitted
 
 
 def fuse(function: Callable) -> Callable:
@@ -111,10 +116,11 @@ def _fused_call(function: Callable, context: Context, args: tuple, kwargs: dict[
 
     values = [leaves[i] for i in dynamic]
     # Inside a primal that is about to be differentiated, nested differentiation is left alone.
-    with _rewriting(None if context.differentiated else context):
+    with compiling.rewriting(function, context.platform), _rewriting(None if context.differentiated else context):
         jaxpr = jax.make_jaxpr(flat)(*values)
-        with _rewriting(None), collecting() as sites:
+        with _rewriting(None), collecting() as sites, compiling.rewrite_clock():
             new = _rewritten(jaxpr, context)
+        compiling.found(sites)
         log_sites(function, sites, context.platform)
     arrays = iter(jec.jaxpr_as_fun(new)(*values))
     return jax.tree.unflatten(out["tree"], [next(arrays) if x is None else x for x in out["leaves"]])
@@ -123,7 +129,8 @@ def _fused_call(function: Callable, context: Context, args: tuple, kwargs: dict[
 def _rewritten(jaxpr: Any, context: Context) -> Any:
     try:
         return rewrite(jaxpr, context)
-    except Exception:
+    except Exception as error:
+        compiling.failed(error)
         logger.exception("rewriting failed, the function runs as it was written; please report it")
         return jaxpr
 
@@ -173,3 +180,6 @@ def _hook_failure() -> str | None:
 
 
 _install_hook()
+compiling.clear()  # of the tiny function
+_here = pathlib.Path(__file__).parent
+_compat.hide_frames(__file__, *(f"{_here / name}{os.sep}" for name in ("ops", "passes")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import threading
@@ -20,6 +21,7 @@ ENVIRONMENT = {
     "ZENITH_PLATFORM": ("platform", lambda text: text or None),
     "ZENITH_COST": ("use_cost", lambda text: text not in ("0", "false", "no")),
     "ZENITH_LOG": ("log", lambda text: text),
+    "ZENITH_TELEMETRY": ("telemetry", lambda text: int(text or 0)),
 }
 
 
@@ -28,13 +30,15 @@ class Config:
     """enabled: False makes `zenith.jit` plain `jax.jit`.
     platform: "cpu" or "cuda", for which kernels are chosen while tracing; None is JAX's default backend.
     use_cost: False fuses wherever a kernel is right, also where XLA is known to be faster (tests, benchmarks).
-    log: "", or "info" or "debug": what stderr is told of each traced function.
+    log: "", "info", "debug" or "json" (info, a JSON object a line): what stderr is told of each traced function.
+    telemetry: every how many calls of a function that is decorated from now on one is timed; 0: none, no overhead.
     """
 
     enabled: bool = True
     platform: str | None = None
     use_cost: bool = True
     log: str = ""
+    telemetry: int = 0
 
     @classmethod
     def from_environment(cls, environ: dict[str, str] | os._Environ = os.environ) -> Config:
@@ -46,16 +50,31 @@ _process = Config.from_environment()
 _local = threading.local()
 
 
+class JsonFormatter(logging.Formatter):
+    """A JSON object a line; `extra={"zenith": x}` adds the keys of x.as_dict() under "zenith"."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = dict(
+            time=record.created, level=record.levelname.lower(), logger=record.name, message=record.getMessage()
+        )
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        said = getattr(record, "zenith", None)
+        if said is not None:
+            fields["zenith"] = said.as_dict()
+        return json.dumps(fields)
+
+
 def set_up_logging(level: str) -> None:
-    """Sends the logger `zenith_jax` to stderr at `level`, for people who asked by ZENITH_LOG=info or =debug.
+    """Sends the logger `zenith_jax` to stderr, for people who asked by ZENITH_LOG=info, =debug or =json.
 
     An application that configures `logging` itself needs no ZENITH_LOG.
     """
-    names = {"info": logging.INFO, "debug": logging.DEBUG}
+    names = {"info": logging.INFO, "debug": logging.DEBUG, "json": logging.INFO}
     if level not in names:
         raise ValueError(f"ZENITH_LOG must be one of {sorted(names)}, got {level!r}")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("zenith: %(message)s"))
+    handler.setFormatter(JsonFormatter() if level == "json" else logging.Formatter("zenith: %(message)s"))
     logger = logging.getLogger("zenith_jax")
     logger.addHandler(handler)
     logger.setLevel(names[level])

@@ -41,6 +41,10 @@ class Site:
     # (), to be called outside of any trace, gives measured_us.
     measure: Callable[[], tuple[float, float]] | None = dataclasses.field(default=None, compare=False, repr=False)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "measure"}
+
     @property
     def gain(self) -> str:
         """The measured times as text; "" where nothing was measured."""
@@ -119,12 +123,11 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = [f.name for f in dataclasses.fields(Site) if f.name != "measure"]
         return dict(
             platform=self.platform,
             fused=len(self.fused),
             refused=len(self.refused),
-            sites=[{name: getattr(s, name) for name in names} for s in self.sites],
+            sites=[s.as_dict() for s in self.sites],
         )
 
     @classmethod

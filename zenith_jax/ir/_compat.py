@@ -20,6 +20,7 @@ from jax._src.custom_partitioning_sharding_rule import (
     str_to_sdy_sharding_rule,
 )
 from jax._src.interpreters import ad as _ad
+from jax._src.source_info_util import register_exclusion as _register_exclusion
 from jax._src.source_info_util import user_frames as _user_frames
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
@@ -143,6 +144,13 @@ def evaluated(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
 
 def new_var(aval: Any) -> Var:
     return Var(aval)
+
+
+def hide_frames(*paths: str) -> None:
+    """Functions in these files and folders are no user's code: tracebacks, reports and the metadata of compiled
+    programs name the line that called them."""
+    for path in paths:
+        _register_exclusion(path)
 
 
 def source_line(eqn: JaxprEqn) -> str:

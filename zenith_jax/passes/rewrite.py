@@ -22,6 +22,7 @@ from zenith_jax.passes import gain
 from zenith_jax.passes.choose import RULES, declined
 from zenith_jax.passes.match import MATCHERS, Match
 from zenith_jax.report import Site, record
+from zenith_jax.telemetry.compiling import clock, clocked
 
 logger = logging.getLogger("zenith_jax")
 
@@ -63,12 +64,14 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
     """`jaxpr`, open or closed, with every site that is worth it computed by a Zenith op."""
     if _compat.is_high(jaxpr):
         return jaxpr
-    graph = Graph.of(jaxpr)
+    with clock("graph"):
+        graph = Graph.of(jaxpr)
     replacements: dict[int, Sequence[JaxprEqn]] = {}
     constvars: list[Var] = []
     consts: list[Any] = []
     for match in plan(graph, context):
-        eqns, new_constvars, new_consts = _emitted(match)
+        with clock("emit"):
+            eqns, new_constvars, new_consts = _emitted(match)
         index = graph.producers[match.root.outvars[0]]
         replacements[index] = [*replacements.get(index, ()), *eqns]
         constvars += new_constvars
@@ -80,7 +83,8 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
             new = _recursed(eqn, context)
             if new is not None:
                 replacements[index] = new
-    return graph.rewritten(replacements, constvars, consts) if replacements else jaxpr
+    with clock("rebuild"):
+        return graph.rewritten(replacements, constvars, consts) if replacements else jaxpr
 
 
 # --- what to fuse -----------------------------------------------------------------------------------------------------
@@ -91,7 +95,7 @@ def plan(graph: Graph, context: Context) -> list[Match]:
     claimed: set[int] = set()
     plan: list[Match] = []
     sites: list[tuple[int, Site]] = []
-    for matcher in (*context.registered, *MATCHERS):
+    for matcher in clocked((*context.registered, *MATCHERS), lambda m: f"match.{_op_of(m)}"):
         for index, eqn in enumerate(graph.eqns):
             if id(eqn) in claimed:
                 continue
