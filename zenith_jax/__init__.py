@@ -45,8 +45,8 @@ __all__ = [
     "verify",
 ]
 
-# Doors that import a framework, when they are used: zenith.flax.wrap(module).
-_DOORS = {"flax": "zenith_jax.frontends.flax"}
+# Imported when they are used: what needs a framework, as zenith.flax.wrap(module) does, and what few need.
+_DOORS = {"flax": "zenith_jax.frontends.flax", "serving": "zenith_jax.serving"}
 
 
 def __getattr__(name: str) -> Any:

@@ -76,12 +76,25 @@ def _onnx(arguments: argparse.Namespace) -> int:
     return onnx_command.main(arguments)
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from zenith_jax import serve_command
+
+    serve_command.add_arguments(parser)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from zenith_jax import serve_command
+
+    return serve_command.main(arguments)
+
+
 COMMANDS = {
     "bench": Command("zenith.jit against jax.jit, op by op", _bench_arguments, _bench),
     "demo": Command("a sentence encoder with real weights: jax.jit against zenith.jit", _demo_arguments, _demo),
     "doctor": Command("what is installed, built and found, and how to fix what is missing", _doctor_arguments, _doctor),
     "explain": Command("what is fused in a function, what is not, and why", _explain_arguments, _explain),
     "onnx": Command("an ONNX model: what is in it, what it gives, how fast it is", _onnx_arguments, _onnx),
+    "serve": Command("a model behind NVIDIA's Triton Inference Server", _serve_arguments, _serve),
 }
 
 

@@ -46,6 +46,10 @@ class SavedModelError(ZenithError, ValueError):
     """A file that is no saved model, is damaged, or was saved for another version or platform."""
 
 
+class ServingError(ZenithError, ValueError):
+    """A model cannot be served as asked, or there is no server here. The text says what to change."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Refusal:
     """Why a fusion does not apply. Becomes text only when shown: `str(refusal)`.

@@ -1,0 +1,131 @@
+"""What is written, and that it appears whole or not at all. No server."""
+
+from __future__ import annotations
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import zenith_jax as zenith
+from zenith_jax.errors import ServingError
+from zenith_jax.serving import repository as module
+from zenith_jax.serving import wire
+from zenith_jax.serving.repository import Batching, batch_dimension
+
+QUICK = dict(ahead_of_time=False)
+
+
+@pytest.fixture
+def repository(tmp_path):
+    return zenith.serving.TritonModelRepository(tmp_path / "models")
+
+
+def test_the_files_of_a_model(repository, compiled):
+    folder = repository.add(compiled, name="mlp", max_batch_size=8, dynamic_batching=Batching(100, 7), **QUICK)
+    assert folder == repository.path / "mlp" / "1"
+    assert sorted(p.name for p in folder.iterdir()) == ["model.py", "model.zenith", "serving.json"]
+    assert (folder.parent / "config.pbtxt").read_text() == (
+        'name: "mlp"\nbackend: "python"\nmax_batch_size: 8\n'
+        'input {\n  name: "x"\n  data_type: TYPE_FP32\n  dims: [16]\n}\n'
+        'output {\n  name: "largest"\n  data_type: TYPE_FP32\n  dims: [1]\n  reshape {\n    shape: []\n  }\n}\n'
+        'output {\n  name: "probabilities"\n  data_type: TYPE_FP32\n  dims: [8]\n}\n'
+        "instance_group {\n  count: 1\n  kind: KIND_CPU\n}\n"
+        "dynamic_batching {\n  max_queue_delay_microseconds: 100\n"
+        "  default_queue_policy {\n    max_queue_size: 7\n  }\n}\n"
+    )
+    assert list(repository.path.parent.iterdir()) == [repository.path]  # nothing staged is left
+
+
+def test_instances_on_gpus(repository, compiled):
+    folder = repository.add(compiled, name="m", instances=2, gpus=(0, 3), dynamic_batching=False, **QUICK)
+    text = (folder.parent / "config.pbtxt").read_text()
+    assert "count: 2\n  kind: KIND_GPU\n  gpus: [0, 3]" in text and "dynamic_batching" not in text
+    assert '"memory_fraction": 0.45' in (folder / "serving.json").read_text()
+
+
+def test_versions_follow_each_other(repository, compiled, tmp_path):
+    saved = compiled.save(tmp_path / "saved.zenith")
+    assert repository.add(compiled, name="m", **QUICK).name == "1"
+    assert repository.add(saved, name="m", **QUICK).name == "2"
+    assert repository.add(saved, name="m", version=7, **QUICK).name == "7"
+    assert repository.versions("m") == [1, 2, 7]
+    with pytest.raises(ServingError, match=r"versions \[1, 2, 7\]"):
+        repository.add(saved, name="m", version=2, **QUICK)
+
+
+def test_a_version_that_cannot_be_compiled_never_appears(repository, compiled, monkeypatch):
+    def broken(version):
+        raise ServingError("as a server would")
+
+    monkeypatch.setattr(module, "_compile_ahead", broken)
+    with pytest.raises(ServingError, match="as a server would"):
+        repository.add(compiled, name="m")
+    assert list(repository.path.iterdir()) == []
+    assert list(repository.path.parent.iterdir()) == [repository.path]
+
+
+def test_whoever_looks_sees_whole_versions_only(repository, compiled):
+    """A reader that lists the folder all the time, as a polling server does, finds no version without its files."""
+    stop, partial = threading.Event(), []
+
+    def look():
+        while not stop.is_set():
+            for folder in repository.path.glob("m/[0-9]*"):
+                if len(list(folder.iterdir())) != 3 or not (folder.parent / "config.pbtxt").is_file():
+                    partial.append(folder)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(5):
+        repository.add(compiled, name="m", **QUICK)
+    stop.set()
+    thread.join()
+    assert partial == [] and repository.versions("m") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(name="../m"), "letters, digits"),
+        (dict(name=""), "letters, digits"),
+        (dict(max_batch_size=17), "largest compiled batch, 16, got 17"),
+        (dict(max_batch_size=-1), "got -1"),
+        (dict(instances=0), "at least 1"),
+        (dict(version=0), "from 1, got 0"),
+        (dict(dtypes={"z": "int64"}), r"names 'z', the inputs are \['x'\]"),
+        (dict(dtypes={"x": "int64"}), "float32 or float64, got int64"),
+        (dict(dynamic_batching={"delay": 3}), "takes"),
+    ],
+)
+def test_wrong_options(repository, compiled, options, message):
+    with pytest.raises(ServingError, match=message):
+        repository.add(compiled, **{"name": "m", **QUICK, **options})
+    assert not (repository.path / "m").exists()
+
+
+def test_only_a_leading_dimension_of_everything_is_a_batch(compiled):
+    assert batch_dimension(compiled, None) == ("batch", 16)
+    assert batch_dimension(compiled, 0) == (None, 0)
+    fixed = zenith.compile(lambda x: x + 1, jnp.ones((2, 3)))
+    assert batch_dimension(fixed, None) == (None, 0)
+    with pytest.raises(ServingError, match="max_batch_size must be 0"):
+        batch_dimension(fixed, 8)
+
+
+def test_a_scalar_result_is_refused(repository):
+    model = zenith.compile(lambda x: x.sum(), jnp.ones((2, 3)))
+    with pytest.raises(ServingError, match="a scalar"):
+        repository.add(model, name="m", **QUICK)
+
+
+def test_text_protobuf():
+    assert wire.text({"a": 'q"\\\n', "b": wire.Word("K"), "c": [1, -1], "d": [{"e": True}], "f": {"g": []}}) == (
+        'a: "q\\042\\134\\012"\nb: K\nc: [1, -1]\nd {\n  e: true\n}\nf {\n  g: []\n}'
+    )
+
+
+def test_names_of_anything_become_a_models_name(repository):
+    model = zenith.compile(jax.jit(lambda x: x * 2), jnp.ones((2, 3)))
+    assert module._NAME.fullmatch(repository.add(model, **QUICK).parent.name)

@@ -1,0 +1,114 @@
+"""Small models behind a real Triton server, its client, and what its processes hold."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+import sysconfig
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import zenith_jax as zenith
+from zenith_jax.errors import ServingError
+from zenith_jax.serving.wire import TRITON_DTYPES
+
+W = np.random.default_rng(7).normal(size=(16, 8)).astype(np.float32)
+
+
+def missing() -> str | None:
+    """Why no server can be tested here, or None."""
+    try:
+        found = zenith.serving.find_triton()
+    except ServingError as error:
+        return str(error)
+    if found.bundle is not None and not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        return f"{sys.executable} has no shared libpython"
+    try:
+        import tritonclient.grpc
+        import tritonclient.http  # noqa: F401
+    except ImportError as error:
+        return f"tritonclient[http,grpc] is not installed: {error}"
+    return None
+
+
+def mlp(w, x):
+    hidden = jax.nn.gelu(x @ w)
+    return {"probabilities": jax.nn.softmax(hidden, axis=-1), "largest": hidden.max(-1)}
+
+
+def compiled_mlp():
+    return zenith.compile((mlp, W), jnp.ones((2, 16)), dynamic={"batch": (1, 4, 16)})
+
+
+def rows(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, 16)).astype(np.float32)
+
+
+_mlp = jax.jit(mlp)
+
+
+def wrong(x: np.ndarray, answer: dict[str, np.ndarray]) -> float:
+    """How far an answer of the MLP is from what it should be; infinite where its shape is another."""
+    padded = np.zeros((16, 16), np.float32)
+    padded[: len(x)] = x
+    expected = {n: np.asarray(v)[: len(x)] for n, v in _mlp(W, padded).items()}
+    expected["largest"] = expected["largest"][:, None]  # a number for each row: Triton has no empty dims
+    if {n: v.shape for n, v in answer.items()} != {n: v.shape for n, v in expected.items()}:
+        return float("inf")
+    return max(float(np.abs(answer[n] - expected[n]).max()) for n in expected)
+
+
+class Client:
+    """tritonclient over one of its protocols: infer("mlp", x=array) -> {output: array}."""
+
+    def __init__(self, server, protocol: str):
+        import tritonclient.grpc
+        import tritonclient.http
+
+        self.module = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]
+        self.client = self.module.InferenceServerClient(server.http if protocol == "http" else server.grpc)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.client.close()
+
+    def input(self, name, array):
+        tensor = self.module.InferInput(name, list(array.shape), TRITON_DTYPES[array.dtype.name])
+        tensor.set_data_from_numpy(array)
+        return tensor
+
+    def infer(self, model, *, version="", **inputs):
+        result = self.client.infer(model, [self.input(n, a) for n, a in inputs.items()], model_version=version)
+        response = result.get_response()
+        outputs = response["outputs"] if isinstance(response, dict) else response.outputs
+        names = [o["name"] if isinstance(o, dict) else o.name for o in outputs]
+        return {n: result.as_numpy(n) for n in names}
+
+
+def stub_processes(server) -> list[int]:
+    """The server's Python backends: a shell and the stub that it starts, or the stub."""
+    parents, stubs = {}, []
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes()
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (OSError, IndexError):
+                continue
+            if arguments.split(b"\0")[0].endswith(b"triton_python_backend_stub"):
+                stubs.append(int(entry.name))
+
+    def is_below(pid):
+        return pid == server.process.pid or (pid in parents and is_below(parents[pid]))
+
+    return [pid for pid in stubs if is_below(pid)]
+
+
+def rss_mib(pid: int) -> float:
+    pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -1,0 +1,184 @@
+"""A saved model in a process of Triton's Python backend: what the repository's model.py calls.
+
+Tensors cross by DLPack. `as_numpy()` and `Tensor(name, ndarray)` of Triton before 25.02 are built against NumPy 1 and
+give wrong values under NumPy 2 without an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from zenith_jax.compiled import CompiledModel, load
+from zenith_jax.errors import ZenithError
+from zenith_jax.serving.batching import Batcher, Call, split
+from zenith_jax.serving.repository import CACHE, MODEL, SETTINGS
+
+logger = logging.getLogger("zenith_jax")
+
+# name -> (kind, description); labels are model and version, and bucket where it says so. docs/telemetry.md
+METRICS = {
+    "zenith_model_fused_sites": ("gauge", "Sites of the model that Zenith's kernels compute"),
+    "zenith_model_load_seconds": ("gauge", "Time from reading the saved model to ready, warm-up included"),
+    "zenith_executions_total": ("counter", "Calls of the compiled model, by the sizes of the program, label bucket"),
+    "zenith_rows_total": ("counter", "Rows of requests that were computed"),
+    "zenith_padding_rows_total": ("counter", "Rows of zeros that filled compiled sizes"),
+    "zenith_refused_requests_total": ("counter", "Requests that were answered with an error"),
+}
+
+
+class Model:
+    """A saved model, compiled and warm: every program has run before this returns."""
+
+    def __init__(self, folder: pathlib.Path):
+        started = time.perf_counter()
+        settings = json.loads((folder / SETTINGS).read_text())
+        _use_cache(folder / CACHE)
+        self.compiled: CompiledModel = load(folder / MODEL)
+        self.compiled.warm_up()
+        self.batch: str | None = settings["batch"]
+        self.batcher = Batcher(self.compiled.inputs, self.compiled.dynamic, self.batch)
+        self.load_seconds = time.perf_counter() - started
+
+    def __call__(self, call: Call) -> list[list[Any]]:
+        """The outputs of each request of the call."""
+        program = self.compiled.programs[tuple(call.bucket[n] for n in self.compiled.dynamic)]
+        results = [np.asarray(x) for x in program(call.arrays)]
+        return split(self.compiled.outputs, results, call, self.batch)
+
+
+def _use_cache(folder: pathlib.Path) -> None:
+    """JAX's compilation cache: holds the programs that `add(ahead_of_time=True)` compiled, and takes no others."""
+    if not folder.is_dir():
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Backend:
+    """execute(requests) -> responses, as Triton calls it: one response for each request, in their order."""
+
+    def __init__(self, folder: pathlib.Path, args: dict[str, Any], utils: Any):
+        self.utils = utils
+        self.model = Model(folder)
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self.metrics = _Metrics(utils, labels)
+        self.metrics.set("zenith_model_fused_sites", len(self.model.compiled.report.fused))
+        self.metrics.set("zenith_model_load_seconds", self.model.load_seconds)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        responses: list[Any] = [None] * len(requests)
+        inputs: list[Any] = [None] * len(requests)
+        for index, request in enumerate(requests):
+            try:
+                inputs[index] = self._inputs(request)
+            except ZenithError as error:
+                responses[index] = self._refused(str(error))
+            except Exception as error:
+                logger.exception("a request could not be read")
+                responses[index] = self._refused(f"{type(error).__name__}: {error}")
+        for call in self.model.batcher.calls(inputs):
+            try:
+                answers = [self._response(requests[i], a) for i, a in zip(call.requests, self.model(call), strict=True)]
+            except Exception as error:  # out of memory, for one: the next call may succeed
+                logger.exception("a call of %d requests failed", len(call.requests))
+                answers = [self._refused(f"{type(error).__name__}: {error}") for _ in call.requests]
+            else:
+                self.metrics.count(call, self.model.batch)
+            for index, answer in zip(call.requests, answers, strict=True):
+                responses[index] = answer
+        return responses
+
+    def _inputs(self, request: Any) -> list[np.ndarray]:
+        found = []
+        for index, spec in enumerate(self.model.compiled.inputs):
+            tensor = self.utils.get_input_tensor_by_name(request, spec.name)
+            if tensor is None:
+                raise ZenithError(f"the request has no input {spec.name}")
+            found.append(self.model.batcher.converted(index, _array(tensor, spec.dtype)))
+        return found
+
+    def _response(self, request: Any, arrays: Sequence[np.ndarray]) -> Any:
+        wanted = set(request.requested_output_names())
+        outputs = zip(self.model.compiled.outputs, arrays, strict=True)
+        return self.utils.InferenceResponse(
+            output_tensors=[_tensor(self.utils, spec.name, x) for spec, x in outputs if spec.name in wanted]
+        )
+
+    def _refused(self, message: str) -> Any:
+        self.metrics.refused()
+        return self.utils.InferenceResponse(output_tensors=[], error=self.utils.TritonError(message))
+
+
+class _Metrics:
+    def __init__(self, utils: Any, labels: dict[str, str]):
+        kinds = {"gauge": utils.MetricFamily.GAUGE, "counter": utils.MetricFamily.COUNTER}
+        self._families = {
+            name: utils.MetricFamily(name=name, description=text, kind=kinds[kind])
+            for name, (kind, text) in METRICS.items()
+        }
+        self._labels = labels
+        self._plain = {
+            name: family.Metric(labels=labels)
+            for name, family in self._families.items()
+            if name != "zenith_executions_total"
+        }
+        self._executions: dict[str, Any] = {}
+
+    def set(self, name: str, value: float) -> None:
+        self._plain[name].set(value)
+
+    def count(self, call: Call, batch: str | None) -> None:
+        bucket = ",".join(f"{name}={size}" for name, size in call.bucket.items()) or "only"
+        if bucket not in self._executions:
+            family = self._families["zenith_executions_total"]
+            self._executions[bucket] = family.Metric(labels={**self._labels, "bucket": bucket})
+        self._executions[bucket].increment(1)
+        rows = sum(call.rows)
+        self._plain["zenith_rows_total"].increment(rows)
+        if batch is not None and call.bucket[batch] > rows:
+            self._plain["zenith_padding_rows_total"].increment(call.bucket[batch] - rows)
+
+    def refused(self) -> None:
+        self._plain["zenith_refused_requests_total"].increment(1)
+
+
+# --- DLPack -----------------------------------------------------------------------------------------------------------
+
+_set_name = ctypes.pythonapi.PyCapsule_SetName
+_set_name.argtypes, _set_name.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_int
+_CONSUMED = b"used_dltensor"  # kept alive here: a capsule points to its name
+
+
+def _array(tensor: Any, dtype: str) -> np.ndarray:
+    if dtype == "bfloat16":  # NumPy's DLPack does not know it
+        return np.asarray(jax.dlpack.from_dlpack(tensor))
+    return np.from_dlpack(tensor)
+
+
+def _tensor(utils: Any, name: str, x: np.ndarray) -> Any:
+    capsule = (jax.numpy.asarray(x) if x.dtype.name == "bfloat16" else x).__dlpack__()
+    tensor = utils.Tensor.from_dlpack(name, capsule)
+    _set_name(capsule, _CONSUMED)  # Triton calls it "used_dlpack", which NumPy complains about when it frees it
+    return tensor
+
+
+def main(folder: str) -> None:
+    """Compiles all programs of a version into its cache: `python -m zenith_jax.serving.backend FOLDER`."""
+    version = pathlib.Path(folder)
+    (version / CACHE).mkdir(exist_ok=True)
+    Model(version)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
