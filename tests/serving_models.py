@@ -90,25 +90,6 @@ class Client:
         return {n: result.as_numpy(n) for n in names}
 
 
-def stub_processes(server) -> list[int]:
-    """The server's Python backends: a shell and the stub that it starts, or the stub."""
-    parents, stubs = {}, []
-    for entry in pathlib.Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                arguments = (entry / "cmdline").read_bytes()
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, IndexError):
-                continue
-            if arguments.split(b"\0")[0].endswith(b"triton_python_backend_stub"):
-                stubs.append(int(entry.name))
-
-    def is_below(pid):
-        return pid == server.process.pid or (pid in parents and is_below(parents[pid]))
-
-    return [pid for pid in stubs if is_below(pid)]
-
-
 def rss_mib(pid: int) -> float:
     pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -5,7 +5,8 @@ is a repository already. A function's example arguments come from --args, or fro
 beside it. Files of models are data: nothing in them is unpickled or evaluated. A Python file is run, as imports are.
 
 Listens on 127.0.0.1 unless --host says otherwise. SIGTERM and SIGINT end it when accepted requests are answered.
-Exit codes: 0 ended by a signal; 1 the server failed; 2 the model or the command line is wrong.
+Exit codes: 0 ended by a signal; 1 the server failed, or the process of a model died; 2 the model or the command line
+is wrong.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 from zenith_jax import explain_command
 from zenith_jax.errors import ServingError, ZenithError
 from zenith_jax.explain_command import UsageError
+
+WATCH_SECONDS = 0.5  # between looks at the models' processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +89,13 @@ def run(server: Any) -> int:
             models = ", ".join(sorted({m["name"] for m in server.index()}))
             print(f"zenith serve: ready: {models} at http://{server.http} and grpc://{server.grpc}, ", end="")
             print(f"metrics at http://{server.metrics_address}/metrics", flush=True)
-        asked.wait()
+        backends = server.backends()
+        while not asked.wait(WATCH_SECONDS):
+            # Triton goes on saying that a model is ready whose process was killed, and cannot start it again.
+            if backends - server.backends() and server.process.poll() is None:
+                print("zenith serve: the process of a model died, ending", file=sys.stderr)
+                server.stop()
+                return 1
         code = server.process.poll()
         if code is not None:  # by itself
             print(f"zenith serve: Triton ended with exit code {code}", file=sys.stderr)

@@ -65,6 +65,16 @@ def serving(tmp_path, *arguments, **more):
             process.wait()
 
 
+def backends_below(pid):
+    (triton,) = children(pid)
+    return zenith.serving.TritonServer.backends(SimpleNamespace(process=SimpleNamespace(pid=triton)))
+
+
+def children(pid):
+    tasks = pathlib.Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
 def refused(tmp_path, *arguments, **more):
     done = subprocess.run(
         [*COMMAND, *arguments, *PORTS],
@@ -97,12 +107,17 @@ def test_a_function_of_a_file(triton, tmp_path, end):
 def test_a_saved_model_without_its_code_and_a_server_that_ends_by_itself(triton, tmp_path):
     del triton
     compiled_mlp().save(tmp_path / "mlp.zenith")
-    with serving(tmp_path, "mlp.zenith", "--repository", "models") as server:
+    with serving(tmp_path, "mlp.zenith", "--repository", "models", "--exit-seconds", "3") as server:
         x = rows(3)
         with Client(server, "grpc") as client:
             assert wrong(x, client.infer("mlp", x=x)) < 1e-6
-        children = pathlib.Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
+        (stub,) = backends_below(server.process.pid)
+        os.kill(stub, signal.SIGKILL)
+        assert server.process.wait(60) == 1
+    assert "the process of a model died" in (tmp_path / "log").read_text()
+    with serving(tmp_path, "models") as server:
+        (triton_process,) = children(server.process.pid)
+        os.kill(triton_process, signal.SIGKILL)
         assert server.process.wait(60) == 1
     assert "exit code -9" in (tmp_path / "log").read_text()
     assert (tmp_path / "models" / "mlp" / "1" / "model.zenith").is_file()

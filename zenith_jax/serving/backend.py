@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ import jax
 import numpy as np
 
 from zenith_jax.compiled import CompiledModel, load
-from zenith_jax.errors import ZenithError
+from zenith_jax.errors import SavedModelError, ZenithError
 from zenith_jax.serving.batching import Batcher, Call, split
 from zenith_jax.serving.repository import CACHE, MODEL, SETTINGS
 
@@ -43,7 +45,7 @@ class Model:
         started = time.perf_counter()
         settings = json.loads((folder / SETTINGS).read_text())
         _use_cache(folder / CACHE)
-        self.compiled: CompiledModel = load(folder / MODEL)
+        self.compiled = _loaded(folder / MODEL)
         self.compiled.warm_up()
         self.batch: str | None = settings["batch"]
         self.batcher = Batcher(self.compiled.inputs, self.compiled.dynamic, self.batch)
@@ -52,8 +54,22 @@ class Model:
     def __call__(self, call: Call) -> list[list[Any]]:
         """The outputs of each request of the call."""
         program = self.compiled.programs[tuple(call.bucket[n] for n in self.compiled.dynamic)]
-        results = [np.asarray(x) for x in program(call.arrays)]
+        # A failed computation raises here; reading its results would end the process (jaxlib 0.10.2).
+        results = [np.asarray(x) for x in jax.block_until_ready(program(call.arrays))]
         return split(self.compiled.outputs, results, call, self.batch)
+
+
+def _loaded(path: pathlib.Path) -> CompiledModel:
+    """The model, from a copy in memory that nobody else has: `load` maps the parameters, and a file that is written
+    over while they are in use would change them."""
+    with os.fdopen(os.memfd_create("model.zenith"), "r+b") as copy, open(path, "rb") as file:
+        shutil.copyfileobj(file, copy, 1 << 24)
+        copy.flush()
+        name = f"/proc/self/fd/{copy.fileno()}"
+        try:
+            return load(name)
+        except SavedModelError as error:
+            raise SavedModelError(str(error).replace(name, str(path))) from None
 
 
 def _use_cache(folder: pathlib.Path) -> None:
@@ -182,3 +198,5 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    sys.stderr.flush()
+    os._exit(0)  # jaxlib at times aborts at exit, in its compiler's threads; all is written by now

@@ -176,7 +176,9 @@ class TritonServer:
     def start(self) -> None:
         """Starts it; `wait_until_ready` follows."""
         arguments, environment = self._stack.enter_context(self._installation.prepared())
-        log = self._stack.enter_context(pathlib.Path(self._log).open("ab")) if self._log is not None else None
+        log = None
+        if self._log is not None:
+            log = self._stack.enter_context(open(self._log, "ab"))  # noqa: SIM115
         models = sorted(p.name for p in self.repository.iterdir() if (p / "config.pbtxt").is_file())
         control = ["--model-control-mode=explicit", *(f"--load-model={m}" for m in models)] if self.explicit else []
         command = [
@@ -256,6 +258,25 @@ class TritonServer:
             return ""
         found = [m for m in states if m.get("state") == "UNAVAILABLE" and m.get("reason", "unloaded") != "unloaded"]
         return f"{found[0]['name']}: {found[0]['reason']}" if found else ""
+
+    def backends(self) -> set[int]:
+        """Process ids of the models' instances: Triton's Python backend runs each in a stub of its own."""
+        parents, stubs = {}, set()
+        for entry in pathlib.Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    command = (entry / "cmdline").read_bytes().split(b"\0")[0]
+                    parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                except (OSError, IndexError):
+                    continue  # it ended meanwhile
+                if command.endswith(b"triton_python_backend_stub"):
+                    stubs.add(int(entry.name))
+
+        def is_ours(pid: int) -> bool:
+            assert self.process is not None
+            return pid == self.process.pid or (pid in parents and is_ours(parents[pid]))
+
+        return {pid for pid in stubs if is_ours(pid)}
 
     def wait(self, seconds: float | None = None) -> int:
         """The exit code, when it ends."""

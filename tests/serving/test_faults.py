@@ -1,0 +1,366 @@
+"""What goes wrong around a server: no wrong answer, no hang, no lost accepted request, and readiness tells the truth.
+
+ZENITH_SERVING_SOAK=1 also runs 200 clients for two minutes, and 100,000 requests while memory is watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from serving_models import Client, compiled_mlp, rows, rss_mib, wrong
+
+import zenith_jax as zenith
+
+SOAK = os.environ.get("ZENITH_SERVING_SOAK") == "1"
+TOLERANCE = 1e-6
+PATH = "/v2/models/mlp/infer"
+
+
+def answers_rightly(server, model="mlp", seed=0, whole=True):
+    x = rows(3, seed)
+    for protocol in ("http", "grpc"):
+        with Client(server, protocol) as client:
+            assert client.client.is_server_ready() is whole and client.client.is_model_ready(model)
+            assert wrong(x, client.infer(model, x=x)) <= TOLERANCE
+
+
+@pytest.fixture(autouse=True)
+def shared_server_survives(request):
+    yield
+    if "served" in request.fixturenames:
+        answers_rightly(request.getfixturevalue("served").server)
+
+
+@contextlib.contextmanager
+def own_server(triton, tmp_path, **models):
+    """A server that the test may harm, with explicit loading."""
+    repository = zenith.serving.TritonModelRepository(tmp_path / "models")
+    for name, model in models.items():
+        repository.add(model, name=name, ahead_of_time=False)
+    with zenith.serving.TritonServer(
+        repository.path, installation=triton, explicit=True, log=tmp_path / "log", exit_seconds=5
+    ) as server:
+        yield server, repository
+
+
+# --- requests that are wrong ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (dict(x=np.zeros((2, 15), np.float32)), "unexpected shape for input 'x'"),
+        (dict(x=np.zeros((2, 16, 1), np.float32)), "unexpected shape for input 'x'"),
+        (dict(x=np.zeros((17, 16), np.float32)), "must be <= 16"),
+        (dict(x=np.zeros((2, 16), np.float64)), "TYPE_FP32|data-type"),
+        (dict(x=np.zeros((2, 16), np.int32)), "TYPE_FP32|data-type"),
+        (dict(y=np.zeros((2, 16), np.float32)), "unexpected inference input 'y'"),
+        (dict(x=np.zeros((2, 16), np.float32), y=np.zeros((2, 1), np.float32)), "expected 1 inputs"),
+    ],
+    ids=["size", "rank", "batch", "float64", "int32", "name", "one too many"],
+)
+def test_a_wrong_input_is_refused_by_name(client, inputs, message):
+    with pytest.raises(Exception, match=message):
+        client.infer("mlp", **inputs)
+
+
+def test_a_model_or_version_that_is_not_there(client):
+    with pytest.raises(Exception, match="unknown model"):
+        client.infer("nothing", x=rows(1))
+    with pytest.raises(Exception, match="version"):
+        client.infer("mlp", version="9", x=rows(1))
+
+
+def test_a_length_over_the_largest_is_refused_and_others_in_the_batch_are_answered(served):
+    with Client(served.server, "grpc") as client:
+        with pytest.raises(Exception, match="length 9; the model is compiled for 1 to 8"):
+            client.infer("lengths", x=np.zeros((1, 9, 3), np.float32))
+        (answer,) = client.infer("lengths", x=np.ones((1, 8, 3), np.float32)).values()
+        assert answer[0, -1, 0] == 16
+
+
+def binary_request(x, claimed=None):
+    """Headers and body of a request in Triton's binary extension; claimed: bytes that its JSON says follow."""
+    size = x.nbytes if claimed is None else claimed
+    tensor = {"name": "x", "shape": list(x.shape), "datatype": "FP32", "parameters": {"binary_data_size": size}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    return {"Inference-Header-Content-Length": str(len(head))}, head + x.tobytes()
+
+
+def posted(server, body, headers=None):
+    """The status of an HTTP answer."""
+    connection = http.client.HTTPConnection(server.http, timeout=30)
+    try:
+        connection.request("POST", PATH, body, headers or {})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\x00\xff" * 500,
+        b"[" * 20_000,
+        b'{"inputs": 3}',
+        b'{"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": ["a"]}]}',
+        b'{"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [1, 2]}]}',
+        b'{"inputs": [{"name": "x", "shape": [-1, 16], "datatype": "FP32", "data": []}]}',
+        b'{"inputs": [{"name": "x", "shape": [1, 99999], "datatype": "FP32", "data": [1]}]}',
+    ],
+    ids="empty brace bytes nested no-list strings short negative large-shape".split(),
+)
+def test_malformed_json(served, body):
+    assert 400 <= posted(served.server, body) < 600  # Triton answers some with 400, some with 500
+
+
+def test_binary_bodies_that_lie(served):
+    x = rows(2)
+    headers, body = binary_request(x)
+    assert posted(served.server, body, headers) == 200
+    assert 400 <= posted(served.server, body[:-7], headers) < 500
+    for claimed in (0, 7, x.nbytes * 2, 2**40):
+        lying, content = binary_request(x, claimed)
+        assert 400 <= posted(served.server, content, lying) < 600
+    for length in ("-1", "9999999", "nonsense", str(2**70)):
+        assert 400 <= posted(served.server, body, {"Inference-Header-Content-Length": length}) < 600
+
+
+def test_an_oversized_body(served):
+    """64 MiB where 2 KiB are expected, and more than gRPC's message limit of the client allows."""
+    headers, body = binary_request(np.zeros((1 << 20, 16), np.float32))
+    assert 400 <= posted(served.server, body, headers) < 500
+    with Client(served.server, "grpc") as client, pytest.raises(Exception, match="must be <= 16"):
+        client.infer("mlp", x=np.zeros((1 << 18, 16), np.float32))
+
+
+def test_bytes_that_are_no_http(served):
+    for payload in (b"\x16\x03\x01" + os.urandom(200), b"GET / HTTP/9.9\r\n\r\n", b"A" * 100_000):
+        for port in (served.server.http_port, served.server.grpc_port):
+            with socket.create_connection(("127.0.0.1", port), 10) as s:
+                s.sendall(payload)
+                s.settimeout(0.3)
+                with contextlib.suppress(OSError):
+                    s.recv(1000)
+
+
+def test_clients_that_hang_up(served):
+    """Before the body is sent whole, and before the answer comes, with a reset."""
+    headers, body = binary_request(rows(4))
+    lines = [f"POST {PATH} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+    request = "\r\n".join([*lines, *(f"{k}: {v}" for k, v in headers.items()), "", ""]).encode() + body
+    for sent in (len(request) // 3, len(request) - 1, len(request)):
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", served.server.http_port), 10) as s:
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                s.sendall(request[:sent])
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def load(server, clients, seconds, stop=None):
+    """(answers, problems) of clients that ask all the time, each in a thread, half of them over HTTP."""
+    stop, problems, answered = stop or threading.Event(), [], []
+
+    def ask(seed):
+        x, mine = rows(1 + seed % 4, seed), 0
+        with Client(server, "http" if seed % 2 else "grpc") as client:
+            while not stop.is_set():
+                try:
+                    error = wrong(x, client.infer("mlp", x=x))
+                    if error > TOLERANCE:
+                        problems.append(f"wrong by {error}")
+                    mine += 1
+                except Exception as error:
+                    problems.append(f"{type(error).__name__}: {error}")
+                    if len(problems) > 1000:
+                        break
+        answered.append(mine)
+
+    threads = [threading.Thread(target=ask, args=(s,)) for s in range(clients)]
+    for t in threads:
+        t.start()
+    stop.wait(seconds)
+    stop.set()
+    for t in threads:
+        t.join(60)
+        assert not t.is_alive(), "a client hangs"
+    return answered, problems
+
+
+@pytest.mark.timeout(400)
+def test_many_clients(served):
+    clients, seconds = (200, 120) if SOAK else (20, 5)
+    answered, problems = load(served.server, clients, seconds)
+    print(f"{clients} clients, {seconds} s: {sum(answered)} answers, the slowest client had {min(answered)}")
+    assert problems == [] and len(answered) == clients and min(answered) > 0
+
+
+@pytest.mark.timeout(1200)
+def test_memory_is_flat(served):
+    requests = 100_000 if SOAK else 1_500
+    (stub,) = stubs_of(served.server, "mlp")
+    with Client(served.server, "grpc") as client:
+
+        def ask(n):
+            for i in range(n):
+                x = rows(1 + i % 16, i % 7)
+                assert set(client.infer("mlp", x=x)) == {"probabilities", "largest"}
+
+        ask(requests // 10)  # until allocators have what they keep
+        before = rss_mib(stub), rss_mib(served.server.process.pid)
+        ask(requests)
+        after = rss_mib(stub), rss_mib(served.server.process.pid)
+    print(f"{requests} requests: RSS of the backend {before[0]:.1f} -> {after[0]:.1f} MiB, of the server "
+          f"{before[1]:.1f} -> {after[1]:.1f} MiB")  # fmt: skip
+    assert after[0] - before[0] < 8 and after[1] - before[1] < 16
+
+
+def stubs_of(server, model):
+    """Backends of one model, which their arguments name."""
+    found = []
+    for pid in server.backends():
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            if f"/{model}/".encode() in file.read():
+                found.append(pid)
+    return found
+
+
+# --- the server's side ------------------------------------------------------------------------------------------------
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+def test_a_killed_backend(triton, tmp_path, compiled):
+    """Its requests fail at once, and other models go on. `zenith serve` ends then: test_serve_command.py."""
+    with own_server(triton, tmp_path, mlp=compiled, other=compiled) as (server, _):
+        x = rows(2)
+        (stub,) = stubs_of(server, "mlp")
+        os.kill(stub, signal.SIGKILL)
+        for protocol in ("grpc", "http"):
+            with Client(server, protocol) as client:
+                started = time.monotonic()
+                with pytest.raises(Exception, match="not healthy"):
+                    client.infer("mlp", x=x)
+                assert time.monotonic() - started < 20
+                assert wrong(x, client.infer("other", x=x)) <= TOLERANCE
+        assert len(stubs_of(server, "other")) == 1 and stubs_of(server, "mlp") == []
+
+
+def test_a_corrupt_version_does_not_take_over(triton, tmp_path, compiled):
+    with own_server(triton, tmp_path, mlp=compiled) as (server, repository), Client(server, "http") as client:
+        folder = repository.add(compiled, name="mlp", ahead_of_time=False)
+        content = bytearray((folder / "model.zenith").read_bytes())
+        content[len(content) // 2] ^= 1
+        for damaged in (bytes(content), content[: len(content) // 2], b""):
+            (folder / "model.zenith").write_bytes(damaged)
+            with pytest.raises(Exception, match=r"load failed.*model\.zenith"):
+                client.client.load_model("mlp")
+            states = {m["version"]: m for m in server.index() if m["name"] == "mlp"}
+            assert states["2"]["state"] == "UNAVAILABLE" and "Error" in states["2"]["reason"]
+            answers_rightly(server, whole=False)  # by version 1; the server as a whole is not ready
+
+
+def test_a_model_file_that_is_written_over_in_use(triton, tmp_path, compiled):
+    """In place, as cp does: the parameters in use are those that were checked."""
+    with own_server(triton, tmp_path, mlp=compiled) as (server, repository):
+        file = repository.path / "mlp" / "1" / "model.zenith"
+        size = file.stat().st_size
+        file.write_bytes(os.urandom(size))
+        answers_rightly(server)
+        os.truncate(file, 10)
+        answers_rightly(server, seed=1)
+
+
+def test_out_of_memory(triton, tmp_path, compiled):
+    """A request that needs more than there is gets an error; the next one that fits is answered."""
+
+    def large(x):
+        return x[:, None, :] * jnp.ones((1024, 1))
+
+    example = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, length"), jnp.float32)
+    model = zenith.compile(large, example, dynamic={"batch": (1,), "length": (16, 1 << 15)})
+    with own_server(triton, tmp_path, large=model, mlp=compiled) as (server, _), Client(server, "grpc") as client:
+        (stub,) = stubs_of(server, "large")
+        with open(f"/proc/{stub}/statm") as file:
+            virtual = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.prlimit(stub, resource.RLIMIT_AS, (virtual + (64 << 20), resource.RLIM_INFINITY))
+        with pytest.raises(Exception, match=r"(?i)memory|alloc|RESOURCE_EXHAUSTED|shm|shared"):
+            client.infer("large", x=np.ones((1, 1 << 15), np.float32))
+        (answer,) = client.infer("large", x=np.ones((1, 16), np.float32)).values()
+        np.testing.assert_array_equal(answer, np.ones((1, 1024, 16)))
+        answers_rightly(server)
+
+
+def test_sigterm_under_load(triton, tmp_path, compiled):
+    """A request that was accepted is answered; whoever comes later is refused; nobody hangs; the exit code is 0."""
+
+    def slow(x):
+        spin = jax.lax.fori_loop(0, 60_000_000, lambda i, s: jnp.sin(s) + 1e-3, x.sum())
+        return x + 0 * spin
+
+    with own_server(triton, tmp_path, slow=zenith.compile(slow, jnp.ones((1, 16))), mlp=compiled) as (server, _):
+        found, stop = {}, threading.Event()
+
+        def long_request():
+            with Client(server, "grpc") as client:
+                started = time.monotonic()
+                (found["answer"],) = client.infer("slow", x=rows(1)).values()
+                found["seconds"] = time.monotonic() - started
+
+        def background():
+            found["answered"], found["problems"] = load(server, 4, 30, stop)
+
+        threads = [threading.Thread(target=t) for t in (long_request, background)]
+        for t in threads:
+            t.start()
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        stop.set()  # clients that keep a connection open keep a server waiting
+        for t in threads:
+            t.join(60)
+            assert not t.is_alive()
+        assert server.wait(60) == 0
+    np.testing.assert_array_equal(found["answer"], rows(1))
+    assert found["seconds"] > 0.3, "the request was over before the signal"
+    assert sum(found["answered"]) > 0
+    assert not [p for p in found["problems"] if p.startswith("wrong")]
+
+
+def test_it_is_not_ready_before_it_is_warm(triton, tmp_path):
+    """Whenever readiness says yes, a request is answered at once by a compiled program."""
+    repository = zenith.serving.TritonModelRepository(tmp_path / "models")
+    repository.add(compiled_mlp(), name="mlp", ahead_of_time=False)
+    server = zenith.serving.TritonServer(repository.path, installation=triton, log=tmp_path / "log", exit_seconds=5)
+    server.start()
+    try:
+        until(server.is_ready, 60)
+        x = rows(16)
+        with Client(server, "http") as client:
+            started = time.monotonic()
+            assert wrong(x, client.infer("mlp", x=x)) <= TOLERANCE
+            assert time.monotonic() - started < 1
+    finally:
+        assert server.stop() == 0
