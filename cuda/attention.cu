@@ -9,6 +9,14 @@
 namespace zenith {
 namespace {
 
+/// What the contract has and no kernel here computes; Python's `supports` says so first.
+Status Unsupported(const AttentionProblem& p) {
+  if (p.softcap > 0) return {"attention: softcap has no CUDA kernel"};
+  if (p.interval || p.query_segments || p.key_segments)
+    return {"attention: intervals and segments have no CUDA kernel; give them as a mask"};
+  return {};
+}
+
 int64_t ElementBytes(const AttentionProblem& p) { return p.dtype == DType::kF32 ? 4 : 2; }
 
 int64_t HeadDim(const AttentionProblem& p) { return std::max(p.qk_dim, p.v_dim); }
@@ -107,6 +115,7 @@ Kernel* Pick(const AttentionProblem& p, Kernel* d64, Kernel* d128, Kernel* d256,
 
 Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) {
   using namespace attention;
+  if (const Status status = Unsupported(args); !status.ok()) return status;
   if (args.batch * args.kv_heads * args.groups * args.q_len == 0) return {};
   if (!FitsTensorCores(args, args.out)) return NaiveForward(args, launch);
 #ifdef ZENITH_HOPPER
@@ -117,7 +126,10 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
 
 Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   using namespace attention;
-  Status status = RowDelta(args, launch);
+  Status status = Unsupported(args);
+  if (!status.ok()) return status;
+  if (args.dlse) return {"attention: the cotangent of lse has no CUDA kernel"};
+  status = RowDelta(args, launch);
   if (!status.ok()) return status;
   if (args.batch * args.kv_heads * args.groups == 0 || !FitsTensorCores(args))
     return NaiveBackward(args, launch);

@@ -21,26 +21,30 @@ enum class Layout : int32_t {
       1,  // [*b t k g d], [*b s k d]: what a projection to (length, heads, features) gives
 };
 
-/// Bits of `mask_axes` and `bias_axes`: the axes along which that operand varies. Along the others
+/// Bits of the attributes `..._axes`: the axes along which that operand varies. Along the others
 /// its size is 1 and it is broadcast.
 enum ScoreAxis : int64_t { kBatch = 1, kKvHead = 2, kGroup = 4, kQuery = 8, kKey = 16 };
 inline constexpr int64_t kAbsent = -1;  // no such operand; an empty one stands in its place
 inline constexpr int64_t kAllScoreAxes = kBatch | kKvHead | kGroup | kQuery | kKey;
 
 struct AttentionAttributes {
-  float scale;
+  float scale, softcap;
   int64_t left, right;
   int32_t masked_row, layout;
-  int64_t mask_axes, bias_axes;
+  int64_t mask_axes, bias_axes, interval_axes, query_segments_axes, key_segments_axes;
 };
 
 }  // namespace zenith
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::zenith::AttentionAttributes, ::xla::ffi::StructMember<float>("scale"),
-    ::xla::ffi::StructMember<int64_t>("left"), ::xla::ffi::StructMember<int64_t>("right"),
-    ::xla::ffi::StructMember<int32_t>("masked_row"), ::xla::ffi::StructMember<int32_t>("layout"),
-    ::xla::ffi::StructMember<int64_t>("mask_axes"), ::xla::ffi::StructMember<int64_t>("bias_axes"));
+    ::xla::ffi::StructMember<float>("softcap"), ::xla::ffi::StructMember<int64_t>("left"),
+    ::xla::ffi::StructMember<int64_t>("right"), ::xla::ffi::StructMember<int32_t>("masked_row"),
+    ::xla::ffi::StructMember<int32_t>("layout"), ::xla::ffi::StructMember<int64_t>("mask_axes"),
+    ::xla::ffi::StructMember<int64_t>("bias_axes"),
+    ::xla::ffi::StructMember<int64_t>("interval_axes"),
+    ::xla::ffi::StructMember<int64_t>("query_segments_axes"),
+    ::xla::ffi::StructMember<int64_t>("key_segments_axes"));
 
 namespace zenith {
 namespace {
@@ -65,7 +69,7 @@ HeadStrides DenseStrides(Layout layout, int64_t heads, int64_t length, int64_t f
   return strides;
 }
 
-/// A mask or bias that is dense over the axes in a bit set, in the order of the bits.
+/// A tensor over scores that is dense over the axes in a bit set, in the order of the bits.
 struct BroadcastScores {
   ScoreStrides strides;
   int64_t size;
@@ -88,7 +92,7 @@ BroadcastScores DenseScores(int64_t axes, const Sizes& n) {
 
 /// What every attention target is given.
 struct Inputs {
-  Operand query, key, value, mask, bias;
+  Operand query, key, value, mask, bias, interval, query_segments, key_segments;
   AttentionAttributes attributes;
 
   int64_t batch_rank() const { return query.rank() - 4; }
@@ -103,13 +107,20 @@ struct Inputs {
   }
 };
 
-void CheckScores(Check& check, const Operand& x, int64_t axes, const Sizes& n,
+/// The sizes of an interval: its bounds lie along the key axis.
+Sizes IntervalSizes(Sizes n) {
+  n.kv_len = 2;
+  return n;
+}
+
+/// `allowed`: the bits that may be set.
+void CheckScores(Check& check, const Operand& x, int64_t axes, int64_t allowed, const Sizes& n,
                  const char* axes_invariant) {
   if (axes == kAbsent) {
     check.Size(x, 0, "it is absent");
     return;
   }
-  check.That(axes >= 0 && axes <= kAllScoreAxes, axes_invariant, axes);
+  check.That(axes >= 0 && (axes & ~allowed) == 0, axes_invariant, axes);
   if (check.failed()) return;
   check.Size(x, DenseScores(axes, n).size, "the product of the axes that its bit set names");
 }
@@ -127,9 +138,30 @@ void CheckInputs(Check& check, const Inputs& in) {
 
   const AttentionAttributes& a = in.attributes;
   if (a.mask_axes != kAbsent) check.Type(in.mask, ffi::DataType::PRED);
-  CheckScores(check, in.mask, a.mask_axes, n, "mask_axes must be -1 or a set of 5 bits");
+  CheckScores(check, in.mask, a.mask_axes, kAllScoreAxes, n,
+              "mask_axes must be -1 or a set of 5 bits");
   if (a.bias_axes != kAbsent) check.Float(in.bias);
-  CheckScores(check, in.bias, a.bias_axes, n, "bias_axes must be -1 or a set of 5 bits");
+  CheckScores(check, in.bias, a.bias_axes, kAllScoreAxes, n,
+              "bias_axes must be -1 or a set of 5 bits");
+  if (a.interval_axes != kAbsent) {
+    check.Type(in.interval, ffi::DataType::S32);
+    check.That((a.interval_axes & kKey) != 0, "interval_axes must have the bit of the key axis",
+               a.interval_axes);
+  }
+  CheckScores(check, in.interval, a.interval_axes, kAllScoreAxes, IntervalSizes(n),
+              "interval_axes must be -1 or a set of 5 bits");
+  check.That((a.query_segments_axes == kAbsent) == (a.key_segments_axes == kAbsent),
+             "segments must be of queries and keys, or of neither", a.query_segments_axes);
+  if (a.query_segments_axes != kAbsent) {
+    check.Type(in.query_segments, ffi::DataType::S32);
+    check.Type(in.key_segments, ffi::DataType::S32);
+  }
+  CheckScores(check, in.query_segments, a.query_segments_axes, kBatch | kKvHead | kQuery, n,
+              "query_segments_axes must be -1 or a set of batch, kv_head and query");
+  CheckScores(check, in.key_segments, a.key_segments_axes, kBatch | kKvHead | kKey, n,
+              "key_segments_axes must be -1 or a set of batch, kv_head and key");
+  check.That(a.softcap >= 0, "softcap must not be negative or NaN",
+             static_cast<int64_t>(a.softcap));
   check.That(a.layout == 0 || a.layout == 1, "layout must be 0 or 1", a.layout);
   check.That(a.masked_row == 0 || a.masked_row == 1, "masked_row must be 0 or 1", a.masked_row);
 }
@@ -151,6 +183,8 @@ AttentionProblem Problem(const Inputs& in) {
   const Sizes n = in.sizes();
   const auto layout = static_cast<Layout>(a.layout);
   const bool has_mask = a.mask_axes != kAbsent, has_bias = a.bias_axes != kAbsent;
+  const bool has_interval = a.interval_axes != kAbsent;
+  const bool has_segments = a.query_segments_axes != kAbsent;
   return AttentionProblem{
       .dtype = DTypeOf(in.query),
       .batch = n.batch,
@@ -161,6 +195,7 @@ AttentionProblem Problem(const Inputs& in) {
       .qk_dim = n.qk_dim,
       .v_dim = n.v_dim,
       .scale = a.scale,
+      .softcap = a.softcap,
       // Clamped, so that a kernel may add a position to a bound without overflow.
       .left = std::clamp(a.left, -kUnbounded, kUnbounded),
       .right = std::clamp(a.right, -kUnbounded, kUnbounded),
@@ -177,19 +212,28 @@ AttentionProblem Problem(const Inputs& in) {
       .bias = has_bias ? in.bias.data() : nullptr,
       .bias_dtype = has_bias ? DTypeOf(in.bias) : DType::kF32,
       .bias_strides = DenseScores(has_bias ? a.bias_axes : 0, n).strides,
+      .interval = has_interval ? in.interval.data<const int32_t>() : nullptr,
+      .interval_strides = DenseScores(has_interval ? a.interval_axes : 0, IntervalSizes(n)).strides,
+      .query_segments = has_segments ? in.query_segments.data<const int32_t>() : nullptr,
+      .key_segments = has_segments ? in.key_segments.data<const int32_t>() : nullptr,
+      .query_segments_strides = DenseScores(has_segments ? a.query_segments_axes : 0, n).strides,
+      .key_segments_strides = DenseScores(has_segments ? a.key_segments_axes : 0, n).strides,
   };
 }
 
 // ---- Targets ------------------------------------------------------------------------------------
 
 ffi::Error Forward(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
-                   Buffer bias, Result out_buffer, Result lse_buffer,
-                   AttentionAttributes attributes) {
+                   Buffer bias, Buffer interval, Buffer query_segments, Buffer key_segments,
+                   Result out_buffer, Result lse_buffer, AttentionAttributes attributes) {
   const Inputs in{.query = {"query", query},
                   .key = {"key", key},
                   .value = {"value", value},
                   .mask = {"mask", mask},
                   .bias = {"bias", bias},
+                  .interval = {"interval", interval},
+                  .query_segments = {"query_segments", query_segments},
+                  .key_segments = {"key_segments", key_segments},
                   .attributes = attributes};
   const Operand out("out", out_buffer), lse("lse", lse_buffer);
   Check check("attention_fwd");
@@ -211,6 +255,9 @@ XLA_FFI_DEFINE_HANDLER(kForward, Forward,
                            .Arg<Buffer>()  // value [*b k s e]
                            .Arg<Buffer>()  // mask, bool, dense over mask_axes
                            .Arg<Buffer>()  // bias, any float, dense over bias_axes
+                           .Arg<Buffer>()  // interval, int32, dense over interval_axes
+                           .Arg<Buffer>()  // query segments, int32, dense over their axes
+                           .Arg<Buffer>()  // key segments, likewise
                            .Ret<Buffer>()  // out [*b k g t e]
                            .Ret<Buffer>()  // lse [*b k g t], float32
                            .Attrs<AttentionAttributes>(),
@@ -219,7 +266,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, Forward,
 struct BackwardCall {
   const char* target;
   Inputs in;
-  Operand out, lse, dout;
+  Operand out, lse, dout, dlse;
   Operand dquery, dkey, dvalue, delta;
   std::optional<Operand> dbias = {};
 };
@@ -231,6 +278,7 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
   CheckOut(check, call.out, in);
   CheckRows(check, call.lse, in);
   CheckOut(check, call.dout, in);
+  if (call.dlse.size() > 0) CheckRows(check, call.dlse, in);
   check.Same(call.dquery, in.query);
   check.Same(call.dkey, in.key);
   check.Same(call.dvalue, in.value);
@@ -245,6 +293,7 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
                                    call.out.data(),
                                    call.dout.data(),
                                    call.lse.data<const float>(),
+                                   call.dlse.size() > 0 ? call.dlse.data<const float>() : nullptr,
                                    call.delta.data<float>(),
                                    call.dquery.data(),
                                    call.dkey.data(),
@@ -255,8 +304,9 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
 }
 
 ffi::Error BackwardWithoutBias(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
-                               Buffer bias, Buffer out, Buffer lse, Buffer dout, Result dquery,
-                               Result dkey, Result dvalue, Result delta,
+                               Buffer bias, Buffer interval, Buffer query_segments,
+                               Buffer key_segments, Buffer out, Buffer lse, Buffer dout,
+                               Buffer dlse, Result dquery, Result dkey, Result dvalue, Result delta,
                                AttentionAttributes attributes) {
   return Backward(context, {.target = "attention_bwd",
                             .in = {.query = {"query", query},
@@ -264,10 +314,14 @@ ffi::Error BackwardWithoutBias(Context context, Buffer query, Buffer key, Buffer
                                    .value = {"value", value},
                                    .mask = {"mask", mask},
                                    .bias = {"bias", bias},
+                                   .interval = {"interval", interval},
+                                   .query_segments = {"query_segments", query_segments},
+                                   .key_segments = {"key_segments", key_segments},
                                    .attributes = attributes},
                             .out = {"out", out},
                             .lse = {"lse", lse},
                             .dout = {"dout", dout},
+                            .dlse = {"dlse", dlse},
                             .dquery = {"dquery", dquery},
                             .dkey = {"dkey", dkey},
                             .dvalue = {"dvalue", dvalue},
@@ -282,9 +336,13 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardWithoutBias,
                            .Arg<Buffer>()  // value [*b k s e]
                            .Arg<Buffer>()  // mask, bool, dense over mask_axes
                            .Arg<Buffer>()  // bias, any float, dense over bias_axes
+                           .Arg<Buffer>()  // interval, int32, dense over interval_axes
+                           .Arg<Buffer>()  // query segments, int32, dense over their axes
+                           .Arg<Buffer>()  // key segments, likewise
                            .Arg<Buffer>()  // out [*b k g t e]
                            .Arg<Buffer>()  // lse [*b k g t], float32
                            .Arg<Buffer>()  // dout [*b k g t e]
+                           .Arg<Buffer>()  // dlse [*b k g t], float32; empty for 0
                            .Ret<Buffer>()  // dquery [*b k g t d]
                            .Ret<Buffer>()  // dkey [*b k s d]
                            .Ret<Buffer>()  // dvalue [*b k s e]
@@ -293,8 +351,9 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardWithoutBias,
                        kTraits);
 
 ffi::Error BackwardWithBias(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
-                            Buffer bias, Buffer out, Buffer lse, Buffer dout, Result dquery,
-                            Result dkey, Result dvalue, Result delta, Result dbias,
+                            Buffer bias, Buffer interval, Buffer query_segments,
+                            Buffer key_segments, Buffer out, Buffer lse, Buffer dout, Buffer dlse,
+                            Result dquery, Result dkey, Result dvalue, Result delta, Result dbias,
                             AttentionAttributes attributes) {
   return Backward(context, {.target = "attention_bias_bwd",
                             .in = {.query = {"query", query},
@@ -302,10 +361,14 @@ ffi::Error BackwardWithBias(Context context, Buffer query, Buffer key, Buffer va
                                    .value = {"value", value},
                                    .mask = {"mask", mask},
                                    .bias = {"bias", bias},
+                                   .interval = {"interval", interval},
+                                   .query_segments = {"query_segments", query_segments},
+                                   .key_segments = {"key_segments", key_segments},
                                    .attributes = attributes},
                             .out = {"out", out},
                             .lse = {"lse", lse},
                             .dout = {"dout", dout},
+                            .dlse = {"dlse", dlse},
                             .dquery = {"dquery", dquery},
                             .dkey = {"dkey", dkey},
                             .dvalue = {"dvalue", dvalue},
@@ -321,9 +384,13 @@ XLA_FFI_DEFINE_HANDLER(kBiasBackward, BackwardWithBias,
                            .Arg<Buffer>()  // value [*b k s e]
                            .Arg<Buffer>()  // mask, bool, dense over mask_axes
                            .Arg<Buffer>()  // bias, any float, dense over bias_axes
+                           .Arg<Buffer>()  // interval, int32, dense over interval_axes
+                           .Arg<Buffer>()  // query segments, int32, dense over their axes
+                           .Arg<Buffer>()  // key segments, likewise
                            .Arg<Buffer>()  // out [*b k g t e]
                            .Arg<Buffer>()  // lse [*b k g t], float32
                            .Arg<Buffer>()  // dout [*b k g t e]
+                           .Arg<Buffer>()  // dlse [*b k g t], float32; empty for 0
                            .Ret<Buffer>()  // dquery [*b k g t d]
                            .Ret<Buffer>()  // dkey [*b k s d]
                            .Ret<Buffer>()  // dvalue [*b k s e]

@@ -48,14 +48,34 @@ def silu(x):
     return x * lax.logistic(x)
 
 
-def attention(q, k, v, *scores, mask=None, bias=None, scale=None, is_causal=False, local_window_size=None):
-    """scores: a mask and a bias, told apart by their dtype."""
-    for x in scores:
-        mask, bias = (x, bias) if x.dtype == bool else (mask, x)
+def attention(
+    q,
+    k,
+    v,
+    *more,
+    mask=None,
+    bias=None,
+    sinks=None,
+    query_segments=None,
+    key_segments=None,
+    key_lengths=None,
+    scale=None,
+    softcap=None,
+    is_causal=False,
+    local_window_size=None,
+):
+    """more: a mask, a bias and sinks, told apart by dtype and rank."""
+    for x in more:
+        if x.ndim == 1:
+            sinks = x
+        else:
+            mask, bias = (x, bias) if x.dtype == bool else (mask, x)
     groups = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bthd,bshd->bhts", q, k).astype(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias
     distance = jnp.arange(k.shape[1])[None] - jnp.arange(q.shape[1])[:, None]
@@ -67,5 +87,13 @@ def attention(q, k, v, *scores, mask=None, bias=None, scale=None, is_causal=Fals
         allowed &= (distance >= -left) & (distance <= right)
     if mask is not None:
         allowed = allowed & mask
+    if query_segments is not None:
+        allowed = allowed & (query_segments[:, None, :, None] == key_segments[:, None, None])
+    if key_lengths is not None:
+        allowed = allowed & (jnp.arange(k.shape[1]) < key_lengths[:, None, None, None])
     logits = jnp.where(allowed, logits, -1e30)  # a row of these only is uniform
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks.astype(logits.dtype)[:, None, None], (*logits.shape[:3], 1))
+        p = softmax(jnp.concatenate([logits, column], axis=-1))[..., :-1]
+        return jnp.einsum("bhts,bshd->bthd", p.astype(v.dtype), v)
     return jnp.einsum("bhts,bshd->bthd", softmax(logits).astype(v.dtype), v)

@@ -23,9 +23,9 @@ SEED = 20260107
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 
-def zenith_attention(q, k, v, *scores, **options):
-    for x in scores:
-        options["mask" if x.dtype == bool else "bias"] = x
+def zenith_attention(q, k, v, *more, **options):
+    for x in more:
+        options["mask" if x.dtype == bool else "sinks" if x.ndim == 1 else "bias"] = x
     return ops.attention(q, k, v, **options)
 
 
@@ -74,10 +74,12 @@ X, W = (3, 5, 37), (37,)  # no size a multiple of a vector's
 Q, K, V = (2, 9, 4, 6), (2, 7, 4, 6), (2, 7, 4, 6)
 
 
-def attention_case(name, *more, q=Q, k=K, v=V, **options):
-    return Case(
-        "attention", name, ft.partial(zenith_attention, **options), ft.partial(attention, **options), (q, k, v, *more)
-    )
+SEGMENTS = np.array([[0, 0, 0, 1, 1, 3, 3, 3, 4], [2, 2, 2, 2, 1, 1, 1, 2, 2]])
+
+
+def attention_case(name, *more, q=Q, k=K, v=V, shared=(), **options):
+    functions = (ft.partial(f, **options) for f in (zenith_attention, attention))
+    return Case("attention", name, *functions, (q, k, v, *more), shared)
 
 
 CASES = [
@@ -115,9 +117,30 @@ CASES = [
     attention_case("value size", v=(2, 7, 4, 11)),
     attention_case("scale", scale=0.7),
     attention_case("one query", q=(2, 1, 4, 6)),
+    attention_case("sinks and window", (4,), shared=(3,), is_causal=True, local_window_size=(2, 0)),
+    attention_case(
+        "sinks, cap, segments, lengths, mask",
+        Mask((2, 1, 9, 7)),
+        (4,),
+        shared=(4,),
+        softcap=1.5,
+        query_segments=SEGMENTS[:, :9],
+        key_segments=SEGMENTS[:, 1:8],
+        key_lengths=np.array([5, 0]),
+    ),
 ]
 # One case of each op with parameters, and the hard ones of attention, for the dearer transformations.
-MAIN_NAMES = ("scale bias", "scale", "axis 1", "tanh", "erf", "mask and bias, causal", "grouped", "smoothing, z-loss")
+MAIN_NAMES = (
+    "scale bias",
+    "scale",
+    "axis 1",
+    "tanh",
+    "erf",
+    "mask and bias, causal",
+    "grouped",
+    "smoothing, z-loss",
+    "sinks, cap, segments, lengths, mask",
+)
 MAIN = [c for c in CASES if c.name in MAIN_NAMES or c.op in ("silu", "softmax")]
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

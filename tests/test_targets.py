@@ -76,22 +76,32 @@ def derivative(function, x, step=1e-6):
     return (function(x + step) - function(x - step)) / (2 * step)
 
 
-def attention(query, key, value, mask, bias, *, scale, left, right):
+def attention(query, key, value, mask, bias, interval, query_segments, key_segments, *, scale, softcap, left, right):
     t, s = np.arange(query.shape[-2])[:, None], np.arange(key.shape[-2])
     allowed = (s - t >= -left) & (s - t <= right) & mask.astype(bool)
-    logits = scale * np.einsum("bkgtd,bksd->bkgts", query, key) + bias
-    logits = np.where(allowed, logits, -np.inf)
+    if interval.size:
+        allowed = allowed & (interval[..., :1] <= s) & (s < interval[..., 1:])
+    if query_segments.size:
+        allowed = allowed & (query_segments[:, :, None, :, None] == key_segments[:, :, None, None])
+    logits, slope = scale * np.einsum("bkgtd,bksd->bkgts", query, key), 1.0
+    if softcap:
+        slope = 1 - np.tanh(logits / softcap) ** 2
+        logits = softcap * np.tanh(logits / softcap)
+    logits = np.where(allowed, logits + bias, -np.inf)
     lse = np.log(np.exp(logits).sum(-1))
     p = np.exp(logits - lse[..., None])
-    return np.einsum("bkgts,bkse->bkgte", p, value), lse, p
+    return np.einsum("bkgts,bkse->bkgte", p, value), lse, p, slope
 
 
-def attention_backward(query, key, value, mask, bias, out, lse, dout, *, scale, left, right):
-    p = attention(query, key, value, mask, bias, scale=scale, left=left, right=right)[2]
+def attention_backward(query, key, value, mask, bias, *rest, scale, **band):
+    *structure, out, _, dout, dlse = rest
+    _, _, p, slope = attention(query, key, value, mask, bias, *structure, scale=scale, **band)
     dp = np.einsum("bkgte,bkse->bkgts", dout, value)
-    dlogits = p * (dp - (dout * out).sum(-1, keepdims=True))
-    dquery = scale * np.einsum("bkgts,bksd->bkgtd", dlogits, key)
-    dkey = scale * np.einsum("bkgts,bkgtd->bksd", dlogits, query)
+    delta = (dout * out).sum(-1) - (dlse if dlse.size else 0)
+    dlogits = p * (dp - delta[..., None])
+    dproducts = scale * dlogits * slope
+    dquery = np.einsum("bkgts,bksd->bkgtd", dproducts, key)
+    dkey = np.einsum("bkgts,bkgtd->bksd", dproducts, query)
     dvalue = np.einsum("bkgts,bkgte->bkse", p, dout)
     return dquery, dkey, dvalue, None, dlogits
 
@@ -180,26 +190,44 @@ def activation_cases() -> dict[str, Case]:
     return cases
 
 
-def attention_cases() -> dict[str, Case]:
+STRUCTURE = ("interval", "query_segments", "key_segments", "dlse")
+
+
+def attention_cases(structured: bool = False) -> dict[str, Case]:
+    """structured: with what only the CPU's kernels compute: a cap, intervals, segments, the cotangent of lse."""
     b, k, g, t, s, d, e = 2, 3, 2, 11, 13, 8, 12
     query, key, value = normal(b, k, g, t, d), normal(b, k, s, d), normal(b, k, s, e)
     mask = RNG.random((1, k, 1, t, s)) < 0.8  # kv_head, query and key: bits 2, 8 and 16
     mask[..., 0] = True
     bias = normal(b, 1, g, 1, s)  # batch, group and key: bits 1, 4 and 16
-    band = {"scale": 0.4, "left": LEFT_OPEN, "right": 2}
+    band = {"scale": 0.4, "softcap": 1.5 * structured, "left": LEFT_OPEN, "right": 2}
+    interval, query_segments, key_segments, dlse = (np.zeros(0, F32 if n == "dlse" else np.int32) for n in STRUCTURE)
+    if structured:
+        first = RNG.integers(3, size=(b, 1, g, t))  # batch, group, query, and the bounds along the key's bit
+        interval = np.stack([first, RNG.integers(8, s + 3, size=first.shape)], -1).astype(np.int32)
+        query_segments, key_segments = np.zeros((b, 1, t), np.int32), np.zeros((1, k, s), np.int32)
+        query_segments[1, :, 6:] = key_segments[..., 8:] = -5
+        mask[..., 3:8] = True  # no row without a key
+        band["right"] = 8
+        dlse = normal(b, k, g, t)
     attributes = {
         "scale": np.float32(band["scale"]),
+        "softcap": np.float32(band["softcap"]),
         "left": np.int64(band["left"]),
         "right": np.int64(band["right"]),
         "masked_row": np.int32(0),
         "layout": np.int32(0),
         "mask_axes": np.int64(2 + 8 + 16),
         "bias_axes": np.int64(1 + 4 + 16),
+        "interval_axes": np.int64(1 + 4 + 8 + 16 if structured else -1),
+        "query_segments_axes": np.int64(1 + 8 if structured else -1),
+        "key_segments_axes": np.int64(2 + 16 if structured else -1),
     }
     operands = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias}
-    out, lse, _ = attention(query, key, value, mask, bias, **band)
+    operands |= {"interval": interval, "query_segments": query_segments, "key_segments": key_segments}
+    out, lse, *_ = attention(*operands.values(), **band)
     rows = ((b, k, g, t), F32)
-    backward_operands = operands | {"out": F32(out), "lse": F32(lse), "dout": normal(b, k, g, t, e)}
+    backward_operands = operands | {"out": F32(out), "lse": F32(lse), "dout": normal(b, k, g, t, e), "dlse": dlse}
     cotangents = {"dquery": (query.shape, F32), "dkey": (key.shape, F32), "dvalue": (value.shape, F32), "delta": rows}
     scores = {"dbias": ((b, k, g, t, s), F32)}
     return {
@@ -216,7 +244,14 @@ def attention_cases() -> dict[str, Case]:
     }
 
 
+STRUCTURED = attention_cases(structured=True)
 CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | attention_cases()
+
+
+@pytest.fixture
+def on_cpu(device):
+    if device != "cpu":
+        pytest.skip("only the CPU's kernels compute this")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -255,13 +290,21 @@ def test_target_computes_its_formula(name):
             np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_attention_computes_caps_intervals_segments_and_takes_a_cotangent_of_lse(on_cpu, name):
+    case = STRUCTURED[name]
+    for actual, wanted in zip(call(name, case.operands, case.results, case.attributes), expected(case), strict=True):
+        if wanted is not None:
+            np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-5)
+
+
 LENGTH_MAJOR = {5: (0, 3, 1, 2, 4), 4: (0, 2, 1, 3)}  # query, out: b t k g d; key, value: b s k d
 
 
 @pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd", "attention_bias_bwd"])
 def test_attention_reads_and_writes_length_major_arrays(name):
     case = CASES[name]
-    dense = {"mask", "bias", "lse", "delta", "dbias"}
+    dense = {"mask", "bias", *STRUCTURE, "lse", "delta", "dbias"}
     attributes = case.attributes | {"layout": np.int32(1)}
     actual = call(
         name,
@@ -282,7 +325,7 @@ def test_attention_without_mask_and_bias(name):
     t, s = 11, 13
     neutral = {"mask": np.ones((1, 1, 1, t, s), bool), "bias": np.zeros((1, 1, 1, 1, 1), F32)}
     plain = dataclasses.replace(case, operands=case.operands | neutral)
-    out, lse, _ = attention(*list(plain.operands.values())[:5], scale=0.4, left=LEFT_OPEN, right=2)
+    out, lse, *_ = attention(*list(plain.operands.values())[:8], scale=0.4, softcap=0, left=LEFT_OPEN, right=2)
     if name != "attention_fwd":
         plain = dataclasses.replace(plain, operands=plain.operands | {"out": F32(out), "lse": F32(lse)})
     absent = {"mask": np.zeros((0,), bool), "bias": np.zeros((0,), F32)}
@@ -309,13 +352,23 @@ def doubled(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*shape[:axis], 2 * shape[axis], *shape[axis + 1 :])
 
 
-OPERANDS = [(name, operand) for name, case in CASES.items() for operand in case.operands]
+OPERANDS = [(name, operand) for name, case in CASES.items() for operand, x in case.operands.items() if x.size]
 RESULTS = [(name, result) for name, case in CASES.items() for result in case.results]
 
 
 @pytest.mark.parametrize(("name", "operand"), OPERANDS)
 def test_operand_of_another_size_rank_or_dtype_is_refused(name, operand):
-    case = CASES[name]
+    refuse_others(name, CASES[name], operand)
+
+
+@pytest.mark.parametrize(
+    ("name", "operand"), [(n, o) for n, case in STRUCTURED.items() for o in STRUCTURE if o in case.operands]
+)
+def test_structure_of_another_size_rank_or_dtype_is_refused(on_cpu, name, operand):
+    refuse_others(name, STRUCTURED[name], operand)
+
+
+def refuse_others(name, case, operand):
     x = case.operands[operand]
     for axis in range(x.ndim):
         if (name, operand, axis) == ("cross_entropy_fwd", "logits", x.ndim - 1):
@@ -354,6 +407,9 @@ def test_error_names_target_operand_invariant_and_what_came():
         ("mask_axes", np.int64(32), "mask_axes must be -1 or a set of 5 bits, got 32"),
         ("bias_axes", np.int64(31), "bias must have 1716 elements"),
         ("mask_axes", np.int64(-1), "mask must have 0 elements (it is absent)"),
+        ("softcap", np.float32(-1), "softcap must not be negative or NaN, got -1"),
+        ("interval_axes", np.int64(15), "interval_axes must have the bit of the key axis, got 15"),
+        ("query_segments_axes", np.int64(1), "segments must be of queries and keys, or of neither, got 1"),
     ],
 )
 def test_attention_attribute_out_of_range_is_refused(attribute, value, text):

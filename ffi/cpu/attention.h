@@ -1,4 +1,4 @@
-// What the attention passes share: rows, bands, masked and biased logits.
+// What the attention passes share: rows, which keys they see, capped, masked and biased logits.
 //
 // The rows of one kv head are its (group, t) pairs in one sequence, row = group * q_len + t. A
 // block of rows shares keys and values whatever its groups, so decoding with grouped queries fills
@@ -33,15 +33,25 @@ struct KeyRange {
 /// Rows [first, first + count) of one (batch, kv head).
 struct RowBlock {
   int64_t batch = 0, kv_head = 0, first = 0, count = 0;
-  int64_t min_t = 0, max_t = 0;
+  KeyRange some{}, all{};  // keys that band and interval allow to some row; to every row
 
   RowBlock() = default;
   RowBlock(const AttentionProblem& p, int64_t batch_index, int64_t kv_head_index, int64_t block)
       : batch(batch_index), kv_head(kv_head_index), first(block * kBlockRows) {
     count = Min(kBlockRows, p.groups * p.q_len - first);
     const bool one_group = first / p.q_len == (first + count - 1) / p.q_len;
-    min_t = one_group ? first % p.q_len : 0;
-    max_t = one_group ? min_t + count - 1 : p.q_len - 1;
+    const int64_t min_t = one_group ? first % p.q_len : 0;
+    const int64_t max_t = one_group ? min_t + count - 1 : p.q_len - 1;
+    some = {Max<int64_t>(0, min_t - p.left), Min(p.kv_len, max_t + p.right + 1)};
+    all = {max_t - p.left, min_t + p.right + 1};
+    if (p.interval == nullptr) return;
+    KeyRange hull{p.kv_len, 0};
+    for (int64_t r = 0; r < count; ++r) {
+      const KeyRange row = Row(p, r);
+      all = {Max(all.first, row.first), Min(all.last, row.last)};
+      if (!row.empty()) hull = {Min(hull.first, row.first), Max(hull.last, row.last)};
+    }
+    some = hull;
   }
   int64_t group(const AttentionProblem& p, int64_t r) const { return (first + r) / p.q_len; }
   int64_t t(const AttentionProblem& p, int64_t r) const { return (first + r) % p.q_len; }
@@ -61,14 +71,17 @@ struct RowBlock {
            t(p, r) * strides.query;
   }
 
-  /// Keys that the band allows to some row.
-  KeyRange Keys(const AttentionProblem& p) const {
-    return {Max<int64_t>(0, min_t - p.left), Min(p.kv_len, max_t + p.right + 1)};
+  /// Keys that band and interval allow to row r.
+  KeyRange Row(const AttentionProblem& p, int64_t r) const {
+    KeyRange keys{Max<int64_t>(0, t(p, r) - p.left), Min(p.kv_len, t(p, r) + p.right + 1)};
+    if (p.interval != nullptr) {
+      const int32_t* const bounds = p.interval + Score(p, p.interval_strides, r);
+      keys = {Max<int64_t>(keys.first, bounds[0]), Min<int64_t>(keys.last, bounds[1])};
+    }
+    return keys;
   }
-  /// Whether the band allows all of these keys to all rows.
-  bool Allows(const AttentionProblem& p, KeyRange keys) const {
-    return keys.first >= max_t - p.left && keys.last - 1 <= min_t + p.right;
-  }
+  /// Whether band and interval allow all of these keys to all rows.
+  bool Allows(KeyRange keys) const { return keys.first >= all.first && keys.last <= all.last; }
 };
 
 inline int64_t RowBlocks(const AttentionProblem& p) {
@@ -166,32 +179,62 @@ ZENITH_NOINLINE inline void PackMask(const AttentionProblem& p, const RowBlock& 
       [](const uint8_t* at) { return __builtin_bit_cast(float, *at != 0 ? -1 : 0); });
 }
 
-/// Replaces logits by -inf where band or mask forbid them, and adds the bias elsewhere.
+/// Caps logits, adds the bias, and puts -inf where they are forbidden.
 class ScoreEditor {
  public:
   /// Scratch of one block of rows, and scratch for a step, which blocks may share.
-  static constexpr int64_t kRowFloats = 2 * kBlockRows;
-  static constexpr int64_t kStepFloats = 2 * kBlockKeys * kBlockRows;
+  static constexpr int64_t kRowFloats = 4 * kBlockRows;
+  static constexpr int64_t kStepFloats = 3 * kBlockKeys * kBlockRows;
 
   ScoreEditor(const AttentionProblem& p, float* row_scratch, float* step_scratch)
       : p_(p),
         bias_(step_scratch),
         mask_(step_scratch + kBlockKeys * kBlockRows),
-        t_(row_scratch),
-        allowed_(row_scratch + kBlockRows) {}
+        slope_(step_scratch + 2 * kBlockKeys * kBlockRows),
+        first_(row_scratch),
+        last_(row_scratch + kBlockRows),
+        segment_(row_scratch + 2 * kBlockRows),
+        allowed_(row_scratch + 3 * kBlockRows) {}
 
   void Start(const RowBlock& block) {
+    // Integers as bits. Below 2^31 as lengths are: a key has more than one byte.
+    const auto store = [](float* to, int64_t value) {
+      const int32_t bits = static_cast<int32_t>(value);
+      __builtin_memcpy(to, &bits, sizeof bits);
+    };
+    min_segment_ = INT32_MAX, max_segment_ = INT32_MIN;
     for (int64_t r = 0; r < kBlockRows; ++r) {
-      // t and -1 or 0 as bits. Below 2^31 as lengths are: a key has more than one byte.
-      const int32_t t = static_cast<int32_t>(block.t(p_, Min(r, block.count - 1)));
-      __builtin_memcpy(t_ + r, &t, sizeof t);
+      const int64_t row = Min(r, block.count - 1);
+      const KeyRange keys = block.Row(p_, row);
+      store(first_ + r, Min(keys.first, p_.kv_len));
+      store(last_ + r, Max<int64_t>(keys.last, 0));
       allowed_[r] = 0.0f;
+      if (p_.query_segments == nullptr) continue;
+      const int32_t segment = p_.query_segments[block.Score(p_, p_.query_segments_strides, row)];
+      store(segment_ + r, segment);
+      min_segment_ = Min(min_segment_, segment), max_segment_ = Max(max_segment_, segment);
     }
+  }
+
+  /// Whether no row has the segment of any of these keys, as their ranges show.
+  ZENITH_NOINLINE bool Skips(const RowBlock& block, KeyRange keys) const {
+    if (p_.key_segments == nullptr) return false;
+    int32_t low = INT32_MAX, high = INT32_MIN;
+    const int32_t* const segments = KeySegments(block);
+    for (int64_t s = keys.first; s < keys.last; ++s) {
+      const int32_t segment = segments[s * p_.key_segments_strides.key];
+      low = Min(low, segment), high = Max(high, segment);
+    }
+    return high < min_segment_ || low > max_segment_;
   }
 
   /// True where logits had to be looked at. `keys`: at most kBlockKeys.
   bool Edit(const RowBlock& block, KeyRange keys, float* scores) {
-    if (block.Allows(p_, keys) && p_.mask == nullptr && p_.bias == nullptr) return false;
+    if (p_.softcap > 0) Cap(block, keys, scores);
+    if (block.Allows(keys) && p_.mask == nullptr && p_.bias == nullptr &&
+        p_.key_segments == nullptr) {
+      return false;
+    }
     if (p_.mask != nullptr) PackMask(p_, block, keys, mask_);
     if (p_.bias != nullptr) {
       WithStorage(p_.bias_dtype, [&]<typename T>(T) { PackBias<T>(p_, block, keys, bias_); });
@@ -207,14 +250,42 @@ class ScoreEditor {
     });
   }
 
+  /// Cotangents of the products, from those of the logits that the last Edit, of the same keys,
+  /// saw.
+  ZENITH_NOINLINE void BeforeCap(const RowBlock& block, KeyRange keys, float* dlogits) const {
+    if (!(p_.softcap > 0)) return;
+    for (int64_t s = 0; s < keys.last - keys.first; ++s) {
+      for (int64_t at = s * kBlockRows; at < s * kBlockRows + block.count; at += kLanes) {
+        Store(dlogits + at, Load(dlogits + at) * Load(slope_ + at));
+      }
+    }
+  }
+
   /// Whether any key of row r is allowed, after Edit on all blocks of keys.
   bool RowIsAllowed(const RowBlock& block, int64_t r) const {
-    if (p_.mask != nullptr) return ((I32)Load(allowed_ + r / kLanes * kLanes))[r % kLanes] != 0;
-    const int64_t t = block.t(p_, r);
-    return Max<int64_t>(0, t - p_.left) <= Min(p_.kv_len - 1, t + p_.right);
+    if (p_.mask != nullptr || p_.key_segments != nullptr) {
+      return ((I32)Load(allowed_ + r / kLanes * kLanes))[r % kLanes] != 0;
+    }
+    return !block.Row(p_, r).empty();
   }
 
  private:
+  const int32_t* KeySegments(const RowBlock& block) const {
+    return p_.key_segments + block.batch * p_.key_segments_strides.batch +
+           block.kv_head * p_.key_segments_strides.kv_head;
+  }
+
+  ZENITH_NOINLINE void Cap(const RowBlock& block, KeyRange keys, float* scores) {
+    const float cap = p_.softcap * kLog2E, inverse = 1.0f / cap;
+    for (int64_t s = 0; s < keys.last - keys.first; ++s) {
+      for (int64_t at = s * kBlockRows; at < s * kBlockRows + block.count; at += kLanes) {
+        const F32 tanh = Tanh(Load(scores + at) * inverse);
+        Store(scores + at, tanh * cap);
+        Store(slope_ + at, 1.0f - tanh * tanh);
+      }
+    }
+  }
+
   ZENITH_NOINLINE void Forbid(const RowBlock& block, KeyRange keys, float* scores) {
     ForAllowed(block, keys, [&](int64_t at, I32 allowed) {
       const int64_t r = at % kBlockRows;
@@ -228,17 +299,18 @@ class ScoreEditor {
   /// Calls body(position in the tile, which lanes are allowed).
   template <typename Body>
   ZENITH_INLINE void ForAllowed(const RowBlock& block, KeyRange keys, Body body) const {
-    constexpr int64_t kFar = 1 << 30;  // beyond all |s - t|
-    const I32 left = SplatI(static_cast<int32_t>(Max(-kFar, -p_.left)));
-    const I32 right = SplatI(static_cast<int32_t>(Min(kFar, p_.right)));
-    const bool cut = !block.Allows(p_, keys);
+    const bool cut = !block.Allows(keys);
+    const int32_t* const segments = p_.key_segments == nullptr ? nullptr : KeySegments(block);
     for (int64_t s = keys.first; s < keys.last; ++s) {
       for (int64_t r = 0; r < block.count; r += kLanes) {
         const int64_t at = (s - keys.first) * kBlockRows + r;
         I32 allowed = SplatI(-1);
         if (cut) {
-          const I32 distance = static_cast<int32_t>(s) - (I32)Load(t_ + r);
-          allowed = (distance >= left) & (distance <= right);
+          const I32 key = SplatI(static_cast<int32_t>(s));
+          allowed = (key >= (I32)Load(first_ + r)) & (key < (I32)Load(last_ + r));
+        }
+        if (segments != nullptr) {
+          allowed &= (I32)Load(segment_ + r) == SplatI(segments[s * p_.key_segments_strides.key]);
         }
         if (p_.mask != nullptr) allowed &= (I32)Load(mask_ + at);
         body(at, allowed);
@@ -247,7 +319,8 @@ class ScoreEditor {
   }
 
   const AttentionProblem& p_;
-  float *bias_, *mask_, *t_, *allowed_;
+  float *bias_, *mask_, *slope_, *first_, *last_, *segment_, *allowed_;
+  int32_t min_segment_ = 0, max_segment_ = 0;
 };
 
 }  // namespace zenith::ZENITH_ISA

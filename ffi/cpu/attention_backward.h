@@ -50,7 +50,7 @@ ZENITH_NOINLINE inline void Probabilities(int64_t keys, int64_t rows, const floa
   }
 }
 
-/// delta = sum_e dout * out
+/// delta = sum_e dout * out - dlse
 template <typename T>
 void ComputeDelta(const AttentionBackwardArgs& p, const Launch& launch) {
   const int64_t heads = p.kv_heads * p.groups;
@@ -64,6 +64,7 @@ void ComputeDelta(const AttentionBackwardArgs& p, const Launch& launch) {
       p.delta[i] = SumOver(p.v_dim, [&](int64_t e, auto part) {
         return Load(out + e, part) * Load(dout + e, part);
       });
+      if (p.dlse != nullptr) p.delta[i] -= p.dlse[i];
     }
   });
 }
@@ -151,8 +152,7 @@ class AttentionBackwardTask {
 
     for (int64_t i = 0; i < RowBlocks(p); ++i) {
       const RowBlock block(p, batch, kv_head, i);
-      const KeyRange band = block.Keys(p);
-      const KeyRange range = {Max(band.first, panel.first), Min(band.last, panel.last)};
+      const KeyRange range = {Max(block.some.first, panel.first), Min(block.some.last, panel.last)};
       if (p.dbias != nullptr) ZeroDbias(block, panel, range);
       if (range.empty()) continue;
       PackRows(block);
@@ -204,6 +204,7 @@ class AttentionBackwardTask {
 
   void Step(const RowBlock& block, KeyRange keys, int64_t panel_first) {
     const AttentionBackwardArgs& p = args_;
+    if (p.dbias == nullptr && editor_.Skips(block, keys)) return;
     const int64_t count = keys.last - keys.first, vectors = CeilDiv(block.count, kLanes);
     const int64_t qk_vectors = CeilDiv(p.qk_dim, kLanes), v_vectors = CeilDiv(p.v_dim, kLanes);
     const int64_t key_at = (keys.first - panel_first) * qk_stride_;
@@ -221,6 +222,7 @@ class AttentionBackwardTask {
     // What a forbidden key's value holds, NaN too, has no influence.
     if (edited) editor_.ZeroForbidden(block, keys, dscores_);
     if (p.dbias != nullptr) StoreDbias(block, keys);
+    editor_.BeforeCap(block, keys, dscores_);
     // dV += P . dout, dK += dlogits . Q, dQ += dlogits^T . K
     Gemm<kRow, Update::kAdd>(
         count, v_vectors,

@@ -99,7 +99,7 @@ class ForwardRows {
   void Start(const RowBlock& block) {
     const AttentionForwardArgs& p = args_;
     block_ = block;
-    keys_ = block.Keys(p);
+    keys_ = block.some;
     PackLanes<T>(p, block, p.query, p.query_strides, p.qk_dim, p.scale * kLog2E, query_);
     for (int64_t i = 0; i < p.v_dim * kBlockRows; ++i) out_[i] = 0.0f;
     for (int64_t r = 0; r < kBlockRows; ++r) {
@@ -117,6 +117,7 @@ class ForwardRows {
   /// `keys`: within one block of keys whose copies, from `copied` on, are in the step's scratch.
   void Step(KeyRange keys, int64_t copied) {
     const AttentionForwardArgs& p = args_;
+    if (editor_.Skips(block_, keys)) return;
     const int64_t count = keys.last - keys.first, vectors = CeilDiv(block_.count, kLanes);
     const float* const key = step_.key + (keys.first - copied) * p.qk_dim;
     const float* const value = step_.value + (keys.first - copied) * p.v_dim;

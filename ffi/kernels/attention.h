@@ -1,7 +1,10 @@
 // Contract of the attention kernels, the same for every back end.
 //
-//   logits[b,h,t,s] = scale * sum_d query[b,h,t,d] * key[b,h/groups,s,d] + bias[b,h,t,s]
+//   logits[b,h,t,s] = cap(scale * sum_d query[b,h,t,d] * key[b,h/groups,s,d]) + bias[b,h,t,s]
+//   cap(x) = softcap * tanh(x / softcap), or x where softcap is 0
 //   allowed[b,h,t,s] = (-left <= s - t <= right) and mask[b,h,t,s]
+//                      and first[b,h,t] <= s < last[b,h,t]
+//                      and query_segments[b,h,t] == key_segments[b,h,s]
 //   out[b,h,t,e]    = sum_s softmax_s(logits where allowed)[b,h,t,s] * value[b,h/groups,s,e]
 //
 // Axes: b batch, h = kv_head * groups + group query heads, t query length, s key length,
@@ -29,8 +32,8 @@ struct HeadStrides {
   int64_t batch = 0, head = 0, length = 0;
 };
 
-/// Element strides of a tensor broadcast to (batch, kv_head, group, query, key); 0 where its size
-/// is 1.
+/// Element strides of a tensor broadcast to (batch, kv_head, group, query, key) or to some of these
+/// axes; 0 where its size is 1.
 struct ScoreStrides {
   int64_t batch = 0, kv_head = 0, group = 0, query = 0, key = 0;
 };
@@ -39,6 +42,7 @@ struct AttentionProblem {
   DType dtype;  // of query, key, value, out and their cotangents
   int64_t batch, kv_heads, groups, q_len, kv_len, qk_dim, v_dim;  // any may be 0
   float scale;
+  float softcap = 0;    // 0: none; never negative
   int64_t left, right;  // band of allowed s - t; kUnbounded where open. Causal: left open, right 0
   MaskedRow masked_row;
 
@@ -50,6 +54,13 @@ struct AttentionProblem {
   const void* bias = nullptr;  // null when absent
   DType bias_dtype = DType::kF32;
   ScoreStrides bias_strides;
+
+  /// `first` and `last` of each query, side by side; any values. Null when absent. Keys outside of
+  /// all of a block's intervals are not read.
+  const int32_t* interval = nullptr;
+  ScoreStrides interval_strides;                                     // key: 1, from first to last
+  const int32_t *query_segments = nullptr, *key_segments = nullptr;  // both or none
+  ScoreStrides query_segments_strides, key_segments_strides;
 };
 
 /// Softmax and products accumulate in float32 whatever `dtype`.
@@ -65,10 +76,10 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch);
 
 /// Cotangents of the above. dout and out use `out_strides`, dquery `query_strides`, and so on; lse
 /// as above.
-///   delta[b,h,t] = sum_e dout * out;  p = exp(logits - lse);  dp = dout . value
-///   dlogits = p * (dp - delta);  dbias = dlogits;  dquery = scale * dlogits . key;  dkey = scale *
-///   dlogits^T . query dvalue = p^T . dout, summed over the group of query heads that share a kv
-///   head (dkey too)
+///   delta[b,h,t] = sum_e dout * out - dlse;  p = exp(logits - lse);  dp = dout . value
+///   dlogits = p * (dp - delta);  dbias = dlogits;  dproducts = scale * dlogits * cap'
+///   dquery = dproducts . key;  dkey = dproducts^T . query;  dvalue = p^T . dout, the last two
+///   summed over the group of query heads that share a kv head
 /// A row without an allowed key (lse == -inf): kMean gives p = 1/kv_len for dvalue and dlogits = 0;
 /// kNan gives NaN. delta: scratch, dense (batch, head, t), float32. dbias: dense (batch, kv_head,
 /// group, t, s), float32, every element written (0 where not allowed); null when not wanted.
@@ -76,6 +87,7 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch);
 struct AttentionBackwardArgs : AttentionProblem {
   const void *out, *dout;
   const float* lse;
+  const float* dlse;  // dense (batch, head, t); null for 0. Finite
   float* delta;
   void *dquery, *dkey, *dvalue;
   float* dbias = nullptr;

@@ -99,6 +99,7 @@ Backward RunBackward(const CpuKernels& kernels, const AttentionCase& c, const Fo
                              forward.out.data(),
                              dout.data(),
                              static_cast<const float*>(forward.lse.data()),
+                             nullptr,
                              static_cast<float*>(delta.data()),
                              result.dquery.data(),
                              result.dkey.data(),
@@ -177,14 +178,12 @@ void TimeAttention(const CpuKernels& kernels, const Launch& launch, Report& repo
 
         const Tensor dout(forward.out);
         Tensor delta(DType::kF32, c.rows()), dquery(c.query), dkey(c.key), dvalue(c.value);
-        AttentionBackwardArgs backward_args{c.problem(),
-                                            forward.out.data(),
-                                            dout.data(),
-                                            static_cast<const float*>(forward.lse.data()),
-                                            static_cast<float*>(delta.data()),
-                                            dquery.data(),
-                                            dkey.data(),
-                                            dvalue.data()};
+        AttentionBackwardArgs backward_args{
+            c.problem(),   forward.out.data(),
+            dout.data(),   static_cast<const float*>(forward.lse.data()),
+            nullptr,       static_cast<float*>(delta.data()),
+            dquery.data(), dkey.data(),
+            dvalue.data()};
         const double backward_ms =
             BestTime([&] { (void)kernels.attention_backward(backward_args, launch); });
         report.Time(name + " backward", kernels, dtype, backward_ms,

@@ -51,8 +51,8 @@ class Positional(torch.nn.Module):
     [
         (bert, 23, {"layer_norm": 1, "add_layer_norm": 4, "attention": 2, "gelu_erf": 2}),
         (llama, 23, {"rms_norm": 1, "add_rms_norm": 4, "attention": 2, "silu": 2}),
-        # Softmax -> IsNaN -> Where(0), torch's guard for queries without a key, keeps attention apart at opset 20.
-        (llama, 20, {"rms_norm": 1, "add_rms_norm": 4, "softmax": 2, "silu": 2}),
+        # With Softmax -> IsNaN -> Where(0) in it, torch's guard for queries without a key.
+        (llama, 20, {"rms_norm": 1, "add_rms_norm": 4, "attention": 2, "silu": 2}),
     ],
     ids=["bert-23", "llama-23", "llama-20"],
 )

@@ -89,6 +89,32 @@ def test_causal_mask_is_passed_as_a_band_and_not_as_a_tensor():
     assert "right = 0 : i64" in text
 
 
+def test_lengths_and_segments_are_a_mask_where_kernels_take_no_other():
+    lengths, segments = jnp.array([3, 64]), jnp.arange(128).reshape(2, 64) // 5
+    structure = dict(key_lengths=lengths, query_segments=segments, key_segments=segments)
+    text = stablehlo(jax.grad(total(lambda q: ops.attention(q, *QKV[1:], **structure))), QKV[0])
+    assert calls(text) == ["attention_fwd", "attention_bwd"]
+    assert "mask_axes = 25 : i64" in text  # batch, query and key
+    assert "interval_axes = -1 : i64" in text and "key_segments_axes = -1 : i64" in text
+
+
+def test_caps_and_sinks_are_refused_with_their_reason():
+    capped = lambda q, k, v: jax.nn.softmax(5 * jnp.tanh(q @ k.swapaxes(-1, -2) / 5)) @ v  # noqa: E731
+
+    def beside_sink(q, k, v):
+        logits = q @ k.swapaxes(-1, -2)
+        column = jnp.ones((*logits.shape[:-1], 1), logits.dtype)
+        return jax.nn.softmax(jnp.concatenate([logits, column], -1))[..., :-1] @ v
+
+    with zenith.configured(platform="cuda", use_cost=False):
+        for function, reason in ((capped, "caps the logits"), (beside_sink, "which a sink needs")):
+            assert any(reason in s.reason for s in zenith.explain(function)(*QKV).refused)
+    assert calls(stablehlo(lambda *x: ops.attention(*x, softcap=5.0), *QKV)) == []
+    # The forward pass of a sink is arithmetic on what kernels return; the gradient is XLA's.
+    with_sinks = lambda *x: ops.attention(*x, sinks=jnp.ones(4))  # noqa: E731
+    assert calls(stablehlo(jax.grad(total(with_sinks)), *QKV)) == ["attention_fwd"]
+
+
 def test_batch_dimensions_may_be_sharded_and_others_may_not():
     text = stablehlo(*[CASES["rms_norm"][0], *CASES["rms_norm"][1]])
     rule = re.search(r"sharding_rule = #sdy.op_sharding_rule<(.*?), custom>", text)

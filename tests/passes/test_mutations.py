@@ -75,6 +75,35 @@ def attention_split_heads(q, k, v, mask, bias):
     return jnp.einsum("btkgs,bskd->btkgd", p, v).reshape(N, N, N, N)
 
 
+def attention_capped_prefix(q, k, v, mask, bias):
+    del mask, bias
+    t, s = jnp.arange(N)[:, None], jnp.arange(N)
+    logits = 1.5 * jnp.tanh(jnp.einsum("bthd,bshd->bhts", q, k) * 0.4 / 1.5)
+    logits = jnp.where(((s <= t) | (s < 2)) & (s < 3), logits, -1e30)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+
+
+def attention_sink_column(q, k, v, mask, bias):
+    """And the guard against rows of NaN."""
+    logits = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", q, k) * 0.5, -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([logits, bias[:, :, :, :1]], axis=-1), axis=-1)[..., :-1]
+    return jnp.einsum("bhts,bshd->bthd", jnp.where(jnp.isnan(p), 0.0, p), v)
+
+
+def attention_sink_addend(q, k, v, mask, bias):
+    del mask
+    logits, sink = jnp.einsum("bthd,bshd->bhts", q, k) * 0.5, bias[0, 0, 0][:, None, None]
+    top = jnp.maximum(logits.max(-1, keepdims=True), sink)
+    e = jnp.exp(logits - top)
+    return jnp.einsum("bhts,bshd->bthd", e / (e.sum(-1, keepdims=True) + jnp.exp(sink - top)), v)
+
+
+def attention_segments(q, k, v, labels):
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * 0.5
+    allowed = (labels[:, None, :, None] == labels[:, None, None]) & (jnp.arange(N) <= jnp.arange(N)[:, None] + 1)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1), v)
+
+
 def layer_norm_two_pass(x, scale, bias):
     mean = x.mean(-1, keepdims=True)
     return (x - mean) / jnp.sqrt(x.var(-1, keepdims=True) + 0.03) * scale + bias
@@ -168,6 +197,10 @@ PATTERNS: dict[Callable[..., Any], str] = {
     attention_window: "xxxmx",
     attention_repeated: "xxxmx",
     attention_split_heads: "xxxmx",
+    attention_capped_prefix: "xxxmx",
+    attention_sink_column: "xxxmx",
+    attention_sink_addend: "xxxmx",
+    attention_segments: "xxxl",
     layer_norm_two_pass: "rpp",
     layer_norm_fast: "rpp",
     add_layer_norm: "rrp",

@@ -37,8 +37,21 @@ def plain(q, k, v, *rest):
     return attend(q, k, v)
 
 
-def masked(q, k, v, m, fill=-jnp.inf):
-    return attend(q, k, v, logits=lambda x: jnp.where(m, x, fill))
+def masked(q, k, v, m, fill=-jnp.inf, **hooks):
+    return attend(q, k, v, logits=lambda x: jnp.where(m, x, fill), **hooks)
+
+
+def softmax_with_column(x, sink, *, columns=1, first=False, kept=None):
+    column = jnp.broadcast_to(sink[:, :, None, None], (*x.shape[:-1], columns))
+    p = jax.nn.softmax(jnp.concatenate([column, x] if first else [x, column], axis=-1), axis=-1)
+    return p[..., kept or (slice(1, None) if first else slice(0, -columns))]
+
+
+def softmax_with_addend(x, sink, *, top=jnp.maximum, shift=lambda m: m):
+    sink = sink[:, :, None, None]
+    m = top(x.max(-1, keepdims=True), sink)
+    e = jnp.exp(x - m)
+    return e / (e.sum(-1, keepdims=True) + jnp.exp(sink - shift(m)))
 
 
 def dropout(p):
@@ -126,12 +139,84 @@ CASES = [
         "xxxh",
     ),
     Case(
-        "soft cap on the logits",
+        "bias below the cap",
         "attention",
-        lambda q, k, v: attend(q, k, v, logits=lambda x: 5 * jnp.tanh(x / 5)),
-        plain,
-        "`tanh` stands between",
+        lambda q, k, v, m: attend(q, k, v, logits=lambda x: 2 * jnp.tanh((x + m) / 2)),
+        lambda q, k, v, m: attend(q, k, v, logits=lambda x: 2 * jnp.tanh(x / 2) + m),
+        "between the product of query and key and the cap",
+        "xxxm",
+    ),
+    Case(
+        "mask below the cap",
+        "attention",
+        lambda q, k, v, m: attend(q, k, v, logits=lambda x: 2 * jnp.tanh(jnp.where(m, x, -1e30) / 2)),
+        lambda q, k, v, m: attend(q, k, v, logits=lambda x: jnp.where(m, jnp.tanh(x) * 2, -1e30)),
+        "between the product of query and key and the cap",
+        "xxxm",
+    ),
+    Case(
+        "capped twice",
+        "attention",
+        lambda q, k, v: attend(q, k, v, logits=lambda x: 2 * jnp.tanh(jnp.tanh(x) / 2)),
+        lambda q, k, v: attend(q, k, v, logits=lambda x: -jnp.tanh(x / -2) * 3),
+        "between the product of query and key and the cap",
         "xxx",
+    ),
+    Case(
+        "cap that depends on data",
+        "attention",
+        lambda q, k, v, h: attend(q, k, v, logits=lambda x: jnp.tanh(x) * h[:, :, None, None]),
+        lambda q, k, v, h: attend(q, k, v, logits=jnp.tanh),
+        "the scale of the logits depends on data",
+        "xxxh",
+    ),
+    Case(
+        "two columns as sinks",
+        "attention",
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_column(x, h, columns=2)),
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_column(x, h)),
+        None,
+        "xxxh",
+    ),
+    Case(
+        "a key is dropped, not the sink",
+        "attention",
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_column(x, h, kept=slice(1, None))),
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_column(x, h, first=True)),
+        "not the one that was added",
+        "xxxh",
+    ),
+    Case(
+        "maximum without the sink",
+        "attention",
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_addend(x, h, top=lambda m, s: m)),
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_addend(x, h)),
+        "leaves out the sink",
+        "xxxh",
+    ),
+    Case(
+        "sink of another maximum",
+        "attention",
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_addend(x, h, shift=lambda m: m + 0.5)),
+        lambda q, k, v, h: attend(q, k, v, softmax=lambda x: softmax_with_addend(x, jnp.zeros_like(h))),
+        None,
+        "xxxh",
+    ),
+    Case(
+        "NaN made 1 and not 0",
+        "attention",
+        lambda q, k, v, m: masked(q, k, v, m, probabilities=lambda p: jnp.where(jnp.isnan(p), 1, p)),
+        lambda q, k, v, m: masked(q, k, v, m, probabilities=lambda p: jnp.where(jnp.isnan(p), 0, p)),
+        "stands between the softmax and its product",
+        "xxxm",
+    ),
+    Case(
+        "NaN of another value made 0",
+        "attention",
+        lambda q, k, v, m: masked(q, k, v, m, probabilities=lambda p: jnp.where(jnp.isnan(p * p), 0, p)),
+        lambda q, k, v, m: masked(q, k, v, m, probabilities=lambda p: jnp.where(jnp.isfinite(p), p, 0)),
+        "",
+        "xxxm",
     ),
     Case(
         "fill not low enough",

@@ -74,14 +74,15 @@ def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes:
     if platform == "cpu" or _has_gpu():
         native.ensure_registered(platform)
     partitions = _compat.partition_count(ctx.module_context)
-    full = _reshaped(ctx, operands, lambda *xs: _broadcast_batches(kernel, xs, partitions))
+    adapted = _reshaped(ctx, operands, lambda *xs: list(kernel.adapted(xs, platform, **dict(attributes))))
+    full = _reshaped(*adapted, lambda *xs: _broadcast_batches(kernel, xs, partitions))
     attrs = kernel.ffi_attributes(full[0].avals_in, **dict(attributes))
     flat = _reshaped(*full, lambda *xs: _flatten_shared(kernel, xs, partitions))
     return _custom_call(*flat, kernel, attributes, attrs)
 
 
 def _reshaped(ctx: Any, operands: Sequence[Any], function: Any) -> tuple[Any, list[Any]]:
-    """Lowers `function`, which broadcasts or reshapes operands; returns the context and values that follow."""
+    """Lowers `function`, which gives operands other shapes; returns the context and values that follow."""
     results = jax.eval_shape(function, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_in))
     if all(a.shape == r.shape for a, r in zip(ctx.avals_in, results, strict=True)):
         return ctx, list(operands)

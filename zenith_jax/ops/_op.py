@@ -33,6 +33,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import Primitive, ad, batching
 
 KERNEL_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+WIDENED = "widened"  # as the dtype of a result: that of `widened(first operand)`
 
 
 KERNEL_NAMES: set[str] = set()  # of all that `kernel` declares, which is what custom calls are made of
@@ -107,12 +108,14 @@ class Kernel:
     """One custom call and everything that JAX must know of it. Attributes are static keyword arguments.
 
     reference: (*operands, **attributes) -> tuple of results, in jnp; float32 inside for narrower dtypes.
-    result_dtypes: for each result the index of the operand whose dtype it has, or a dtype.
+    result_dtypes: for each result the index of the operand whose dtype it has, a dtype, or WIDENED.
     visible: the first results, those that callers see; cotangents reach only these.
-    backward: (operands, results, cotangents, needed, **attributes) -> {operand index: cotangent}.
+    backward: (operands, results, cotangents, needed, **attributes) -> {operand index: cotangent}. Cotangents are those
+    of visible results, some of them symbolic zeros: `dense` makes arrays of them.
     ffi_attributes: (operand avals, **attributes) -> attributes of the custom call; handlers check every size.
     layouts: (batch rank, **attributes) -> per operand and result a major-to-minor order or None for row-major.
     supports: (operand avals, platform, **attributes) -> why the kernel cannot run, or None.
+    adapted: (operands, platform, **attributes) -> operands of the same meaning that the platform's kernel takes.
     """
 
     name: str
@@ -124,6 +127,7 @@ class Kernel:
     ffi_attributes: Callable[..., dict[str, Any]] = lambda avals, **attributes: attributes
     layouts: Callable[..., tuple[list, list]] | None = None
     supports: Callable[..., Refusal | None] = lambda avals, platform, **attributes: None
+    adapted: Callable[..., Sequence[Any]] = lambda operands, platform, **attributes: operands
 
     def __call__(self, *operands: Any, **attributes: Any) -> list[Any]:
         """All results, hidden ones too."""
@@ -159,6 +163,15 @@ def is_absent(x: Any) -> bool:
     return tuple(x.shape) == (0,)
 
 
+def dense(cotangents: Sequence[Any]) -> list[Any]:
+    """Arrays in the place of symbolic zeros."""
+    return [ad.instantiate_zeros(c) for c in cotangents]
+
+
+def is_zero(cotangent: Any) -> bool:
+    return type(cotangent) is ad.Zero
+
+
 # --- call_p: (*operands) -> results -----------------------------------------------------------------------------------
 
 call_p = Primitive("zenith_call")
@@ -166,6 +179,8 @@ call_p.multiple_results = True
 
 
 def _result_dtype(dtype: Any, avals: Sequence[Any]) -> Any:
+    if dtype == WIDENED:
+        return jnp.promote_types(avals[0].dtype, jnp.float32)
     return avals[dtype].dtype if isinstance(dtype, int) else dtype
 
 
@@ -325,7 +340,7 @@ def _tangent_transpose(
     found = kernel.backward(
         _with_absent(operands, missing),
         results,
-        [ad.instantiate_zeros(c) for c in cotangents],
+        list(cotangents),
         needed,
         **dict(attributes),
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
-from zenith_jax.ops._op import as_batches, check_kernel_dtype, kernel, widened
+from zenith_jax.ops._op import as_batches, check_kernel_dtype, dense, kernel, widened
 
 _F32 = jnp.float32
 
@@ -35,7 +35,7 @@ def _one_hot(labels: Any, logits: Any) -> Any:
 
 def _backward(operands, results, cotangents, needed):
     del needed
-    return {0: cross_entropy_bwd(*operands, results[0], *cotangents)[0]}
+    return {0: cross_entropy_bwd(*operands, results[0], *dense(cotangents))[0]}
 
 
 @kernel("cross_entropy_bwd", "*b d, *b, *b, *b, *b, *b -> *b d", (0,), supports=_supports)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
-from zenith_jax.ops._op import as_batches, check_kernel_dtype, kernel, widened
+from zenith_jax.ops._op import as_batches, check_kernel_dtype, dense, kernel, widened
 
 # --- references -------------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ def _rms_norm_backward(operands, results, cotangents, needed, *, eps):
 def _add_layer_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     _, _, scale, bias = operands
-    dy, dsum = cotangents
+    dy, dsum = dense(cotangents)
     dx, dscale, dbias = add_layer_norm_bwd(results[1], scale, dy, dsum, eps=eps)
     return {0: dx, 1: dx, 2: _parameter_cotangent(dscale, scale), 3: _parameter_cotangent(dbias, bias)}
 
@@ -92,7 +92,7 @@ def _add_layer_norm_backward(operands, results, cotangents, needed, *, eps):
 def _add_rms_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     scale = operands[2]
-    dy, dsum = cotangents
+    dy, dsum = dense(cotangents)
     dx, dscale = add_rms_norm_bwd(results[1], scale, dy, dsum, eps=eps)
     return {0: dx, 1: dx, 2: _parameter_cotangent(dscale, scale)}
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ops._op import check_kernel_dtype
+from zenith_jax.ops.attention_kernels import unsupported as attention_unsupported
 from zenith_jax.passes.match import Match
 
 
@@ -125,7 +126,11 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
         return unsupported
     if any(n == 0 for v in match.leaves for n in v.aval.shape):
         return refuse("an operand is empty")
-    if platform == "cuda" and match.op == "attention" and max(case["d"], case["e"]) > 256:
-        return refuse("the head size {d} is over 256", d=max(case["d"], case["e"]))
+    if match.op == "attention":
+        unsupported = attention_unsupported(
+            platform, head_size=max(case["d"], case["e"]), softcap=case["softcap"], lse=case["sink"]
+        )
+        if unsupported is not None:
+            return unsupported
     rule = RULES.get((platform, match.op))
     return rule(case, differentiated) if rule is not None and use_cost else None

@@ -19,15 +19,20 @@ from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
-from zenith_jax.ops.attention import (
+from zenith_jax.ops.attention_kernels import (
     HEADS_MAJOR,
     LENGTH_MAJOR,
     MASKED_ROW_MEAN,
     MASKED_ROW_NAN,
     attention_canonical,
+    with_nan_rows_zero,
+    with_sink,
 )
 from zenith_jax.passes.match._match import Match, Order, arranged, order_of, restored
 from zenith_jax.passes.match.attention_logits import Logits, walk
+from zenith_jax.passes.match.mask import MaskForm
+from zenith_jax.passes.match.mask_structure import Source, StaticLine, interval, static_line
+from zenith_jax.passes.match.sink import SinkForm, sink_form
 from zenith_jax.passes.match.softmax import MULTIPLIED, SoftmaxForm, softmax_form
 
 
@@ -39,12 +44,40 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         terms = Terms(graph)  # of each attempt: it learns which axes are merged
         root = terms.of(eqn.outvars[0])
         *operands, contracted = terms.contracted(root, eqn)
-        probabilities, value = operands[side], operands[1 - side]
+        guard: list[JaxprEqn] = []
+        probabilities, value = _unguarded(terms, operands[side], guard), operands[1 - side]
         form = softmax_form(terms, probabilities)
         if isinstance(form, SoftmaxForm):
-            return _match(terms, eqn, root, form, value, contracted)
-        refusal = refusal or form or _softmax_above(terms, probabilities)
+            return _match(terms, eqn, root, SinkForm(form, -math.inf), guard, value, contracted)
+        beside = sink_form(terms, probabilities)
+        if isinstance(beside, SinkForm):
+            return _match(terms, eqn, root, beside, guard, value, contracted)
+        refusal = refusal or beside or form or _softmax_above(terms, probabilities)
     return refusal
+
+
+def _unguarded(terms: Terms, term: Term, guard: list[JaxprEqn]) -> Term:
+    """p of where(isnan(p), 0, p), which is how PyTorch's exporters make 0 of queries without a key."""
+    path: list[JaxprEqn] = []
+    top = terms.peel(term, path)
+    select = terms.producer(top, "select_n")
+    if select is None or len(select.invars) != 3:
+        return term
+    which, otherwise, chosen = terms.operands(top, select)
+    path.append(select)
+    which = terms.peel(which, path)
+    test = terms.producer(which, "ne", "is_finite")
+    if test is None:
+        return term
+    if test.primitive.name == "is_finite":
+        otherwise, chosen = chosen, otherwise
+    tested = terms.operands(which, test)
+    if terms.constant(chosen) != 0 or not all(terms.same(t, otherwise) for t in tested):
+        return term
+    for t in tested:
+        terms.peel(t, path)
+    guard += [*path, test]
+    return otherwise
 
 
 def _softmax_above(terms: Terms, term: Term) -> Refusal | None:
@@ -70,8 +103,15 @@ def _softmax_above(terms: Terms, term: Term) -> Refusal | None:
 
 
 def _match(
-    terms: Terms, eqn: JaxprEqn, root: Term, form: SoftmaxForm, value: Term, contracted: Sequence[Axis]
+    terms: Terms,
+    eqn: JaxprEqn,
+    root: Term,
+    probabilities: SinkForm,
+    guard: list[JaxprEqn],
+    value: Term,
+    contracted: Sequence[Axis],
 ) -> Match | Refusal:
+    form = probabilities.softmax
     s = form.axis
     if list(contracted) != [s]:
         return refuse("the softmax runs over another axis than the product with value contracts", depth=3)
@@ -92,7 +132,7 @@ def _match(
     query, key = (right, left) if s in left.axis_set else (left, right)
     if axes.d not in query.axis_set or axes.e not in value.axis_set:
         return refuse("query is constant along its features", depth=5)
-    inner = [eqn, *form.inner, *logits.inner, dot]
+    inner = [eqn, *guard, *form.inner, *logits.inner, dot]
     escaped = terms.graph.escapes(inner, [eqn.outvars[0]])
     if escaped is not None:
         return refuse(
@@ -101,7 +141,8 @@ def _match(
             depth=8,
             advice="do not return the attention weights",
         )
-    return _build(terms, eqn, root, query, key, value, axes, s, logits, logits.scale * left_scale * right_scale, inner)
+    logits.scale *= left_scale * right_scale * (logits.softcap or 1)
+    return _build(terms, eqn, root, query, key, value, axes, s, logits, probabilities.sink, bool(guard), inner)
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
@@ -183,7 +224,8 @@ def _build(
     roles: Roles,
     s: Axis,
     logits: Logits,
-    scale: float,
+    sink: Term | float,
+    guarded: bool,
     inner: list[JaxprEqn],
 ) -> Match | Refusal:
     batch: tuple[Axis | None, ...] = (None,) * (2 - len(roles.batch)) + roles.batch
@@ -194,14 +236,18 @@ def _build(
         "value": order_of(value, (*batch, s, roles.e)),
         "result": order_of(root, (*batch, roles.group, roles.t, roles.e)),
     }
-    masks = [(terms.split(term), negated) for term, negated in logits.mask.tensors]
+    structure, sources = _structure(terms, logits.mask, batch, roles, s)
+    masks = [(terms.split(source.mask), source.negated) for source in sources]
     biases = [(terms.split(term), factor) for term, factor in logits.biases]
+    sinks = [terms.split(sink)] if isinstance(sink, Term) else []
     score_orders = [order_of(term, scores) for term, _ in (*masks, *biases)]
+    score_orders += [order_of(term, scores[:-1]) for term in sinks]
     if any(o is None for o in (*orders.values(), *score_orders)):
         return refuse("an operand has axes that its role has not", depth=6)
     t_size = roles.t.size if roles.t is not None else 1
-    empty_rows = bool(logits.mask.tensors) or logits.mask.has_empty_rows(t_size, s.size)
-    if empty_rows and (len(set(logits.fills)) > 1 or logits.added_fill):
+    empty_rows = not logits.mask.is_only_band or logits.mask.has_empty_rows(t_size, s.size)
+    has_sink = sink != -math.inf
+    if empty_rows and not has_sink and (len(set(logits.fills)) > 1 or logits.added_fill):
         return refuse(
             "a row without any allowed key has different fills, or logits, in it",
             depth=6,
@@ -210,7 +256,7 @@ def _build(
     # Without a finite fill, only -inf can empty a row: NaN, as softmax gives.
     masked_row = MASKED_ROW_NAN if all(f == -math.inf for f in logits.fills) else MASKED_ROW_MEAN
     dtype = _common_dtype(query, key, value)
-    leaves = [query, key, value, *(term for term, _ in (*masks, *biases))]
+    leaves = [query, key, value, *(term for term, _ in (*masks, *biases)), *sinks, *structure.leaves]
     layout = LENGTH_MAJOR if _is_length_major(query, roles) else HEADS_MAJOR
     static: dict[str, Any] = dict(
         sizes=tuple(tuple(1 if a is None else a.size for a in leaf.axes) for leaf in leaves),
@@ -218,11 +264,18 @@ def _build(
         score_orders=tuple(score_orders),
         negated=tuple(negated for _, negated in masks),
         factors=tuple(factor for _, factor in biases),
+        sink=None if isinstance(sink, Term) else sink,
+        lines=structure.lines,
+        segment_orders=structure.segment_orders,
+        group_sizes=tuple(1 if a is None else a.size for a in scores[len(batch) : -1]),
+        key_size=s.size,
         batch_sizes=tuple(1 if a is None else a.size for a in batch),
-        scale=scale,
+        scale=logits.scale,
+        softcap=logits.softcap,
         left=logits.mask.left,
         right=logits.mask.right,
         masked_row=masked_row,
+        guarded=guarded,
         layout=layout,
         dtype=dtype,
         shape=tuple(eqn.outvars[0].aval.shape),
@@ -238,7 +291,7 @@ def _build(
         leaves=tuple(leaf.atom for leaf in leaves),
         emit=emit,
         static=tuple(static.items()),
-        detail=_detail(logits, roles, s, bool(biases), len(masks)),
+        detail=_detail(logits, roles, s, bool(biases), len(masks), structure, has_sink),
         case=(
             ("dtype", dtype),
             ("batch", batch_size * groups),
@@ -248,8 +301,45 @@ def _build(
             ("e", roles.e.size),
             ("has_scores", bool(biases or masks)),
             ("causal", logits.mask.right == 0),
+            ("softcap", logits.softcap),
+            ("sink", has_sink),
         ),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """What of the mask a kernel takes as numbers: its leaves, the half-lines over them, and, of the last two leaves,
+    the orders of the segments."""
+
+    leaves: tuple[Term, ...]
+    lines: tuple[StaticLine, ...]
+    segment_orders: tuple[Order, ...]
+
+
+def _structure(
+    terms: Terms, mask: MaskForm, batch: Sequence[Axis | None], roles: Roles, s: Axis
+) -> tuple[_Structure, list[Source]]:
+    """The structure, and the tensors that remain."""
+    sources = list(mask.tensors)
+    leaves: list[Term] = []
+    lines: list[StaticLine] = []
+    for line in mask.half_lines:
+        static = static_line(terms, line, (*batch, roles.group, roles.t), leaves)
+        if static is not None:
+            lines.append(static)
+        elif line.source is not None and line.source not in sources:
+            sources.append(line.source)
+    segment_orders: tuple[Order, ...] = ()
+    if mask.segments is not None:
+        query, key = terms.split(mask.segments.query), terms.split(mask.segments.key)
+        orders = order_of(query, (*batch, roles.t)), order_of(key, (*batch, s))
+        if orders[0] is not None and orders[1] is not None:
+            segment_orders = (orders[0], orders[1])
+            leaves += [query, key]
+        else:
+            sources.append(mask.segments.source)
+    return _Structure(tuple(leaves), tuple(lines), segment_orders), sources
 
 
 def _common_dtype(query: Term, key: Term, value: Term) -> str:
@@ -266,15 +356,22 @@ def _is_length_major(query: Term, roles: Roles) -> bool:
     )
 
 
-def _detail(logits: Logits, roles: Roles, s: Axis, has_bias: bool, masks: int) -> str:
+def _detail(
+    logits: Logits, roles: Roles, s: Axis, has_bias: bool, masks: int, structure: _Structure, has_sink: bool
+) -> str:
     t = roles.t.size if roles.t is not None else 1
     parts = [f"t{t} s{s.size} d{roles.d.size}"]
     if logits.mask.is_band:
         parts.append("causal" if logits.mask.right == 0 and logits.mask.left > t else "band")
-    if masks:
-        parts.append("mask")
-    if has_bias:
-        parts.append("bias")
+    named = {
+        "interval": structure.lines,
+        "segments": structure.segment_orders,
+        "mask": masks,
+        "bias": has_bias,
+        "softcap": logits.softcap,
+        "sink": has_sink,
+    }
+    parts += [name for name, is_there in named.items() if is_there]
     return " ".join(parts)
 
 
@@ -285,40 +382,66 @@ def emit(
     score_orders: tuple[Order, ...],
     negated: tuple[bool, ...],
     factors: tuple[float, ...],
+    sink: float | None,
+    lines: tuple[StaticLine, ...],
+    segment_orders: tuple[Order, ...],
     batch_sizes,
+    group_sizes,
+    key_size,
     scale,
+    softcap,
     left,
     right,
     masked_row,
+    guarded,
     layout,
     dtype,
     shape,
     result_dtype,
 ):
-    """Canonical attention on query, key, value, masks and biases in the program's own order of dimensions."""
+    """Canonical attention on query, key, value, masks, biases, sink and structure in the program's own order of
+    dimensions. sink: None where it is an array."""
     order = dict(orders)
     arrays = [x.reshape(size) for x, size in zip(arrays, sizes, strict=True)]
     query, key, value = (
         _broadcast_batch(arranged(x, order[name]), batch_sizes).astype(dtype)
         for name, x in zip(("query", "key", "value"), arrays, strict=False)
     )
-    scores = [arranged(x, order) for x, order in zip(arrays[3:], score_orders, strict=True)]
+    scores = [arranged(x, order) for x, order in zip(arrays[3:], score_orders, strict=False)]
+    structure = arrays[3 + len(scores) :]
     masks = [jnp.logical_not(x) if flip else x for x, flip in zip(scores, negated, strict=False)]
-    biases = [x if c == 1 else x * jnp.asarray(c, x.dtype) for x, c in zip(scores[len(masks) :], factors, strict=True)]
+    scaled = zip(scores[len(masks) :], factors, strict=False)
+    biases = [x if c == 1 else x * jnp.asarray(c, x.dtype) for x, c in scaled]
     if len(biases) > 1:  # in the order in which the program adds them to float32 logits, or wider ones
         biases = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in biases[::-1]]
-    out = attention_canonical(
+    segments = [
+        arranged(x, order).astype(jnp.int32)
+        for x, order in zip(structure[len(structure) - len(segment_orders) :], segment_orders, strict=True)
+    ]
+    has_sink = sink != -math.inf
+    out, lse = attention_canonical(
         query,
         key,
         value,
         mask=ft.reduce(jnp.logical_and, masks) if masks else None,
         bias=ft.reduce(jnp.add, biases) if biases else None,
+        interval=interval(lines, structure, (*batch_sizes, *group_sizes), key_size) if lines else None,
+        query_segments=segments[0] if segments else None,
+        key_segments=segments[1] if segments else None,
         scale=scale,
+        softcap=softcap,
         left=left,
         right=right,
-        masked_row=masked_row,
+        masked_row=MASKED_ROW_MEAN if guarded or has_sink else masked_row,
         layout=layout,
     )
+    row = None
+    if has_sink:
+        row = scores[-1] if sink is None else jnp.full((1,) * lse.ndim, sink)
+    if guarded:
+        out = with_nan_rows_zero(out, lse, row, masked_row)
+    elif has_sink:
+        out = with_sink(out, lse, row, masked_row)
     return (restored(out, order["result"], shape, result_dtype),)
 
 

@@ -1,4 +1,4 @@
-"""What stands between an attention's softmax and its first product: scale, bias and masks, walked downwards."""
+"""What stands between an attention's softmax and its first product: scale, cap, bias, masks, walked downwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ SHIFT_LIMIT = 1e4
 class Logits:
     """What stands between softmax and the first product; filled while walking down."""
 
-    scale: float = 1.0
+    scale: float = 1.0  # of what has been reached, in the logits; below a cap, in what it caps
+    softcap: float = 0.0  # logits = softcap * tanh(...); 0: no cap
     mask: MaskForm = dataclasses.field(default_factory=MaskForm)
     fills: list[float] = dataclasses.field(default_factory=list)  # as they arrive at the softmax
     added_fill: bool = False  # a finite fill was added to logits instead of replacing them
@@ -50,12 +51,18 @@ def walk(terms: Terms, x: Term, s: Axis, logits: Logits) -> tuple[JaxprEqn, Term
                 return refuse("the first product contracts {n} axes, attention one", n=len(contracted), depth=4)
             return eqn, lhs, rhs
         below: Term | Refusal
+        if logits.softcap and name not in ("mul", "div", "neg"):
+            return refuse("`{name}` stands between the product of query and key and the cap", name=name, depth=4)
         if name == "select_n":
             below = _walk_mask(terms, x, eqn, s, logits)
         elif name in ("mul", "div", "neg"):
             below = _walk_scale(terms, x, eqn, logits)
         elif name in ("add", "sub"):
             below = _walk_bias(terms, x, eqn, s, logits)
+        elif name == "tanh":
+            # scale * tanh(y) -> |scale| * tanh(±y): the cap is what multiplies the tanh.
+            logits.softcap, logits.scale = abs(logits.scale), math.copysign(1.0, logits.scale)
+            below = terms.operands(x, eqn)[0]
         else:
             return refuse("`{name}` stands between the product of query and key and the softmax", name=name, depth=4)
         if isinstance(below, Refusal):
@@ -68,7 +75,7 @@ def _leads_to_dot(terms: Terms, term: Term) -> bool:
     """Whether the term is a product of two matrices, scaled, masked or biased."""
     for _ in range(12):
         term = terms.peel(term, also=("reshape",))
-        eqn = terms.producer(term, "dot_general", "mul", "div", "neg", "add", "sub", "select_n")
+        eqn = terms.producer(term, "dot_general", "mul", "div", "neg", "add", "sub", "select_n", "tanh")
         if eqn is None:
             return False
         if eqn.primitive.name == "dot_general":
@@ -102,7 +109,7 @@ def _walk_scale(terms: Terms, x: Term, eqn: JaxprEqn, logits: Logits) -> Term | 
                 depth=4,
                 advice="a Python number or a constant scale is fused",
             )
-    if not math.isfinite(factor) or (factor <= 0 and logits.fills):
+    if not math.isfinite(factor) or not factor or (factor < 0 and logits.fills):
         return refuse("the logits are scaled by {factor}", factor=factor, depth=4)
     logits.scale *= factor
     return below
@@ -206,6 +213,6 @@ def _additive_mask(terms: Terms, bias: Term, s: Axis, factor: float) -> tuple[Ma
         return None
     if fill != -math.inf:
         t = mask.query_axis
-        if mask.tensors or t is None or mask.has_empty_rows(t.size, s.size):
+        if not mask.is_only_band or t is None or mask.has_empty_rows(t.size, s.size):
             return None
     return mask, fill

@@ -1,7 +1,10 @@
-"""Boolean masks over (query, key) positions: the band that is proved, and the tensors that remain.
+"""Boolean masks over (query, key) positions: the structure that is proved, and the tensors that remain.
 
-A comparison of two positions (iota plus a constant) bounds s - t on one side; conjunctions intersect. What cannot be
-read so stays a tensor, which the kernel reads, in the shape that the user's program has it before broadcasting.
+A comparison of two positions (iota plus a constant) bounds s - t on one side: a band. One of the key position with
+anything else, padding lengths or the position in a cache, bounds s on one side: a half-line. Conjunctions intersect;
+half-lines that are open on one side unite: causal or in the prefix. Equal integers of queries and keys are segments.
+What cannot be read so stays a tensor, which the kernel reads, in the shape that the user's program has it before
+broadcasting.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import numpy as np
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir.term import Axis, Term, Terms
-from zenith_jax.ops.attention import UNBOUNDED
+from zenith_jax.ops.attention_kernels import UNBOUNDED
+from zenith_jax.passes.match.mask_structure import Edge, HalfLine, Segments, Source, united
 
 # Constant arrays up to this size are looked at while tracing.
 MAX_CONSTANT_SIZE = 1 << 24
@@ -26,16 +30,34 @@ _NEGATED = {"ge": "lt", "gt": "le", "le": "gt", "lt": "ge"}
 
 @dataclasses.dataclass(frozen=True)
 class MaskForm:
-    """allowed = -left <= s - t <= right, and all `tensors` (of which the marked ones are negated)."""
+    """allowed = -left <= s - t <= right, and all half-lines, segments and `tensors`."""
 
     left: int = UNBOUNDED
     right: int = UNBOUNDED
     query_axis: Axis | None = None  # t, once a band has shown which axis it is
-    tensors: tuple[tuple[Term, bool], ...] = ()
+    half_lines: tuple[HalfLine, ...] = ()
+    segments: Segments | None = None
+    tensors: tuple[Source, ...] = ()
 
     @property
     def is_band(self) -> bool:
         return self.left < UNBOUNDED or self.right < UNBOUNDED
+
+    @property
+    def is_only_band(self) -> bool:
+        return not (self.half_lines or self.segments or self.tensors)
+
+    def lines(self) -> tuple[HalfLine, ...] | None:
+        """The form as half-lines alone; None if it is not."""
+        if self.segments or self.tensors:
+            return None
+        t = self.query_axis
+        band = []
+        if self.right < UNBOUNDED and t is not None:
+            band.append(HalfLine(True, (Edge(self.right + 1, ((t, 1),)),), None))
+        if self.left < UNBOUNDED and t is not None:
+            band.append(HalfLine(False, (Edge(-self.left, ((t, 1),)),), None))
+        return (*band, *self.half_lines)
 
     def has_empty_rows(self, t: int, s: int) -> bool:
         """Whether some query sees no key by the band alone: tensors are not looked at."""
@@ -45,11 +67,16 @@ class MaskForm:
         axes = {a for a in (self.query_axis, other.query_axis) if a is not None}
         if len(axes) > 1:
             return refuse("the mask compares the key position with two different axes")
+        tensors = (*self.tensors, *other.tensors)
+        if self.segments and other.segments and self.segments != other.segments:
+            tensors += (other.segments.source,)
         return MaskForm(
             min(self.left, other.left),
             min(self.right, other.right),
             next(iter(axes), None),
-            self.tensors + tuple(t for t in other.tensors if t not in self.tensors),
+            tuple(dict.fromkeys((*self.half_lines, *other.half_lines))),
+            self.segments or other.segments,
+            tuple(dict.fromkeys(tensors)),
         )
 
 
@@ -68,6 +95,10 @@ def mask_form(terms: Terms, mask: Term, key_axis: Axis, negated: bool = False) -
         if isinstance(first, Refusal) or isinstance(second, Refusal):
             return first if isinstance(first, Refusal) else second
         return first & second
+    if eqn is not None and name == ("and" if negated else "or"):
+        union = _union(terms, mask, eqn, key_axis, negated)
+        if union is not None:
+            return union
     if eqn is not None and name == "select_n":
         chosen = _select_form(terms, mask, eqn, key_axis, negated)
         if chosen is not None:
@@ -81,7 +112,14 @@ def mask_form(terms: Terms, mask: Term, key_axis: Axis, negated: bool = False) -
         band = _band(terms, mask, _NEGATED[name] if negated else name, eqn, key_axis)
         if band is not None:
             return band
-    return MaskForm(tensors=((mask, negated),))
+        line = _half_line(terms, _NEGATED[name] if negated else name, eqn, Source(mask, negated), key_axis)
+        if line is not None:
+            return MaskForm(half_lines=(line,))
+    if eqn is not None and name == ("ne" if negated else "eq"):
+        segments = _segments(terms, eqn, Source(mask, negated), key_axis)
+        if segments is not None:
+            return MaskForm(segments=segments)
+    return MaskForm(tensors=(Source(mask, negated),))
 
 
 def _peeled(terms: Terms, mask: Term) -> Term:
@@ -143,6 +181,59 @@ def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -
     if slope > 0:  # s - t >= -bound
         return MaskForm(left=bound, query_axis=query[0])
     return MaskForm(right=bound, query_axis=query[0])
+
+
+def _union(terms: Terms, mask: Term, eqn: Any, key_axis: Axis, negated: bool) -> MaskForm | None:
+    """The union of two forms that are half-lines open to the same side."""
+    forms = [mask_form(terms, t, key_axis, negated) for t in terms.operands(mask, eqn)]
+    lines = [form.lines() for form in forms if isinstance(form, MaskForm)]
+    axes = {form.query_axis for form in forms if isinstance(form, MaskForm)} - {None}
+    if len(lines) != 2 or len(axes) > 1 or lines[0] is None or lines[1] is None:
+        return None
+    both = united(lines[0], lines[1], Source(mask, negated))
+    return None if both is None else MaskForm(half_lines=both, query_axis=next(iter(axes), None))
+
+
+def _half_line(terms: Terms, comparison: str, eqn: Any, source: Source, key_axis: Axis) -> HalfLine | None:
+    """The bound on s that a comparison of it with something that does not depend on it is."""
+    first, second = (terms.peel(t) for t in terms.operands(source.mask, eqn))
+    if first.dtype.kind not in "iu" or second.dtype.kind not in "iu":
+        return None
+    if key_axis not in first.axis_set:  # a < b is b > a
+        first, second = second, first
+        comparison = {"ge": "le", "gt": "lt", "le": "ge", "lt": "gt"}[comparison]
+    position = affine(terms, first)
+    if position is None or key_axis in second.axis_set or abs(position[1].get(key_axis, 0)) != 1:
+        return None
+    offset, coefficients = position
+    known = affine(terms, second)
+    bound, slopes = known if known is not None else (0, {})
+    sign, extra = _COMPARISONS[comparison]
+    # sign * (c s + offset + ... - bound - ... - term) + extra >= 0, solved for s
+    upper = sign * coefficients[key_axis] < 0
+    turn = sign if upper else -sign
+    axes = {axis for axis in {*coefficients, *slopes} if axis is not key_axis}
+    rest = {axis: turn * (coefficients.get(axis, 0) - slopes.get(axis, 0)) for axis in axes}
+    edge = Edge(
+        turn * (offset - bound) + (extra + 1 if upper else -extra),
+        tuple((axis, c) for axis, c in rest.items() if c),
+        None if known is not None else second,
+        -turn,
+    )
+    return HalfLine(upper, (edge,), source) if edge.is_small() else None
+
+
+def _segments(terms: Terms, eqn: Any, source: Source, key_axis: Axis) -> Segments | None:
+    """Integers of the queries and integers of the keys that are compared for equality."""
+    query, key = (terms.peel(t) for t in terms.operands(source.mask, eqn))
+    if key_axis in query.axis_set:
+        query, key = key, query
+    # Without an axis of its own the query's side is one number for each example: the tensor is small.
+    if key_axis not in key.axis_set or key_axis in query.axis_set or not query.axis_set - key.axis_set:
+        return None
+    if any(t.dtype.kind not in "iu" or t.dtype.itemsize > 4 for t in (query, key)):
+        return None
+    return Segments(query, key, source)
 
 
 def _distance_band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -> MaskForm | None:
