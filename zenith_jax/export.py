@@ -62,7 +62,7 @@ def load_exported(source: bytes | bytearray | str | pathlib.Path) -> jax_export.
     data = source if isinstance(source, (bytes, bytearray)) else pathlib.Path(source).read_bytes()
     exported = jax_export.deserialize(bytearray(data))
     here = native.default_platform()
-    if here in native.PLATFORMS and here in exported.platforms and "zenith" in exported.mlir_module():
+    if here in native.PLATFORMS and here in exported.platforms and "@zenith_" in exported.mlir_module():
         reason = native.unavailable_reason(here)
         if reason is not None:
             raise NativeError(f"the exported program calls Zenith's kernels for {here}, but {reason}")

@@ -135,3 +135,15 @@ def test_a_symbolic_batch_is_exported_with_xla_code_for_the_op():
     for n in (1, 5):
         x = jnp.linspace(-3, 3, n * 64).reshape(n, 64)
         np.testing.assert_allclose(exported.call(x), jax.nn.softmax(x) + 1, rtol=1e-6)
+
+
+def test_a_program_that_only_names_an_op_needs_no_kernels(monkeypatch):
+    """Locations in it say zenith.softmax; a machine without the module runs it all the same."""
+    (b,) = jax.export.symbolic_shape("b")
+    with zenith.configured(use_cost=False):
+        exported = zenith.export(lambda x: jax.nn.softmax(x * 2))(jax.ShapeDtypeStruct((b, 64), jnp.float32))
+    assert "zenith.softmax" in exported.mlir_module() and "@zenith_" not in exported.mlir_module()
+    saved = exported.serialize()
+    monkeypatch.setattr(native, "unavailable_reason", lambda platform: "it is not built")
+    x = jnp.ones((3, 64))
+    np.testing.assert_allclose(zenith.load_exported(saved).call(x), jax.nn.softmax(x * 2), rtol=1e-6)
