@@ -92,7 +92,9 @@ def explain(function: Callable, *, measure: bool = False) -> Callable[..., Repor
 
 def current_context(settings: Config) -> Context:
     """What a rewriting that starts now is part of."""
-    return Context(settings.platform or native.default_platform(), settings.use_cost, registered=active())
+    platform = settings.platform or native.default_platform()
+    use_cost = settings.use_cost and settings.choices is None
+    return Context(platform, use_cost, registered=active(), choices=settings.choices)
 
 
 def _is_array(x: Any) -> bool:

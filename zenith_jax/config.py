@@ -32,6 +32,7 @@ class Config:
     use_cost: False fuses wherever a kernel is right, also where XLA is known to be faster (tests, benchmarks).
     log: "", "info", "debug" or "json" (info, a JSON object a line): what stderr is told of each traced function.
     telemetry: every how many calls of a function that is decorated from now on one is timed; 0: none, no overhead.
+    choices: a `passes.choose.Choices`, times measured for sites, which decide in place of the rules.
     """
 
     enabled: bool = True
@@ -39,6 +40,7 @@ class Config:
     use_cost: bool = True
     log: str = ""
     telemetry: int = 0
+    choices: Any = None
 
     @classmethod
     def from_environment(cls, environ: dict[str, str] | os._Environ = os.environ) -> Config:

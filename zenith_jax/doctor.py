@@ -6,6 +6,7 @@ needs, so their absence alone makes the exit code 1.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -51,10 +52,15 @@ class Finding:
     advice: str = ""
 
 
-def main(*, as_json: bool = False) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: zenith doctor --json. Exit codes: 0 the CPU kernels work, 1 they do not"
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def main(arguments: argparse.Namespace) -> int:
     """Prints the report; returns 0 if the CPU kernels work, else 1."""
     report = findings()
-    if as_json:
+    if arguments.json:
         print(json.dumps([dataclasses.asdict(f) for f in report], indent=2))
     else:
         show(report)

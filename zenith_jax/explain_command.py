@@ -4,6 +4,8 @@ Where its arguments come from, in this order: `--args "f32[2,128,256], i32[4]"`;
 file; a function `example_args()` of the file. Both return the tuple of arguments: arrays, pytrees of them (models and
 parameters too), `jax.ShapeDtypeStruct`s, Python values. Nothing is computed, unless with --measure.
 
+  zenith explain model.py:apply --args "f32[2,128,256], i32[4]" --measure
+
 Exit codes: 0 explained; 1 with --strict where a site is left to XLA; 2 the file, the function or its arguments are
 wrong, or the function raised.
 """
@@ -78,6 +80,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def load(target: str, specs: str | None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The function and its arguments. Raises UsageError."""
+    function, values = located(target, specs)
+    if not callable(function):
+        raise UsageError(f"{target} is no function but {type(function).__name__}")
+    return function, values
+
+
+def located(target: str, specs: str | None) -> tuple[Any, tuple[Any, ...]]:
+    """What FILE.py:NAME names, and the arguments for it. Raises UsageError."""
     file, _, name = target.rpartition(":")
     path = pathlib.Path(file)
     if not file or not name:
@@ -91,8 +101,6 @@ def load(target: str, specs: str | None) -> tuple[Callable[..., Any], tuple[Any,
             known = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
             raise UsageError(f"{file} has no {name}; it has {', '.join(known)}")
         function = getattr(function, part)
-    if not callable(function):
-        raise UsageError(f"{target} is no function but {type(function).__name__}")
     if specs is not None:
         return function, parsed(specs)
     for candidate in (f"{name.replace('.', '_')}_args", "example_args"):

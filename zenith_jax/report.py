@@ -46,6 +46,11 @@ class Site:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "measure"}
 
     @property
+    def key(self) -> str:
+        """What its speed depends on: sites with equal keys are measured once."""
+        return " ".join(p for p in (self.op, self.detail, self.shapes, "grad" if self.differentiated else "") if p)
+
+    @property
     def gain(self) -> str:
         """The measured times as text; "" where nothing was measured."""
         if self.measured_us is None:

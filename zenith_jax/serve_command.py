@@ -4,6 +4,8 @@ MODEL is an ONNX file, a file that CompiledModel.save wrote, `FILE.py:FUNCTION` 
 is a repository already. A function's example arguments come from --args, or from FUNCTION_args() or example_args()
 beside it. Files of models are data: nothing in them is unpickled or evaluated. A Python file is run, as imports are.
 
+  zenith serve encoder.zenith --http-port 8000
+
 Listens on 127.0.0.1 unless --host says otherwise. SIGTERM and SIGINT end it when accepted requests are answered.
 Exit codes: 0 ended by a signal; 1 the server failed, or the process of a model died; 2 the model or the command line
 is wrong.

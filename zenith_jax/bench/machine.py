@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import pathlib
 import platform
-import re
 import shutil
 import subprocess
 
@@ -15,6 +13,7 @@ import jax
 import jaxlib
 
 from zenith_jax import native
+from zenith_jax.device import processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ def machine() -> Machine:
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     return Machine(
-        device=_processor() if on_cpu else device.device_kind,
+        device=processor() if on_cpu else device.device_kind,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         driver="" if on_cpu else _driver(),
         jax=jax.__version__,
@@ -55,18 +54,6 @@ def kernels_missing() -> str | None:
     if name not in native.PLATFORMS:
         return f"there are no kernels for {name}"
     return native.unavailable_reason(name)
-
-
-def _processor() -> str:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    name = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    known = set(flags[1].split()) if flags else set()
-    widest = next((label for flag, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in known), "")
-    return " ".join(part for part in (name[1] if name else platform.machine(), widest) if part)
 
 
 def _driver() -> str:

@@ -1,25 +1,23 @@
 """One file with checksums: small members, and arrays that are mapped into memory instead of read.
 
-A ZIP archive without compression: `unzip` lists it. Nothing in it is executed or unpickled when it is read. Written
-next to its place and renamed, so that a reader sees the old file or the new one and a full disk leaves neither half.
+A ZIP archive without compression: `unzip` lists it. Nothing in it is executed or unpickled when it is read.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pathlib
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import SavedModelError
+from zenith_jax.files import replacing
 
 ARRAYS = "parameters.bin"
 ALIGNMENT = 64  # bytes; XLA's CPU backend copies arrays that are aligned less
@@ -28,21 +26,6 @@ _CHUNK = 1 << 24
 # PKWARE's APPNOTE 6.3.10, 4.3.7: sizes of a local file header and of its ZIP64 extra field as `zipfile` writes it.
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends, and vanishes where it raises."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write(path: pathlib.Path, members: Mapping[str, bytes], arrays: Sequence[np.ndarray]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +13,18 @@ import numpy as np
 from zenith_jax.api import current_context, jit
 from zenith_jax.compiled import buckets
 from zenith_jax.compiled.buckets import Spec
-from zenith_jax.compiled.model import CompiledModel, Interface, Program, bound, dtype_name
+from zenith_jax.compiled.model import CompiledModel, Interface, dtype_name
+from zenith_jax.compiled.precision import PRECISIONS, with_precision
+from zenith_jax.compiled.program import MODES, Program, program
 from zenith_jax.compiled.structure import Structure
-from zenith_jax.config import config
-from zenith_jax.errors import FrontendError
+from zenith_jax.compiled.tuning import tuned
+from zenith_jax.config import config, configured
+from zenith_jax.errors import FrontendError, ZenithError
 from zenith_jax.export import export
 from zenith_jax.frontends._source import Source
 from zenith_jax.frontends.recognise import source_of
+from zenith_jax.passes.choose import Choices
 from zenith_jax.report import Report, collecting
-
-MODES = ("default",)
-PRECISIONS = (None,)
 
 
 def compile(
@@ -38,6 +40,9 @@ def compile(
     ONNX file or ModelProto; a torch.nn.Module; a Keras model, tf.function or SavedModel.
     example_inputs: arrays, or `jax.ShapeDtypeStruct`s, with the shapes and dtypes to compile for, in the places of the
     model's arguments. Python values among them are bound. An ONNX file that declares all sizes needs none.
+    mode: "reduce-overhead" spends the least host time a call; "max-autotune" measures for each fused site whether
+    Zenith's kernel or XLA's code is faster here, and keeps the times on disk (`zenith cache`).
+    precision: "bf16" or "f16": parameters and computation in it; inputs and outputs keep their dtypes.
     dynamic: {"batch": (1, 8, 64)}: one program for each size, calls padded to the next; see docs/compile.md.
 
     >>> model = zenith.compile((apply, params), jnp.ones((8, 128)), dynamic={"batch": (1, 8, 64)})
@@ -49,8 +54,12 @@ def compile(
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    source = source_of(obj, *example_inputs)
-    return compiled(source, example_inputs, mode=mode, precision=precision, dynamic=buckets.checked(dynamic))
+    original = source_of(obj, *example_inputs)
+    source = original if precision is None else with_precision(original, precision)
+    model = compiled(source, example_inputs, mode=mode, precision=precision, dynamic=buckets.checked(dynamic))
+    if precision is not None:
+        _check_range(model, original, example_inputs)
+    return model
 
 
 def compiled(
@@ -80,13 +89,15 @@ def compiled(
         return [s.struct(sizes) for s in specs]
 
     programs: dict[tuple[int, ...], Program] = {}
-    avals: dict[tuple[int, ...], Any] = {}
+    choices: dict[tuple[int, ...], Choices | None] = {}
     report = Report((), current_context(config()).platform)
     for sizes in buckets.combinations(dynamic):
-        lowered, report = _lowered(flat, params, structs(sizes), source.name)
         key = tuple(sizes.values())
-        programs[key] = bound(lowered.compile(), params)
-        avals[key] = lowered.out_info
+        with _trace_errors(source.name, structs(sizes)):
+            choices[key] = tuned(flat, params, structs(sizes)) if mode == "max-autotune" else config().choices
+            with configured(choices=choices[key]), collecting() as sites:
+                programs[key] = program(jit, flat, params, structs(sizes), mode)
+        report = Report(tuple(sites), report.platform)
     interface = Interface(
         inputs=specs,
         outputs=_output_specs(source, out["structure"], flat, params, structs, dynamic),
@@ -99,7 +110,10 @@ def compiled(
     )
 
     def exported(platform: str, sizes: Mapping[str, int]) -> Any:
-        return export(flat, platforms=(platform,))([_struct(p) for p in params], structs(sizes))
+        # What was measured holds for the device it was measured on.
+        measured = choices[tuple(sizes.values())] if platform == report.platform else None
+        with configured(choices=measured):
+            return export(flat, platforms=(platform,))([_struct(p) for p in params], structs(sizes))
 
     model = CompiledModel(
         name=source.name,
@@ -117,15 +131,15 @@ def compiled(
     return model
 
 
-def _lowered(flat: Callable[..., Any], params: Sequence[Any], structs: Sequence[Any], name: str) -> tuple[Any, Report]:
-    with collecting() as sites:
-        try:
-            # A new function each time: JAX's caches must not answer for an earlier trace, whose sites are elsewhere.
-            lowered = jit(lambda params, inputs: flat(params, inputs)).lower(params, structs)
-        except (TypeError, ValueError) as error:
-            shown = ", ".join(f"{s.dtype}{list(s.shape)}" for s in structs) or "nothing"
-            raise FrontendError(f"{name} cannot be traced with the example inputs {shown}: {error}") from error
-    return lowered, Report(tuple(sites), current_context(config()).platform)
+@contextlib.contextmanager
+def _trace_errors(name: str, structs: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ZenithError):
+            raise
+        shown = ", ".join(f"{s.dtype}{list(s.shape)}" for s in structs) or "nothing"
+        raise FrontendError(f"{name} cannot be traced with the example inputs {shown}: {error}") from error
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:
@@ -188,6 +202,25 @@ def _output_specs(
     else:
         names = ["output" if not n else f"output_{n}" if n[0].isdigit() else n for n in structure.names]
     return tuple(Spec(n, s, str(a.dtype)) for n, s, a in zip(names, shapes, avals[0], strict=True))
+
+
+def _check_range(model: CompiledModel, original: Source, examples: Sequence[Any]) -> None:
+    """Raises FrontendError where a narrow dtype turns finite results for the examples into infinities or NaN."""
+    args = _examples(original, examples, model.dynamic)
+    arrays = Structure.of(args)[1]
+    if not all(isinstance(x, jax.Array | np.ndarray | np.generic) for x in arrays) or _is_finite(
+        model.flat_call(arrays)
+    ):
+        return
+    if _is_finite(jax.tree.leaves(original.function(original.params, *args))):
+        raise FrontendError(
+            f"{model.name}: results for the example inputs are finite in the model's own dtype and not in "
+            f'{model.precision}: the range of float16 ends at 65504, take precision="bf16", or none'
+        )
+
+
+def _is_finite(arrays: Sequence[Any]) -> bool:
+    return all(bool(jnp.isfinite(x).all()) for x in arrays if hasattr(x, "dtype"))
 
 
 def _check_independence(model: CompiledModel, examples: Sequence[Any]) -> None:

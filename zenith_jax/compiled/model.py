@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools as ft
 import os
 import pathlib
 import statistics
@@ -16,12 +15,10 @@ import numpy as np
 
 from zenith_jax.compiled import buckets
 from zenith_jax.compiled.buckets import Spec
+from zenith_jax.compiled.program import Program
 from zenith_jax.compiled.structure import Structure, is_array
 from zenith_jax.errors import InputError
 from zenith_jax.report import Report
-
-# (inputs) -> outputs, both flat: one executable with the model's parameters bound to it.
-Program = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +100,14 @@ class CompiledModel:
             args = face.adapt(args)
         try:
             results = self.flat_call(face.input_structure.arrays(args))
-        except (InputError, TypeError, ValueError) as error:
+        except (InputError, TypeError, ValueError, AttributeError) as error:
             raise self._explained(args, error) from error
         outputs = face.output_structure.filled(results)
         return outputs if face.restore is None else face.restore(outputs)
 
     def flat_call(self, arrays: Sequence[Any]) -> Sequence[Any]:
         """JAX or NumPy arrays in the order of `inputs` -> JAX arrays in the order of `outputs`."""
-        if not self.dynamic:
+        if not self.interface.dynamic:
             return self.programs[()](arrays)
         sizes = buckets.sizes_of(self.inputs, arrays, self.dynamic)
         bucket = buckets.bucket_of(sizes, self.dynamic)
@@ -138,9 +135,11 @@ class CompiledModel:
         odd = next((x for x in given.leaves if not is_array(x) and hasattr(x, "shape")), None)
         if odd is not None:
             return InputError(f"{expected}; a {type(odd).__module__}.{type(odd).__name__} is no JAX or NumPy array")
-        if isinstance(error, InputError) or given.tree != self.interface.input_structure.tree:
-            what = f"got {len(args)} arguments" if len(arrays) != len(self.inputs) else str(error)
-            return InputError(f"{expected}; {what}")
+        if len(arrays) != len(self.inputs):
+            return InputError(f"{expected}; got {len(args)} arguments")
+        if given.tree != self.interface.input_structure.tree:
+            tree = self.interface.input_structure.tree
+            return InputError(f"{expected}; the inputs must have the structure {tree}, got {given.tree}")
         for spec, x in zip(self.inputs, arrays, strict=True):
             fits = len(spec.shape) == np.ndim(x) and all(
                 isinstance(n, str) or n == size for n, size in zip(spec.shape, np.shape(x), strict=True)
@@ -152,7 +151,7 @@ class CompiledModel:
                 )
             if dtype_name(x) != spec.dtype:
                 return InputError(f"{expected}; {spec.name} is {x.dtype}, convert it first")
-        return error
+        return InputError(f"{expected}; {error}") if isinstance(error, InputError) else error
 
     def warm_up(self) -> None:
         """Compiles and runs every program once, on zeros, so that no call has to wait for a compiler."""
@@ -197,11 +196,6 @@ class CompiledModel:
         from zenith_jax.compiled import saved
 
         return saved.save(self, pathlib.Path(path), platforms)
-
-
-def bound(executable: Any, params: Sequence[Any]) -> Program:
-    """The executable of (params, inputs) -> outputs with its parameters."""
-    return ft.partial(executable, params)
 
 
 def dtype_name(x: Any) -> str:

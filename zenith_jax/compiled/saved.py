@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ import numpy as np
 from zenith_jax import native
 from zenith_jax.compiled import archive, buckets, structure
 from zenith_jax.compiled.buckets import Spec
-from zenith_jax.compiled.model import CompiledModel, Interface, bound
+from zenith_jax.compiled.model import CompiledModel, Interface
+from zenith_jax.compiled.program import Program, program
 from zenith_jax.errors import SavedModelError
 from zenith_jax.export import load_exported
 from zenith_jax.frontends._source import missing
@@ -165,7 +166,7 @@ def _model(reader: archive.Reader, manifest: Mapping[str, Any]) -> CompiledModel
             arguments=tuple(manifest["arguments"]),
             dynamic=dynamic,
         ),
-        programs=_Programs(exports, list(parameters.values()), dynamic, _specs(manifest["inputs"])),
+        programs=_Programs(exports, list(parameters.values()), dynamic, _specs(manifest["inputs"]), manifest["mode"]),
         exported=exported,
     )
 
@@ -173,14 +174,16 @@ def _model(reader: archive.Reader, manifest: Mapping[str, Any]) -> CompiledModel
 class _Programs(dict):
     """{sizes: program}, each compiled when it is asked for first."""
 
-    def __init__(self, exports: Mapping[Any, Any], params: Sequence[Any], dynamic: Any, specs: Sequence[Spec]):
+    def __init__(
+        self, exports: Mapping[Any, Any], params: Sequence[Any], dynamic: Any, specs: Sequence[Spec], mode: str
+    ):
         super().__init__()
-        self._compile: Callable[[Any], Any] = lambda sizes: bound(
-            jax.jit(exports[sizes].call)
-            .lower(params, [s.struct(dict(zip(dynamic, sizes, strict=True))) for s in specs])
-            .compile(),
-            params,
-        )
+
+        def compiled(sizes: tuple[int, ...]) -> Program:
+            structs = [s.struct(dict(zip(dynamic, sizes, strict=True))) for s in specs]
+            return program(jax.jit, exports[sizes].call, params, structs, mode)
+
+        self._compile = compiled
 
     def __missing__(self, sizes: Any) -> Any:
         self[sizes] = self._compile(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import sys
@@ -43,7 +44,14 @@ class Outcome:
     error: float
 
 
-def main(*, dtype: str = "float32", runs: int = 20, sites: bool = False, console: Console | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: zenith demo --sites. Exit codes: 0 both ways agree, 1 they do not or something is missing"
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="timed batches of each (default 20)")
+    parser.add_argument("--sites", action="store_true", help="list every site with file and line")
+
+
+def main(arguments: argparse.Namespace, console: Console | None = None) -> int:
     """Runs the demo and prints what came out. Returns 0 if both ways give right vectors and answers, else 1."""
     console = console or Console()
     try:
@@ -53,33 +61,34 @@ def main(*, dtype: str = "float32", runs: int = 20, sites: bool = False, console
         return 1
     folder = minilm.model_folder()
     assert folder is not None
-    console.print(f"[bold]MiniLM-L6[/], plain Flax nnx ({minilm.__file__}), {dtype}, on {escape(machine().text())}")
+    model_text = f"[bold]MiniLM-L6[/], plain Flax nnx ({minilm.__file__}), {arguments.dtype}"
+    console.print(f"{model_text}, on {escape(machine().text())}")
     if reason := kernels_missing():
         console.print(f"[red]zenith's kernels cannot run here[/]: {escape(reason)}", soft_wrap=True)
     ids, is_token = minilm.tokenized(minilm.tokenizer(folder), texts())
     console.print(f"{len(ids)} texts in one batch, {is_token.sum()} tokens, padded to {ids.size}\n")
 
-    model = minilm.load(folder, dtype=jnp.dtype(dtype))
+    model = minilm.load(folder, dtype=jnp.dtype(arguments.dtype))
     graph, state = nnx.split(model)
 
     def encode(state: Any, ids: Any, is_token: Any) -> jax.Array:
         return nnx.merge(graph, state)(ids, is_token)
 
-    arguments = (state, jnp.asarray(ids), jnp.asarray(is_token))
-    report = zenith.explain(encode)(*arguments)
-    console.print(report if sites else site_table(report))
+    inputs = (state, jnp.asarray(ids), jnp.asarray(is_token))
+    report = zenith.explain(encode)(*inputs)
+    console.print(report if arguments.sites else site_table(report))
 
     outcomes = compared(
         {"jax.jit": jax.jit(encode), "zenith.jit": zenith.jit(encode)},
-        arguments,
+        inputs,
         oracle=in_float64(folder, ids, is_token),
-        runs=runs,
+        runs=arguments.runs,
         console=console,
     )
     console.print(outcome_table(outcomes, texts=len(ids)))
     answers = {name: nearest(outcome.vectors) for name, outcome in outcomes.items()}
     console.print(answer_table(outcomes["zenith.jit"].vectors))
-    problems = check(outcomes, answers, dtype)
+    problems = check(outcomes, answers, arguments.dtype)
     for problem in problems:
         console.print(f"[red]wrong[/]: {problem}")
     return 1 if problems else 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src.custom_partitioning_sharding_rule import (
     sdy_sharding_rule_to_mlir,
@@ -271,3 +272,39 @@ def warn_hook_missing(reason: str) -> None:
         "Write jax.grad(zenith.fuse(loss)) instead, which needs no hook.",
         stacklevel=2,
     )
+
+
+# --- execution --------------------------------------------------------------------------------------------------------
+
+
+def direct_execution(compiled: Any, params: Sequence[jax.Array]) -> Callable[[Sequence[jax.Array]], list[Any]] | None:
+    """inputs -> outputs of a `jax.stages.Compiled` of (list of params, list of inputs), its arguments not looked at.
+
+    The caller sees to it that inputs are arrays of the compiled shapes and dtypes on the compiled device. None where
+    the program has effects or several devices, or where this JAX has other internals: then call it as it is.
+    """
+    try:
+        run = compiled._executable.unsafe_call
+        executable, handlers = run.xla_executable, run.out_handler.handlers
+        kept = sorted(run.kept_var_idx)
+        unusual = (
+            run.has_unordered_effects,
+            run.ordered_effects,
+            run.has_host_callbacks,
+            run.mut,
+            run.pgle_profiler,
+            len(executable.local_devices()) != 1,
+            _config.debug_nans.value or _config.debug_infs.value,
+        )
+        execute = executable.execute_sharded
+    except AttributeError:
+        return None
+    if any(unusual):
+        return None
+    bound = [params[i] for i in kept if i < len(params)]
+    positions = [i - len(params) for i in kept if i >= len(params)]
+
+    def call(inputs: Sequence[jax.Array]) -> list[Any]:
+        return execute([*bound, *(inputs[i] for i in positions)]).consume_with_handlers(handlers)
+
+    return call

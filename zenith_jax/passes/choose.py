@@ -5,7 +5,8 @@ A matched site that a rule refuses stays XLA's, with the rule's reason in the re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -112,6 +113,19 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cuda", "gelu_tanh"): _cuda_activation,
     ("cuda", "silu"): _cuda_activation,
 }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity: JAX's caches hold it
+class Choices:
+    """Times measured for sites, by `Site.key`: microseconds of Zenith's kernel and of XLA's code."""
+
+    times: Mapping[str, tuple[float, float]]
+
+    def declined(self, key: str) -> Refusal | None:
+        fused_us, xla_us = self.times.get(key, (0.0, 1.0))
+        if fused_us < xla_us:
+            return None
+        return refuse("XLA was faster here, {xla:.3g} us against {fused:.3g}", xla=xla_us, fused=fused_us)
 
 
 def declined(match: Match, platform: str, *, differentiated: bool, use_cost: bool) -> Refusal | None:

@@ -19,7 +19,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Literal, Var
 from zenith_jax.ir.graph import Graph
 from zenith_jax.passes import gain
-from zenith_jax.passes.choose import RULES, declined
+from zenith_jax.passes.choose import RULES, Choices, declined
 from zenith_jax.passes.match import MATCHERS, Match
 from zenith_jax.report import Site, record
 from zenith_jax.telemetry.compiling import clock, clocked
@@ -55,6 +55,7 @@ class Context:
     differentiated: bool = False
     where: str = ""
     registered: tuple[Callable, ...] = ()
+    choices: Choices | None = None  # measured times, in place of the rules
 
     def inside(self, primitive: str) -> Context:
         return dataclasses.replace(self, where=f"{self.where}/{primitive}".strip("/"))
@@ -112,26 +113,20 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                 if isinstance(found, Refusal)
                 else declined(found, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
             )
-            sites.append(
-                (
-                    index,
-                    Site(
-                        op=op,
-                        fused=refusal is None,
-                        source=_compat.source_line(eqn),
-                        detail=found.detail if isinstance(found, Match) else "",
-                        reason=str(dataclasses.replace(refusal, advice="")) if refusal is not None else "",
-                        shapes=_shapes(found) if isinstance(found, Match) else "",
-                        advice=refusal.advice if refusal is not None else "",
-                        choice=_choice(found, context) if refusal is None and isinstance(found, Match) else "",
-                        flops=gain.flops(found) if isinstance(found, Match) else 0,
-                        bytes_saved=gain.bytes_saved(found) if isinstance(found, Match) else 0,
-                        measure=gain.timed(graph, found) if isinstance(found, Match) and refusal is None else None,
-                        where=context.where,
-                        differentiated=context.differentiated,
-                    ),
-                )
+            site = Site(
+                op=op,
+                fused=False,
+                source=_compat.source_line(eqn),
+                detail=found.detail if isinstance(found, Match) else "",
+                shapes=_shapes(found) if isinstance(found, Match) else "",
+                flops=gain.flops(found) if isinstance(found, Match) else 0,
+                bytes_saved=gain.bytes_saved(found) if isinstance(found, Match) else 0,
+                where=context.where,
+                differentiated=context.differentiated,
             )
+            if isinstance(found, Match) and refusal is None and context.choices is not None:
+                refusal = context.choices.declined(site.key)
+            sites.append((index, _decided(site, refusal, found, graph, context)))
             if isinstance(found, Match) and not (found.declined is not None and refusal is not None):
                 claimed.update(id(e) for e in found.inner)
                 if refusal is None:
@@ -139,6 +134,15 @@ def plan(graph: Graph, context: Context) -> list[Match]:
     for _, site in sorted(sites, key=lambda item: item[0]):
         record(site)
     return plan
+
+
+def _decided(site: Site, refusal: Refusal | None, found: Match | Refusal, graph: Graph, context: Context) -> Site:
+    """The site with what became of it."""
+    if refusal is not None:
+        reason = str(dataclasses.replace(refusal, advice=""))
+        return dataclasses.replace(site, reason=reason, advice=refusal.advice)
+    assert isinstance(found, Match)
+    return dataclasses.replace(site, fused=True, choice=_choice(found, context), measure=gain.timed(graph, found))
 
 
 def _shapes(match: Match) -> str:
@@ -149,6 +153,8 @@ def _shapes(match: Match) -> str:
 def _choice(match: Match, context: Context) -> str:
     if match.declined is not None:
         return "the registered replacement, which supports these arguments"
+    if context.choices is not None:
+        return f"Zenith's {context.platform} kernel, measured on this device"
     rule = "by the measured rule of this platform" if context.use_cost else "by request: the cost rule is switched off"
     known = (context.platform, match.op) in RULES
     return f"Zenith's {context.platform} kernel, " + (rule if known else "always: no rule is against it")

@@ -1,0 +1,70 @@
+"""(params, inputs) -> outputs, both flat, as one executable with its parameters bound."""
+
+from __future__ import annotations
+
+import functools as ft
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from zenith_jax import native
+from zenith_jax.errors import InputError
+from zenith_jax.ir import _compat
+
+logger = logging.getLogger("zenith_jax")
+
+Program = Callable[[Sequence[Any]], Sequence[Any]]
+
+MODES = ("default", "reduce-overhead", "max-autotune")
+
+# A parameter up to this size becomes a constant of the program in "reduce-overhead": an argument costs 0.3 us of host
+# time a call, whatever its size (2-core Xeon, 2026-11). Biases and norms, three quarters of a transformer's parameters.
+CONSTANT_BYTES = 16384
+# XLA captures commands into a CUDA graph from this number on; 5 by default.
+_GRAPH_OPTIONS = {"xla_gpu_graph_min_graph_size": 1}
+
+
+def program(
+    jitted: Callable[[Callable], Any], function: Callable, params: Sequence[Any], structs: Any, mode: str
+) -> Program:
+    """Compiles `function(params, inputs)` for inputs like `structs`. jitted: `jax.jit`, or `zenith.jit`."""
+    if mode != "reduce-overhead":
+        # A new function each time: JAX's caches must not answer for an earlier trace, whose sites are elsewhere.
+        executable = jitted(lambda params, inputs: function(params, inputs)).lower(params, structs).compile()
+        return ft.partial(executable, params)
+    return _least_overhead(jitted, function, params, structs)
+
+
+def _least_overhead(jitted: Callable, function: Callable, params: Sequence[Any], structs: Sequence[Any]) -> Program:
+    """Small parameters in the program, the others as one list for the runtime, which checks only the inputs."""
+    constants = [np.asarray(p) if p.nbytes <= CONSTANT_BYTES else None for p in params]
+    arguments = [p for p, c in zip(params, constants, strict=True) if c is None]
+
+    def with_constants(arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        remaining = iter(arguments)
+        return function([next(remaining) if c is None else c for c in constants], inputs)
+
+    lowered = jitted(with_constants).lower(arguments, structs)
+    executable = lowered.compile(_GRAPH_OPTIONS if native.default_platform() == "cuda" else None)
+    execute = _compat.direct_execution(executable, arguments)
+    if execute is None:
+        logger.info("reduce-overhead: this program has effects or several devices, and is called the usual way")
+        return ft.partial(executable, arguments)
+    (device,) = {d for x in arguments for d in x.devices()} or {jax.devices()[0]}
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    expected = [(s.shape, np.dtype(s.dtype)) for s in structs]
+
+    def call(inputs: Sequence[Any]) -> Sequence[Any]:
+        placed = []
+        for x, (shape, dtype) in zip(inputs, expected, strict=True):
+            if not isinstance(x, jax.Array) or x.sharding != sharding:
+                x = jax.device_put(x, sharding)
+            if x.shape != shape or x.dtype != dtype:
+                raise InputError(f"expected an array of {dtype}{list(shape)}, got {x.dtype}{list(x.shape)}")
+            placed.append(x)
+        return execute(placed)
+
+    return call
