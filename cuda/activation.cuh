@@ -57,7 +57,8 @@ struct ActivationFunction {
   static __device__ __forceinline__ float Value(float x) {
     const float low = x < -kLimit ? -kLimit : x;  // not fmaxf, which drops NaN
     const float high = low > kLimit ? kLimit : low;
-    return low * At(high).cumulative;
+    const float nan_of_minus_infinity = fminf(x, 0.0f) * 0.0f;
+    return fmaf(low, At(high).cumulative, nan_of_minus_infinity);
   }
 
   static __device__ __forceinline__ float Derivative(float x) {

@@ -11,13 +11,13 @@ constexpr double kSqrtHalf = 0.70710678118654752440;
 constexpr double kSqrtTwoOverPi = 0.79788456080286535588;
 constexpr double kInverseSqrtTwoPi = 0.39894228040143267794;
 
-/// f(x) and f'(x); at +-infinity their limits.
+/// f(x) and f'(x); at +-infinity their limits, but for f(-inf): NaN.
 struct Point {
   double value, derivative;
 };
 
 __device__ Point Evaluate(Activation kind, double x) {
-  if (isinf(x)) return x > 0 ? Point{x, 1} : Point{0, 0};
+  if (isinf(x)) return x > 0 ? Point{x, 1} : Point{nan(""), 0};
   switch (kind) {
     case Activation::kGeluErf: {
       const double cumulative = erfc(-x * kSqrtHalf) / 2;

@@ -40,17 +40,18 @@ inline constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;
 inline constexpr float kCubic = 0.044715f;
 
 /// Beyond +-16 the normal tail is 0 in float32, and beyond +-128 so are the other activations'
-/// tails. Clamping there keeps inf * 0 out of the formulas.
+/// tails. Clamping there keeps inf * 0 out of the formulas; Value puts that of -inf back.
 template <Activation kKind>
 inline constexpr float kSaturated = kKind == Activation::kGeluErf ? 16.0f : 128.0f;
 
 template <Activation kKind>
 ZENITH_INLINE F32 Value(F32 x) {
+  const F32 nan_of_minus_infinity = Min(x, F32{}) * 0.0f;
   if constexpr (kKind == Activation::kGeluErf) {
     // x * Phi(x), without the cancellation of 1 + erf in the lower tail.
     const F32 a = Min(Splat(kSaturated<kKind>), Abs(x));
     const NormalTail normal = UpperTail(a);
-    return Max(F32{}, x) - a * normal.ratio * normal.density;
+    return Max(F32{}, x) - a * normal.ratio * normal.density + nan_of_minus_infinity;
   } else {
     x = Max(Splat(-kSaturated<kKind>), x);
     F32 u = x;
@@ -58,7 +59,7 @@ ZENITH_INLINE F32 Value(F32 x) {
       u = x * Fma(x * x, kCubic * kTwoSqrt2OverPi, Splat(kTwoSqrt2OverPi));
     }
     const SigmoidFactors s = Sigmoid(u);
-    return x * s.large * s.small;
+    return x * s.large * s.small + nan_of_minus_infinity;
   }
 }
 

@@ -14,8 +14,8 @@ enum class Activation : int32_t {
   kSilu = 2,      // x / (1 + exp(-x))
 };
 
-/// x, y: (size,) dense, `dtype`; float32 inside. NaN in, NaN out; +-inf as the formula's limit
-/// (-inf gives -0 or 0).
+/// x, y: (size,) dense, `dtype`; float32 inside. NaN in, NaN out; inf gives inf, and -inf
+/// NaN, as -inf * 0 does in JAX's formulas.
 struct ActivationForwardArgs {
   Activation kind;
   DType dtype;

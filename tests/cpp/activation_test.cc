@@ -19,7 +19,7 @@ struct Oracle {
 };
 
 Oracle Exact(Activation kind, double x) {
-  if (std::isinf(x)) return x < 0 ? Oracle{0, 0, 0, 1} : Oracle{x, 1, x, 1};
+  if (std::isinf(x)) return x < 0 ? Oracle{NAN, 0, NAN, 1} : Oracle{x, 1, x, 1};
   if (kind == Activation::kGeluErf) {
     const double phi = std::erfc(-x / std::sqrt(2.0)) / 2;
     const double slope = x * std::exp(-x * x / 2) / std::sqrt(2 * M_PI);

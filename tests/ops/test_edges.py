@@ -128,9 +128,6 @@ def test_nan_and_infinity_stay_in_their_row(op, bad):
     args = case.arguments()
     args[0] = args[0].at[1, 5].set(bad)
     value, expected = jax.tree.leaves(case.function(*args))[0], jax.tree.leaves(case.formula(*args))[0]
-    if op in ("gelu", "silu") and bad == -np.inf:  # the formula says -inf * 0, the kernel its limit
-        assert value[1, 5] == 0
-        value, expected = value.at[1, 5].set(0), expected.at[1, 5].set(0)
     np.testing.assert_array_equal(np.isnan(value), np.isnan(expected))
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
