@@ -151,14 +151,21 @@ ZENITH_INLINE void PackScores(const AttentionProblem& p, const RowBlock& block, 
   }
 }
 
+/// In units of log 2, where that does not overflow: the lowest float32, which fills masks, stays
+/// finite.
+ZENITH_INLINE F32 BiasInLog2(F32 bias) {
+  const F32 scaled = bias * kLog2E;
+  return Select(Abs(scaled) < Splat(kInfinity), scaled, bias);
+}
+
 /// Bias in units of log 2.
 template <typename T>
 ZENITH_NOINLINE void PackBias(const AttentionProblem& p, const RowBlock& block, KeyRange keys,
                               float* tile) {
   PackScores<T>(
       p, block, keys, p.bias, p.bias_strides, tile,
-      [](const T* at, auto part) { return Load(at, part) * kLog2E; },
-      [](const T* at) { return (Load(at, Part{1}) * kLog2E)[0]; });
+      [](const T* at, auto part) { return BiasInLog2(Load(at, part)); },
+      [](const T* at) { return BiasInLog2(Load(at, Part{1}))[0]; });
 }
 
 /// Mask as all ones and zeros.

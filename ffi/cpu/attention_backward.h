@@ -36,6 +36,10 @@ struct KeyChunks {
   }
 };
 
+/// Beyond it float32 has no digits left in lse for the logarithm of a sum: 3e-4 at 2^12. Logits are
+/// so far from 0 in rows all of whose keys a finite bias masks.
+inline constexpr float kFarLse = 4096.0f;
+
 /// scores become p = exp2(score - lse), dp becomes dlogits = p * (dp - delta).
 ZENITH_NOINLINE inline void Probabilities(int64_t keys, int64_t rows, const float* lse,
                                           const float* delta, float* scores, float* dp) {
@@ -77,7 +81,7 @@ class AttentionBackwardTask {
     return Scratch::Size(p.qk_dim * kBlockRows) + Scratch::Size(p.v_dim * kBlockRows) +
            (2 * panel + kBlockRows) * (Padded(p.qk_dim) + Padded(p.v_dim)) +
            2 * kBlockKeys * kBlockRows + 2 * kBlockRows + Padded(p.v_dim) +
-           ScoreEditor::kRowFloats + ScoreEditor::kStepFloats;
+           kBlockKeys * Padded(p.qk_dim) + ScoreEditor::kRowFloats + ScoreEditor::kStepFloats;
   }
 
   AttentionBackwardTask(const AttentionBackwardArgs& args, Scratch& scratch)
@@ -93,6 +97,7 @@ class AttentionBackwardTask {
         lse_(scratch.Take(kBlockRows)),
         delta_(scratch.Take(kBlockRows)),
         masked_dvalue_(scratch.Take(v_stride_)),
+        far_key_(scratch.Take(kBlockKeys * qk_stride_)),
         editor_(args, scratch.Take(ScoreEditor::kRowFloats),
                 scratch.Take(ScoreEditor::kStepFloats)) {
     const int64_t panel = PanelKeys(args);
@@ -188,6 +193,7 @@ class AttentionBackwardTask {
     const AttentionBackwardArgs& p = args_;
     PackLanes<T>(p, block, p.query, p.query_strides, p.qk_dim, p.scale * kLog2E, query_lanes_);
     PackLanes<T>(p, block, p.dout, p.out_strides, p.v_dim, 1.0f, dout_lanes_);
+    bool far = false;
     for (int64_t r = 0; r < block.count; ++r) {
       CopyRows(1, p.qk_dim, block.Pointer(p, static_cast<const T*>(p.query), p.query_strides, r), 0,
                query_ + r * qk_stride_, qk_stride_);
@@ -196,10 +202,61 @@ class AttentionBackwardTask {
       const float lse = p.lse[block.flat(p, r)];
       // Rows without an allowed key have only scores of -inf: p = 0 with any finite lse.
       lse_[r] = lse == -kInfinity ? 0.0f : lse * kLog2E;
+      far |= IsFar(lse);
       delta_[r] = p.delta[block.flat(p, r)];
     }
     for (int64_t r = block.count; r < kBlockRows; ++r) lse_[r] = delta_[r] = 0.0f;
     editor_.Start(block);
+    if (__builtin_expect(far, 0)) NormaliseFarRows(block);
+  }
+
+  static bool IsFar(float lse) {
+    const float distance = __builtin_fabsf(lse);
+    return distance > kFarLse && distance < kInfinity;
+  }
+
+  /// Far rows have their largest logit in place of lse, and 1 / sum(exp(logit - largest)) in dout
+  /// and delta, in all of which the gradients are linear: the probabilities that come out of the
+  /// steps lack it.
+  ZENITH_NOINLINE void NormaliseFarRows(const RowBlock& block) {
+    const AttentionBackwardArgs& p = args_;
+    float largest[kBlockRows], sum[kBlockRows];
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      largest[r] = -kInfinity;
+      sum[r] = 0.0f;
+    }
+    const T* const key = KeyValueHead<T>(p.key, p.key_strides, block.batch, block.kv_head);
+    const KeyRange band = block.Keys(p);
+    for (int64_t first = band.first; first < band.last; first += kBlockKeys) {
+      const KeyRange keys = {first, Min(first + kBlockKeys, band.last)};
+      const int64_t count = keys.last - keys.first;
+      CopyRows(count, p.qk_dim, key + first * p.key_strides.length, p.key_strides.length, far_key_,
+               qk_stride_);
+      Gemm<ALayout::kRowMajor, Update::kStore>(
+          count, CeilDiv(block.count, kLanes),
+          {p.qk_dim, far_key_, qk_stride_, query_lanes_, kBlockRows, scores_, kBlockRows});
+      editor_.Edit(block, keys, scores_);
+      for (int64_t s = 0; s < count; ++s) {
+        for (int64_t r = 0; r < block.count; ++r) {
+          const float score = scores_[s * kBlockRows + r];
+          if (score == -kInfinity) continue;
+          const float before = largest[r];
+          largest[r] = Max(before, score);
+          sum[r] =
+              sum[r] * __builtin_exp2f(before - largest[r]) + __builtin_exp2f(score - largest[r]);
+        }
+      }
+    }
+    for (int64_t r = 0; r < block.count; ++r) {
+      if (!IsFar(p.lse[block.flat(p, r)])) continue;
+      const float factor = 1.0f / sum[r];
+      lse_[r] = largest[r];
+      delta_[r] *= factor;
+      for (int64_t e = 0; e < p.v_dim; ++e) {
+        dout_[r * v_stride_ + e] *= factor;
+        dout_lanes_[e * kBlockRows + r] *= factor;
+      }
+    }
   }
 
   void Step(const RowBlock& block, KeyRange keys, int64_t panel_first) {
@@ -255,7 +312,7 @@ class AttentionBackwardTask {
   const AttentionBackwardArgs& args_;
   const int64_t qk_stride_, v_stride_;
   float *query_lanes_, *dout_lanes_, *query_, *dout_, *scores_, *dscores_, *lse_, *delta_,
-      *masked_dvalue_, *dquery_, *key_, *dkey_, *value_, *dvalue_;
+      *masked_dvalue_, *far_key_, *dquery_, *key_, *dkey_, *value_, *dvalue_;
   ScoreEditor editor_;
 };
 

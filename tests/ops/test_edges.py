@@ -178,6 +178,33 @@ def test_row_without_allowed_keys_is_the_mean_of_values():
     np.testing.assert_allclose(out[0, 4], v[0].mean(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("fill", [-1e4, -1e9, -1e30, np.finfo(np.float32).min], ids="{:.0e}".format)
+def test_gradients_of_rows_that_a_finite_bias_masks(fill):
+    """Their logits are so large that lse lacks the logarithm of their sum, or that they overflow in units of log 2."""
+    q, k, v = attention_case("").arguments()
+    seen = np.random.default_rng(SEED).random((2, 1, 9, 7)) < 0.5
+    seen[0, 0, 2] = seen[1, 0, 8] = False
+    bias = jnp.where(seen, 0.0, fill).astype(jnp.float32)
+    bias = bias.at[0, 0, 2, 3].multiply(1.5 if fill > -1e30 else 1.0)
+    weights = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+
+    def plain(q, k, v):  # in float32, as the kernel: in float64 the logits are not rounded away
+        logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5 + bias
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits), v)
+
+    def derivatives(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weights), (0, 1, 2)))(q, k, v)
+
+    # Products of query and key, rounded beside the bias: 1e-3 at 1e4; gone at 1e9, where all are equal.
+    tolerance = 2e-3 if fill == -1e4 else 1e-5
+    for a, b in zip(
+        jax.tree.leaves(derivatives(ft.partial(ops.attention, bias=bias))),
+        jax.tree.leaves(derivatives(plain)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
 # --- properties -------------------------------------------------------------------------------------------------------
 
 
