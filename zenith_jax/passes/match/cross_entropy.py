@@ -35,11 +35,12 @@ _MAX_CLIMBED = 64
 
 @dataclasses.dataclass(frozen=True)
 class LogSum:
-    """log(sum over `axis` of exp(x - shift)); `shift` is max(x)."""
+    """log(sum over `axis` of exp(x - shift)); `shift` is max(x), and `guarded` if 0 where that is infinite."""
 
     x: Term
     axis: Axis
     shift: Term
+    guarded: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Reading:
     x: Term
     axis: Axis
     inner: tuple[JaxprEqn, ...]
+    guarded: bool = False
     pick: Pick | None = None
 
 
@@ -126,9 +128,10 @@ def _log_sum(terms: Terms, log: Term, inner: list[JaxprEqn]) -> LogSum | None:
     if not isinstance(x.atom, Var) or reduced[0] not in x.axis_set:
         return None
     shift = terms.peel(shift, inner)
-    if check_shift(terms, x, _finite(terms, shift, inner), reduced[0], inner) is not None:
+    maximum = _finite(terms, shift, inner)
+    if check_shift(terms, x, maximum, reduced[0], inner) is not None:
         return None
-    return LogSum(x, reduced[0], shift)
+    return LogSum(x, reduced[0], shift, maximum.atom is not terms.peel(shift, also=("stop_gradient",)).atom)
 
 
 def _finite(terms: Terms, shift: Term, inner: list[JaxprEqn]) -> Term:
@@ -186,7 +189,7 @@ def _log_probability(terms: Terms, term: Term, axis: Axis, inner: list[JaxprEqn]
     bound = terms.unify(found.x, first, [found.axis])
     if bound is None or bound.get(found.axis) is not axis:
         return None
-    return LogSum(terms.peel(first, inner), axis, found.shift)
+    return LogSum(terms.peel(first, inner), axis, found.shift, found.guarded)
 
 
 def _read(terms: Terms, eqn: JaxprEqn) -> Reading | None:
@@ -194,17 +197,18 @@ def _read(terms: Terms, eqn: JaxprEqn) -> Reading | None:
     inner: list[JaxprEqn] = []
     if eqn.primitive.name == "add":
         found = _lse(terms, out, inner)
-        return Reading(LSE, out, found.x, found.axis, tuple(inner)) if found is not None else None
+        return Reading(LSE, out, found.x, found.axis, tuple(inner), found.guarded) if found is not None else None
     pick = pick_form(terms, out, eqn)
     if pick is None or pick.axis not in pick.x.axis_set:
         return None
     inner += pick.inner
     log_probability = _log_probability(terms, pick.x, pick.axis, inner)
     if log_probability is not None:
-        return Reading(LOG_PROBABILITY, out, log_probability.x, pick.axis, tuple(inner), pick)
+        x, guarded = log_probability.x, log_probability.guarded
+        return Reading(LOG_PROBABILITY, out, x, pick.axis, tuple(inner), guarded, pick)
     inner = list(pick.inner)
     x = terms.peel(pick.x, inner)
-    return Reading(LOGIT, out, x, pick.axis, tuple(inner), pick) if pick.axis in x.axis_set else None
+    return Reading(LOGIT, out, x, pick.axis, tuple(inner), pick=pick) if pick.axis in x.axis_set else None
 
 
 # --- the fused op -----------------------------------------------------------------------------------------------------
@@ -255,6 +259,7 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
                 r.pick.on if r.pick else 1.0,
                 r.pick.off if r.pick else 0.0,
                 r.pick.multiplied if r.pick else False,
+                r.guarded,
                 order,
                 tuple(r.out.atom.aval.shape),
                 r.out.atom.aval.dtype.name,
@@ -295,6 +300,7 @@ class Result:
     on: float
     off: float
     multiplied: bool
+    guarded: bool
     order: Order
     shape: tuple[int, ...]
     dtype: str
@@ -313,12 +319,12 @@ def emit(logits, labels, *, logits_order: Order, label_order: Order, outside: st
         picked = jnp.where(is_class, picked, jnp.nan)
 
     def value(r: Result) -> Any:
+        # Of an infinite maximum log_softmax makes inf - inf; logsumexp does not.
+        one = lse if r.guarded else jnp.where(jnp.isinf(lse), jnp.nan, lse)
         if r.kind == LSE:
-            return lse
+            return one
         logit, of_all = picked, total
         if r.kind == LOG_PROBABILITY:
-            # Of an infinite logit log_softmax makes inf - inf; logsumexp does not.
-            one = jnp.where(lse == jnp.inf, jnp.nan, lse)
             # A one-hot label that is no class picks nothing, of a log-probability too.
             logit = picked - (jnp.where(is_class, one, 0) if outside == Outside.ZERO.value else one)
             of_all = total - classes * one
