@@ -21,6 +21,7 @@ from zenith_jax.ir.graph import Graph
 from zenith_jax.passes import gain
 from zenith_jax.passes.choose import RULES, Choices, declined
 from zenith_jax.passes.match import MATCHERS, Match
+from zenith_jax.passes.match._match import narrowed
 from zenith_jax.report import Site, record
 from zenith_jax.telemetry.compiling import clock, clocked
 
@@ -133,7 +134,9 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                     plan.append(found)
     for _, site in sorted(sites, key=lambda item: item[0]):
         record(site)
-    return plan
+    # A value before its cast may be what another match starts from, below the cast.
+    leaves = {a for m in plan for a in m.leaves if isinstance(a, Var)}
+    return [m if m.results[0] in leaves else narrowed(graph, m) for m in plan]
 
 
 def _decided(site: Site, refusal: Refusal | None, found: Match | Refusal, graph: Graph, context: Context) -> Site:

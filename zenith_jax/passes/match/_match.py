@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from zenith_jax.ir._compat import JaxprEqn, Var
-from zenith_jax.ir.graph import Atom
-from zenith_jax.ir.term import Axis, Term
+from zenith_jax.ir.graph import Atom, Graph
+from zenith_jax.ir.term import Axis, Term, is_float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,6 +38,38 @@ class Match:
     # its equations are then left to other patterns.
     exact: Callable[..., Sequence[Any]] | None = None
     declined: Callable[[str], Any] | None = None
+
+
+def narrowed(graph: Graph, match: Match) -> Match:
+    """The match with what its result is cast down to as result, if nothing else reads it: a kernel then writes that.
+
+    For matches of which `emit` casts the first result to its static argument `dtype`.
+    """
+    result, static = match.results[0], dict(match.static)
+    users = graph.users_of(result)
+    if "dtype" not in static or len(users) != 1 or graph.is_output(result):
+        return match
+    cast = users[0].outvars[0]
+    if users[0].primitive.name != "convert_element_type" or not is_float(cast.aval.dtype):
+        return match
+    if not is_wider(result.aval.dtype, cast.aval.dtype):
+        return match
+    static["dtype"] = cast.aval.dtype.name
+    return dataclasses.replace(
+        match,
+        results=(cast, *match.results[1:]),
+        inner=(*match.inner, users[0]),
+        static=tuple(static.items()),
+    )
+
+
+def is_wider(dtype: Any, than: Any) -> bool:
+    return jnp.finfo(dtype).bits > jnp.finfo(than).bits
+
+
+def as_precise(x: Any, dtype: Any) -> Any:
+    """x, cast up where the program's result is of a wider dtype: kernels round their results to that of x."""
+    return x.astype(dtype) if is_wider(dtype, x.dtype) else x
 
 
 Order = tuple[int, ...]

@@ -24,7 +24,7 @@ from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Term, Terms, is_float
 from zenith_jax.ops.activation import FORMULAS, activation
-from zenith_jax.passes.match._match import Match
+from zenith_jax.passes.match._match import Match, as_precise
 
 ANCHORS = ("erf", "erfc", "tanh", "logistic", "exp")
 
@@ -229,7 +229,7 @@ def _branches(terms: Terms, root: Term, x: Term, inner: dict[int, JaxprEqn]) -> 
 
 
 def _below_casts(terms: Terms, x: Term, inner: dict[int, JaxprEqn]) -> Term:
-    """x before it was cast up: the kernel computes in float32 inside anyway."""
+    """x before it was cast up: the kernel computes in float32 inside anyway; `emit` sees to its result."""
     while True:
         eqn = terms.producer(x, "convert_element_type")
         if eqn is None or not is_float(eqn.invars[0].aval.dtype):
@@ -256,4 +256,4 @@ def _build(terms: Terms, name: str, root: Var, x: Term, inner: dict[int, JaxprEq
 
 
 def emit(x, *, name: str, dtype: str):
-    return (activation(name, x).astype(dtype),)
+    return (activation(name, as_precise(x, dtype)).astype(dtype),)

@@ -28,7 +28,7 @@ from zenith_jax.ops.attention_kernels import (
     with_nan_rows_zero,
     with_sink,
 )
-from zenith_jax.passes.match._match import Match, Order, arranged, order_of, restored
+from zenith_jax.passes.match._match import Match, Order, arranged, is_wider, order_of, restored
 from zenith_jax.passes.match.attention_logits import Logits, walk
 from zenith_jax.passes.match.mask import MaskForm
 from zenith_jax.passes.match.mask_structure import Source, StaticLine, interval, static_line
@@ -255,7 +255,8 @@ def _build(
         )
     # Without a finite fill, only -inf can empty a row: NaN, as softmax gives.
     masked_row = MASKED_ROW_NAN if all(f == -math.inf for f in logits.fills) else MASKED_ROW_MEAN
-    dtype = _common_dtype(query, key, value)
+    result = eqn.outvars[0]
+    common = jnp.result_type(query.dtype, key.dtype, value.dtype)
     leaves = [query, key, value, *(term for term, _ in (*masks, *biases)), *sinks, *structure.leaves]
     layout = LENGTH_MAJOR if _is_length_major(query, roles) else HEADS_MAJOR
     static: dict[str, Any] = dict(
@@ -277,23 +278,23 @@ def _build(
         masked_row=masked_row,
         guarded=guarded,
         layout=layout,
-        dtype=dtype,
-        shape=tuple(eqn.outvars[0].aval.shape),
-        result_dtype=eqn.outvars[0].aval.dtype.name,
+        multiplied_dtype=jnp.result_type(*(a.aval.dtype for a in eqn.invars)).name,
+        shape=tuple(result.aval.shape),
+        dtype=result.aval.dtype.name,
     )
     batch_size = math.prod(a.size for a in roles.batch)
     groups = roles.group.size if roles.group is not None else 1
     return Match(
         op="attention",
         root=eqn,
-        results=(eqn.outvars[0],),
+        results=(result,),
         inner=tuple(inner),
         leaves=tuple(leaf.atom for leaf in leaves),
         emit=emit,
         static=tuple(static.items()),
         detail=_detail(logits, roles, s, bool(biases), len(masks), structure, has_sink),
         case=(
-            ("dtype", dtype),
+            ("dtype", _kernel_dtype(common, static["multiplied_dtype"], static["dtype"])),
             ("batch", batch_size * groups),
             ("t", t_size),
             ("s", s.size),
@@ -342,9 +343,11 @@ def _structure(
     return _Structure(tuple(leaves), tuple(lines), segment_orders), sources
 
 
-def _common_dtype(query: Term, key: Term, value: Term) -> str:
-    """The dtype the kernel runs in: the widest of the three, as they come."""
-    return jnp.result_type(query.dtype, key.dtype, value.dtype).name
+def _kernel_dtype(common: Any, multiplied: Any, result: Any) -> str:
+    """The dtype the kernel runs in: the widest of query, key and value, as they come; that of the program's product
+    with value, if it is wider and the result is kept so."""
+    precise = is_wider(multiplied, common) and is_wider(result, common)
+    return jnp.dtype(multiplied if precise else common).name
 
 
 def _is_length_major(query: Term, roles: Roles) -> bool:
@@ -395,16 +398,17 @@ def emit(
     masked_row,
     guarded,
     layout,
-    dtype,
+    multiplied_dtype,
     shape,
-    result_dtype,
+    dtype,
 ):
     """Canonical attention on query, key, value, masks, biases, sink and structure in the program's own order of
     dimensions. sink: None where it is an array."""
     order = dict(orders)
     arrays = [x.reshape(size) for x, size in zip(arrays, sizes, strict=True)]
+    kernel_dtype = _kernel_dtype(jnp.result_type(*(x.dtype for x in arrays[:3])), multiplied_dtype, dtype)
     query, key, value = (
-        _broadcast_batch(arranged(x, order[name]), batch_sizes).astype(dtype)
+        _broadcast_batch(arranged(x, order[name]), batch_sizes).astype(kernel_dtype)
         for name, x in zip(("query", "key", "value"), arrays, strict=False)
     )
     scores = [arranged(x, order) for x, order in zip(arrays[3:], score_orders, strict=False)]
@@ -442,7 +446,7 @@ def emit(
         out = with_nan_rows_zero(out, lse, row, masked_row)
     elif has_sink:
         out = with_sink(out, lse, row, masked_row)
-    return (restored(out, order["result"], shape, result_dtype),)
+    return (restored(out, order["result"], shape, dtype),)
 
 
 def _broadcast_batch(x: Any, batch_sizes: Sequence[int]) -> Any:

@@ -12,7 +12,7 @@ from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import VIEWS, Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
 from zenith_jax.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from zenith_jax.passes.match._match import Match
+from zenith_jax.passes.match._match import Match, as_precise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,11 +424,12 @@ def _parameters(parameters: tuple, has_scale: bool, has_bias: bool, kind: str) -
 
 def emit(x, *parameters, kind, eps, has_scale, has_bias, shape, dtype):
     op = layer_norm if kind == "layer" else rms_norm
-    y = op(x, **_parameters(parameters, has_scale, has_bias, kind), eps=eps)
+    y = op(as_precise(x, dtype), **_parameters(parameters, has_scale, has_bias, kind), eps=eps)
     return (y.reshape(shape).astype(dtype),)
 
 
 def emit_with_residual(x, residual, *parameters, kind, eps, has_scale, has_bias, shape, dtype):
     op = add_layer_norm if kind == "layer" else add_rms_norm
-    y, total = op(x, residual, **_parameters(parameters, has_scale, has_bias, kind), eps=eps)
-    return y.reshape(shape).astype(dtype), total
+    precise = as_precise(x, dtype), as_precise(residual, dtype)
+    y, total = op(*precise, **_parameters(parameters, has_scale, has_bias, kind), eps=eps)
+    return y.reshape(shape).astype(dtype), total.astype(x.dtype)

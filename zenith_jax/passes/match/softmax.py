@@ -10,7 +10,7 @@ from zenith_jax.ir._compat import JaxprEqn
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Axis, Term, Terms
 from zenith_jax.ops import softmax as softmax_op
-from zenith_jax.passes.match._match import Match
+from zenith_jax.passes.match._match import Match, as_precise
 
 MULTIPLIED = "the softmax is multiplied by something before it is used: a mask, dropout or a scale"
 
@@ -103,7 +103,7 @@ def check_shift(terms: Terms, x: Term, shift: Term, axis: Axis, inner: list[Jaxp
 
 
 def emit(x, *, axis: int, dtype: str, shape: tuple[int, ...]):
-    return (softmax_op(x, axis=axis).astype(dtype).reshape(shape),)
+    return (softmax_op(as_precise(x, dtype), axis=axis).astype(dtype).reshape(shape),)
 
 
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
