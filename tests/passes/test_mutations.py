@@ -23,6 +23,8 @@ import optax
 import pytest
 
 import zenith_jax as zenith
+from zenith_jax.ir.graph import Graph
+from zenith_jax.passes.match import MATCHERS, Match
 
 N = 4  # every size: batch, heads, lengths, features
 SEED = 20260102
@@ -444,7 +446,7 @@ def _free(eqn: Eqn, side: int) -> list[int]:
 
 
 def _changed_operand(eqn: Eqn, j: int, program: Program, i: int) -> Iterator[tuple[str, Eqn]]:
-    """Another value of the same type in the operand's place; the operand's gradient stopped."""
+    """Another value of the same type as operand; the operand without its gradient, or through an integer dtype."""
     aval = program.avals[eqn.inputs[j]]
     known = {*range(program.arity + len(program.consts)), *(v for e in program.eqns[:i] for v in e.outputs)}
     for other in sorted(known):
@@ -454,19 +456,25 @@ def _changed_operand(eqn: Eqn, j: int, program: Program, i: int) -> Iterator[tup
         ):
             yield f"operand {j} is value {other}", _with_input(eqn, j, other)
     if np.issubdtype(aval.dtype, np.floating):
-        yield f"operand {j} stopped", dataclasses.replace(eqn, primitive=_Stopped(eqn.primitive, j))
+        for what, change in (("stopped", jax.lax.stop_gradient), ("truncated", _truncated)):
+            yield f"operand {j} {what}", dataclasses.replace(eqn, primitive=_Changed(eqn.primitive, j, change))
 
 
-class _Stopped:
-    """A primitive behind stop_gradient of one operand."""
+def _truncated(x: Any) -> Any:
+    """Through an integer dtype and back."""
+    return x.astype(jnp.int32).astype(x.dtype)
 
-    def __init__(self, primitive: Any, j: int):
-        self.name, self.primitive, self.j = primitive.name, primitive, j
+
+class _Changed:
+    """A primitive behind a change of one operand."""
+
+    def __init__(self, primitive: Any, j: int, change: Callable[[Any], Any]):
+        self.name, self.primitive, self.j, self.change = primitive.name, primitive, j, change
         self.multiple_results = primitive.multiple_results
 
     def bind(self, *operands: Any, **params: Any) -> Any:
         values = list(operands)
-        values[self.j] = jax.lax.stop_gradient(values[self.j])
+        values[self.j] = self.change(values[self.j])
         return self.primitive.bind(*values, **params)
 
 
@@ -525,6 +533,15 @@ def _assert_same(fused: Sequence[Any], plain: Sequence[Any], oracle: Sequence[An
         assert error <= allowed, (
             f"{what}: array {i}: error {error:.3g}, unfused {plain_error:.3g}, allowed {allowed:.3g}"
         )
+
+
+def test_every_matcher_has_a_pattern_here():
+    found = set()
+    for pattern, kinds in PATTERNS.items():
+        graph = Graph.of(jax.make_jaxpr(pattern)(*_inputs(kinds)))
+        matches = ((m, m(graph, e)) for m in MATCHERS for e in graph.eqns)
+        found |= {matcher for matcher, match in matches if isinstance(match, Match)}
+    assert found == set(MATCHERS)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.__name__)
