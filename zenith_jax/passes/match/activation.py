@@ -98,9 +98,11 @@ def _value(
     value = lambda t: _value(terms, t, x, inner, sign, depth - 1)  # noqa: E731
     inner[id(eqn)] = eqn
     if name == "abs":
+        assert sign is not None
         below = value(operands[0])
         return below * (sign * _slope_sign(below))
     if name == "select_n":
+        assert sign is not None
         if len(operands) != 3:
             raise _NotAFunctionOfX
         return _chosen(terms, operands, value, inner, sign)
