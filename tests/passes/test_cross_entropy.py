@@ -52,6 +52,18 @@ def by_index(x, y):
     return -jax.nn.log_softmax(x)[jnp.arange(B * T), y]
 
 
+def smoothed_by_the_mean(x, y, weight=0.1):
+    """As PyTorch's documentation has it, and ports of it."""
+    p = jax.nn.log_softmax(x)
+    picked = jnp.take_along_axis(p, y[..., None], axis=-1)[..., 0]
+    return -(1 - weight) * picked - weight * p.mean(-1)
+
+
+def smoothed_by_the_logits(x, y, weight=0.1):
+    lse = jax.nn.logsumexp(x, axis=-1)
+    return lse - (1 - weight) * (hot(y) * x).sum(-1) - weight / V * x.sum(-1)
+
+
 SPELLINGS = {
     "optax, integers": optax.softmax_cross_entropy_with_integer_labels,
     "optax, one-hot": lambda x, y: optax.softmax_cross_entropy(x, hot(y)),
@@ -67,6 +79,8 @@ SPELLINGS = {
     "log_softmax and where": lambda x, y: jnp.where(hot(y, bool), jax.nn.log_softmax(x), 0).sum(-1),
     "x - logsumexp": lambda x, y: -((x - jax.nn.logsumexp(x, axis=-1, keepdims=True)) * hot(y)).sum(-1),
     "smoothed by a select": smoothed,
+    "smoothed by the mean": smoothed_by_the_mean,
+    "smoothed by the logits": smoothed_by_the_logits,
     "z-loss": with_z_loss,
     "ignored labels": ignoring,
     "of the middle axis": lambda x, y: (
@@ -108,8 +122,9 @@ def test_accuracy_of_the_logits_beside_the_loss(rng, check_fused):
         lambda x, y: jax.vmap(jax.vmap(lambda row, label: row[label]))(jax.nn.log_softmax(x), y),
         by_hand,  # its maximum is not guarded: a row whose maximum is infinite is NaN
         lambda x, y: -jnp.take_along_axis(x - jax.nn.logsumexp(x, axis=-1, keepdims=True), y[..., None], -1)[..., 0],
+        smoothed_by_the_mean,
     ],
-    ids=["nan", "one-hot", "nearest", "unguarded", "guarded"],
+    ids=["nan", "one-hot", "nearest", "unguarded", "guarded", "smoothed by the mean"],
 )
 def test_labels_that_are_no_classes_and_infinite_logits(rng, function):
     logits, labels = inputs(rng)
@@ -151,6 +166,15 @@ MISSES = {
         lambda x, y: -(hot(y) * (p := jax.nn.log_softmax(x))).sum(-1) - (jnp.exp(p) * p).sum(-1),
         "used elsewhere too",
     ),
+    "mean over the batch beside it": (
+        lambda x, y: ((p := jax.nn.log_softmax(x)).mean(0), -(hot(y) * p).sum(-1)),
+        "used elsewhere too",
+    ),
+    "sum of squares beside it": (
+        lambda x, y: -(hot(y) * (p := jax.nn.log_softmax(x))).sum(-1) - (p * p).sum(-1),
+        "used elsewhere too",
+    ),
+    "sum without labels": (lambda x, y: jax.nn.log_softmax(x).sum(-1) * y, None),
     "over the batch": (lambda x, y: -(hot(y) * jax.nn.log_softmax(x, axis=0)).sum(-1), None),
     "several classes of a row": (
         lambda x, y: -jnp.take_along_axis(jax.nn.log_softmax(x), y[:, :1, None] + jnp.arange(2), -1),

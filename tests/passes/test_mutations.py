@@ -157,6 +157,11 @@ def cross_entropy_smoothed(x, labels):
     return -jnp.sum(hot * jax.nn.log_softmax(x), axis=-1)
 
 
+def cross_entropy_smoothed_by_the_mean(x, labels):
+    p = jax.nn.log_softmax(x)
+    return -0.9 * jnp.take_along_axis(p, labels[..., None], axis=-1)[..., 0] - 0.1 * p.mean(-1)
+
+
 def cross_entropy_z_loss(x, labels):
     top = x.max(-1, keepdims=True)
     lse = jnp.log(jnp.exp(x - top).sum(-1)) + top[..., 0]
@@ -214,6 +219,7 @@ PATTERNS: dict[Callable[..., Any], str] = {
     silu: "r",
     cross_entropy_integer: "rl",
     cross_entropy_smoothed: "rl",
+    cross_entropy_smoothed_by_the_mean: "rl",
     cross_entropy_z_loss: "rl",
     softmax_middle: "r",
     softmax_by_hand: "r",

@@ -3,8 +3,8 @@
 What is replaced are not losses, which differ, but the values of a row that all of them are made of:
 
   lse                                   log(sum(exp(x - max))) + max
-  x[label], sum(x * w)                  of logits
-  (x - lse)[label], sum((x - lse) * w)  of log-probabilities
+  x[label], sum(x * w), sum(x)          of logits
+  (x - lse)[label], sum((x - lse) * w), sum(x - lse)  of log-probabilities
 
 where w is a one-hot label, smoothed or scaled by constants. Whatever the program does with them (a mean, a mask for
 padding, a z-loss) stays as it is written. Other uses of the log-probabilities are refused: they are not computed.
@@ -216,9 +216,10 @@ def _read(terms: Terms, eqn: JaxprEqn) -> Reading | None:
 
 def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -> Match | Refusal | None:
     graph = terms.graph
-    picked = next((r for r in readings if r.pick is not None), None)
-    if picked is None or picked.pick is None:
+    picked = next((r for r in readings if r.pick is not None and r.pick.labels is not None), None)
+    if picked is None or picked.pick is None or picked.pick.labels is None:
         return None
+    labels = picked.pick.labels
     class_dim = base.x.axes.index(base.axis)
     batch_dims = [d for d, a in enumerate(base.x.axes) if a is not None and d != class_dim]
     label_order = _label_order(picked, batch_dims)
@@ -227,8 +228,9 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
         r
         for r in readings
         if r.pick is None
+        or r.pick.labels is None
         or (
-            graph.same(r.pick.labels.atom, picked.pick.labels.atom)
+            graph.same(r.pick.labels.atom, labels.atom)
             and r.pick.outside is picked.pick.outside
             and _label_order(r, batch_dims) == label_order
         )
@@ -247,7 +249,7 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
             depth=4,
             advice="take the accuracy from the logits: their argmax is the same",
         )
-    if any(graph.depends_on([picked.pick.labels.atom], var) for var in results):
+    if any(graph.depends_on([labels.atom], var) for var in results):
         return refuse("the labels depend on the loss", depth=4)
     static: dict[str, Any] = dict(
         logits_order=(*batch_dims, class_dim),
@@ -256,7 +258,7 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
         results=tuple(
             Result(
                 r.kind,
-                r.pick.on if r.pick else 1.0,
+                r.pick.on if r.pick and r.pick.labels else 0.0,
                 r.pick.off if r.pick else 0.0,
                 r.pick.multiplied if r.pick else False,
                 r.guarded,
@@ -274,7 +276,7 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
         root=eqn,
         results=tuple(results),
         inner=tuple({id(e): e for e in inner}.values()),
-        leaves=(base.x.atom, picked.pick.labels.atom),
+        leaves=(base.x.atom, labels.atom),
         emit=emit,
         static=tuple(static.items()),
         detail=f"rows of {classes}",
@@ -283,7 +285,9 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
 
 
 def _label_order(reading: Reading, batch_dims: list[int]) -> Order | None:
-    return order_of(reading.pick.labels, [reading.x.axes[d] for d in batch_dims]) if reading.pick else None
+    if reading.pick is None or reading.pick.labels is None:
+        return None
+    return order_of(reading.pick.labels, [reading.x.axes[d] for d in batch_dims])
 
 
 def _is_used(graph: Graph, var: Var, inner: list[JaxprEqn]) -> bool:
@@ -328,6 +332,8 @@ def emit(logits, labels, *, logits_order: Order, label_order: Order, outside: st
             # A one-hot label that is no class picks nothing, of a log-probability too.
             logit = picked - (jnp.where(is_class, one, 0) if outside == Outside.ZERO.value else one)
             of_all = total - classes * one
+        if not r.on:  # of no label: one that is no class has no part in it
+            return r.off * of_all
         result = logit if r.on == 1 else r.on * logit
         if r.off:
             result = result + r.off * of_all

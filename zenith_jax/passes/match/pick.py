@@ -1,4 +1,5 @@
-"""One element of each row, chosen by a label: x[..., label], or sum(x * one_hot(label)), smoothed labels included."""
+"""One element of each row, chosen by a label: x[..., label], or sum(x * one_hot(label)), smoothed labels included; and
+the sum of all of a row, which is what smoothed labels have besides."""
 
 from __future__ import annotations
 
@@ -24,12 +25,13 @@ class Outside(enum.Enum):
 class Pick:
     """sum over `axis` of x * (on where axis == labels, off elsewhere); `labels` has the other axes of x, or fewer.
 
+    labels: None where x is summed as it is: on and off are 1.
     multiplied: x is multiplied by zeros elsewhere, so that an infinite x makes the sum NaN.
     """
 
     x: Term
     axis: Axis
-    labels: Term
+    labels: Term | None
     outside: Outside
     on: float = 1.0
     off: float = 0.0
@@ -41,7 +43,9 @@ def pick_form(terms: Terms, out: Term, eqn: JaxprEqn) -> Pick | None:
     """Reads the gather or reduce_sum that computes `out`."""
     found = _gathered(terms, out, eqn) if eqn.primitive.name == "gather" else _summed(terms, out, eqn)
     # A label for each row: the labels may not depend on the class.
-    return found if found is not None and found.axis not in found.labels.axis_set else None
+    if found is None or found.labels is None:
+        return found
+    return found if found.axis not in found.labels.axis_set else None
 
 
 # --- gather -----------------------------------------------------------------------------------------------------------
@@ -133,8 +137,9 @@ def _summed(terms: Terms, out: Term, eqn: JaxprEqn) -> Pick | None:
         if labels is None or terms.constant(elsewhere) != 0:
             return None
         return Pick(x, reduced[0], labels, Outside.ZERO, inner=(*inner, select))
+    everything = Pick(below, reduced[0], None, Outside.ZERO, 1.0, 1.0, inner=tuple(inner))
     if terms.producer(below, "mul", "div", "neg") is None:
-        return None
+        return everything
     product = terms.product(below, inner)
     if len(product.factors) != 2 or any(exponent != 1 for _, exponent in product.factors):
         return None
