@@ -46,7 +46,11 @@ __all__ = [
 ]
 
 # Imported when they are used: what needs a framework, as zenith.flax.wrap(module) does, and what few need.
-_DOORS = {"flax": "zenith_jax.frontends.flax", "serving": "zenith_jax.serving"}
+_DOORS = {
+    "flax": "zenith_jax.frontends.flax",
+    "serving": "zenith_jax.serving",
+    "torch": "zenith_jax.frontends.torch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from jax._src.custom_partitioning_sharding_rule import (
     str_to_sdy_sharding_rule,
 )
 from jax._src.interpreters import ad as _ad
+from jax._src.lib import _jax, jaxlib_extension_version
 from jax._src.source_info_util import register_exclusion as _register_exclusion
 from jax._src.source_info_util import user_frames as _user_frames
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
@@ -53,6 +54,7 @@ else:
     from jax.extend.core import DropVar, JaxprEqn, Literal, Var
 
 MERGED = ClosedJaxpr is Jaxpr
+DLPACK_CPU, DLPACK_CUDA = 1, 2  # DLDeviceType, dlpack.h
 
 __all__ = [
     "ClosedJaxpr",
@@ -234,6 +236,16 @@ def sharding_rule_attribute(
 
 
 _HOOKED = "__zenith_hooked__"
+
+
+def array_from_dlpack(capsule: Any, device: Any, stream: int | None) -> jax.Array:
+    """The memory of a DLPack capsule as an array: `jax.dlpack.from_dlpack` without the 25 us around its core.
+
+    Keeps 64-bit types, where the public function narrows them by a copy. Memory that is aligned to less than 64 bytes
+    is copied. stream: of the device, for which the producer made the capsule; None on the CPU.
+    """
+    kind = (DLPACK_CPU if stream is None else DLPACK_CUDA,) if jaxlib_extension_version >= 467 else ()
+    return _jax.dlpack_managed_tensor_to_buffer(capsule, device, stream, None, *kind)
 
 
 def install_linearize_hook(

@@ -1,0 +1,239 @@
+# pyright: reportMissingImports=false
+"""A captured module as JAX code: imported from ONNX once, compiled for each combination of sizes that calls have."""
+
+from __future__ import annotations
+
+import contextlib
+import functools as ft
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import torch
+from torch.utils import _pytree as pytree
+
+from zenith_jax.api import explain, jit
+from zenith_jax.config import configured
+from zenith_jax.frontends.onnx import OnnxModel, load
+from zenith_jax.frontends.onnx.errors import OnnxError
+from zenith_jax.frontends.torch.capture import Alias, Captured, Constant, Fresh, NotDynamicError, to_onnx
+from zenith_jax.frontends.torch.errors import TorchError
+from zenith_jax.frontends.torch.tensors import Inlet, is_wide, to_torch
+from zenith_jax.frontends.torch.weights import Weights
+from zenith_jax.report import Report
+
+# An integer weight up to this size is a constant of the program: position ids, window indices, what shapes come from.
+_SMALL = 1024
+
+
+class Program:
+    """A captured module. `accepts(shapes)` says for which sizes it holds, `executable(shapes)` compiles for them."""
+
+    def __init__(self, captured: Captured, tensors: Sequence[torch.Tensor], find: Callable[[str], Any]):
+        self.captured = captured
+        self.example_shapes = tuple(tuple(t.shape) for t in tensors)
+        self.wide = bool(jax.config.read("jax_enable_x64")) or any(map(is_wide, (*tensors, *captured.weights.values())))
+        self.inlets = [Inlet(t, self.wide) for t in tensors]
+        self.onnx, names = _imported(captured)
+        self.input_names = [i.name for i in self.onnx.inputs][: len(tensors)]
+        self.weights = Weights(captured.weights, names, self.wide, find)
+        self.more = {**self.onnx.params, **self.onnx.constants}  # what the exporter computed from constants
+        self.platform = {"gpu": "cuda"}.get(self.inlets[0].device.platform, "cpu") if self.inlets else None
+
+    def accepts(self, shapes: Sequence[tuple[int, ...]]) -> bool:
+        return tuple(shapes) == self.example_shapes or _Guards(self.captured.program).hold(shapes)
+
+    def function(self, shapes: Sequence[tuple[int, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """(the tensors, the weights, what else the ONNX model holds), all flat -> the results."""
+        count = len(self.inlets)
+
+        def call(*flat: Any) -> tuple[Any, ...]:
+            inputs = [inlet.traced(x, s) for inlet, x, s in zip(self.inlets, flat[:count], shapes, strict=True)]
+            given = dict(zip(self.input_names, inputs, strict=True))
+            for name, inlet, array, tensor in zip(
+                self.weights.names, self.weights.inlets, flat[count:], self.weights.tensors, strict=False
+            ):
+                given[name] = inlet.traced(array, tuple(tensor.shape))
+            rest = dict(zip(self.more, flat[count + len(self.weights.names) :], strict=True))
+            return self.onnx.apply(rest, **given)
+
+        call.__name__ = call.__qualname__ = "torch_module"
+        return call
+
+    def avals(self, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+        inputs = [inlet.aval(s) for inlet, s in zip(self.inlets, shapes, strict=True)]
+        return [*inputs, *map(_struct, self.weights.arrays), *map(_struct, self.more.values())]
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """64-bit types where the module computes in them."""
+        return jax.enable_x64(True) if self.wide else contextlib.nullcontext()
+
+    def report(self, shapes: Sequence[tuple[int, ...]]) -> Report:
+        with self.scope(), configured(platform=self.platform):
+            return explain(self.function(shapes))(*self.avals(shapes))
+
+    def executable(self, shapes: Sequence[tuple[int, ...]]) -> Executable:
+        try:
+            with self.scope(), configured(platform=self.platform):
+                lowered = jit(self.function(shapes), keep_unused=True).lower(*self.avals(shapes))
+                return Executable(self, tuple(shapes), lowered.compile())
+        except OnnxError as error:
+            raise TorchError(f"its ONNX form does not run in JAX: {error}") from error
+
+
+def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _imported(captured: Captured) -> tuple[OnnxModel, list[str]]:
+    """The ONNX model with weights among its inputs, after the module's own, and the names of these weights."""
+    exported = to_onnx(captured.program)
+    graph = exported.model.graph
+    written = {name for kind, name in captured.written if kind == "weight"}
+    names = [
+        name
+        for name, tensor in captured.weights.items()
+        if name in graph.initializers
+        and (tensor.dtype.is_floating_point or tensor.numel() > _SMALL or name.removeprefix("module.") in written)
+    ]
+    for name in names:
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        graph.inputs.append(value)
+    exported.optimize()
+    try:
+        model = load(exported.model_proto)
+        if unknown := model.unsupported():
+            raise TorchError(f"Zenith does not compute the ONNX operators {', '.join(sorted(unknown))}")
+    except OnnxError as error:
+        raise TorchError(f"its ONNX form cannot be imported: {error}") from error
+    if model.static_inputs:
+        raise TorchError(
+            f"the values of {list(model.static_inputs)} decide shapes, which must be known when it compiles"
+        )
+    return model, names
+
+
+class _Sized:
+    """A tensor as torch.export's guards see it."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.size = lambda: shape
+
+
+class _Guards:
+    """What torch.export assumed about sizes: fixed ones, ranges, and relations between them."""
+
+    def __init__(self, program: torch.export.ExportedProgram):
+        self.program = program
+        inputs = set(program.graph_signature.user_inputs)
+        nodes = (n for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs)
+        self.shapes = [tuple(n.meta["val"].shape) for n in nodes]
+
+    def hold(self, shapes: Sequence[tuple[int, ...]]) -> bool:
+        if [len(s) for s in shapes] != [len(s) for s in self.shapes]:
+            return False
+        sizes: dict[Any, int] = {}
+        for expected, shape in zip(self.shapes, shapes, strict=True):
+            for dim, size in zip(expected, shape, strict=True):
+                symbol = dim.node.expr if isinstance(dim, torch.SymInt) else dim
+                if isinstance(symbol, int) or symbol.is_number:
+                    if int(symbol) != size:
+                        return False
+                elif not symbol.is_symbol or sizes.setdefault(symbol, size) != size:
+                    return False
+        ranges = self.program.range_constraints
+        if any(s in ranges and not ranges[s].lower <= size <= ranges[s].upper for s, size in sizes.items()):
+            return False
+        code = getattr(self.program, "_guards_code", None)
+        if code is None:  # a torch that does not say what it assumed
+            return not sizes
+        names = {"L": {"tensors": [_Sized(s) for s in shapes]}, "torch": torch}
+        try:
+            return all(eval(guard, names) for guard in code)  # expressions that torch.export wrote, as it runs them
+        except (AttributeError, NameError, KeyError, TypeError):
+            return False
+
+
+class Executable:
+    """A program compiled for one combination of sizes."""
+
+    def __init__(self, program: Program, shapes: tuple[tuple[int, ...], ...], compiled: Any):
+        self.program, self.shapes, self.compiled = program, shapes, compiled
+        self.inlets = program.inlets
+        self.more = list(program.more.values())
+        self.dtypes = program.captured.dtypes
+        self.fresh_count = len(self.dtypes) - len(program.captured.written)
+        self.is_plain = not program.captured.written and all(isinstance(o, Fresh) for o in program.captured.outputs)
+        self.spec = program.captured.spec
+        self.order = [o.index for o in program.captured.outputs if isinstance(o, Fresh)]
+        self.is_single = self.is_plain and self.spec.is_leaf()
+        self.to_clone: frozenset[int] | None = None
+
+    @ft.cached_property
+    def report(self) -> Report:
+        return self.program.report(self.shapes)
+
+    def __call__(self, tensors: Sequence[torch.Tensor], *, frozen: bool = False) -> Any:
+        """The module's return value. Raises weights.Changed where it has become another module."""
+        program = self.program
+        weights = program.weights.arrays if frozen else program.weights.current()
+        if program.captured.written:
+            self._check_distinct(tensors)
+        inputs = [inlet(t) for inlet, t in zip(self.inlets, tensors, strict=True)]
+        if program.wide:
+            with program.scope():
+                results = self.compiled(*inputs, *weights, *self.more)
+        else:
+            results = self.compiled(*inputs, *weights, *self.more)
+        if self.to_clone is None:
+            self.to_clone = _forwarded(results, (*inputs, *weights, *self.more))
+        fresh = [to_torch(r, d) for r, d in zip(results, self.dtypes, strict=True)]
+        for i in self.to_clone:
+            fresh[i] = fresh[i].clone()
+        if self.is_single:
+            return fresh[0]
+        if self.is_plain:
+            return pytree.tree_unflatten([fresh[i] for i in self.order], self.spec)
+        return self._assembled(fresh, tensors)
+
+    def _assembled(self, results: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
+        captured, find = self.program.captured, self.program.weights.find
+        fetch = lambda of: tensors[of[1]] if of[0] == "input" else find(f"module.{of[1]}")  # noqa: E731
+        with torch.no_grad():
+            for of, value in zip(captured.written, results[self.fresh_count :], strict=True):
+                fetch(of).copy_(value)
+        leaves: list[Any] = []
+        for output in captured.outputs:
+            if isinstance(output, Fresh):
+                leaves.append(results[output.index])
+            elif isinstance(output, Constant):
+                leaves.append(output.value)
+            else:
+                leaves.append(_view(output, fetch(output.of)))
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def _check_distinct(self, tensors: Sequence[torch.Tensor]) -> None:
+        storages = [t.untyped_storage()._cdata for t in tensors]
+        if len(set(storages)) != len(storages):
+            raise TorchError("it writes into an input that shares its memory with another one")
+
+
+def _view(output: Alias, of: torch.Tensor) -> torch.Tensor:
+    if output.strided is None:
+        return of
+    if not of.is_contiguous():
+        raise NotDynamicError("an output is a view of an input, which is not contiguous")
+    return of.as_strided(*output.strided)
+
+
+def _forwarded(results: Sequence[jax.Array], operands: Sequence[jax.Array]) -> frozenset[int]:
+    """Results in the memory of an operand or of another result, which jit allows and a new tensor must not be."""
+    seen = {a.unsafe_buffer_pointer() for a in operands if a.size}
+    shared = set()
+    for i, result in enumerate(results):
+        pointer = result.unsafe_buffer_pointer()
+        if result.size and pointer in seen:
+            shared.add(i)
+        seen.add(pointer)
+    return frozenset(shared)

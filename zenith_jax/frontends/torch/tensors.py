@@ -1,0 +1,118 @@
+# pyright: reportMissingImports=false
+"""Tensors to arrays and back, in place: DLPack on the CPU and on GPUs, ordered with torch's current CUDA stream.
+
+JAX has no 64-bit types unless jax_enable_x64 is set, and DLPack would narrow by a silent copy. So an int64 tensor
+crosses as pairs of int32, of which the compiled program reads the low word: no copy and no conversion kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import lax
+from torch.utils.dlpack import to_dlpack
+
+from zenith_jax.frontends.torch.errors import TorchError
+from zenith_jax.ir import _compat
+
+_INT32 = torch.iinfo(torch.int32)
+_WIDE = (torch.float64, torch.complex128)
+_PAIRS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
+
+
+def is_wide(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has a type that is computed in 64 bits or not at all."""
+    return tensor.dtype in _WIDE
+
+
+def jax_dtype(dtype: torch.dtype) -> np.dtype:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        raise TorchError(f"JAX has no type for {dtype}") from None
+
+
+def jax_device(device: torch.device) -> Any:
+    """The JAX device on which the memory of a torch device lies."""
+    if device.type not in ("cpu", "cuda"):
+        raise TorchError(f"tensors on {device} do not cross to JAX, which is on cpu and cuda devices here")
+    try:
+        devices = jax.local_devices(backend=device.type)
+    except RuntimeError as error:
+        raise TorchError(
+            f"the tensors are on {device} and JAX has no such device: pip install 'zenith-jax[cuda13]', "
+            f"or move the module to the CPU ({error})"
+        ) from None
+    ordinal = device.index or 0 if device.type == "cuda" else 0
+    for candidate in devices:
+        if candidate.local_hardware_id == ordinal or device.type == "cpu":
+            return candidate
+    raise TorchError(f"the tensors are on {device}, JAX sees {devices}")
+
+
+class Inlet:
+    """How tensors of one dtype and device become arrays, and what undoes the detour of 64-bit integers.
+
+    wide: the program computes in 64 bits, nothing is narrowed.
+    """
+
+    def __init__(self, tensor: torch.Tensor, wide: bool):
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise TorchError(f"a tensor of layout {tensor.layout} does not cross to JAX; call to_dense() before")
+        self.dtype = jax_dtype(tensor.dtype)
+        self.device = jax_device(tensor.device)
+        self.pair = None if wide else _PAIRS.get(tensor.dtype)
+        self.on_gpu = tensor.device.type == "cuda"
+
+    def aval(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.SingleDeviceSharding(self.device)
+        if self.pair is None:
+            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((*(shape or (1,)), 2), jax_dtype(self.pair), sharding=sharding)
+
+    def __call__(self, tensor: torch.Tensor) -> jax.Array:
+        """The array of the tensor's elements, of `aval`'s type. Aliases the tensor where that is dense and aligned."""
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        if self.pair is not None:
+            self._check_range(tensor)
+            tensor = (tensor if tensor.ndim else tensor.reshape(1)).view(self.pair).unflatten(-1, (-1, 2))
+        if not self.on_gpu:
+            return _compat.array_from_dlpack(to_dlpack(tensor), self.device, None)
+        # torch makes this stream, on which JAX waits for memory of others, wait for its own current one.
+        stream = self.device.get_stream_for_external_ready_events()
+        with torch.cuda.device(tensor.device):
+            return _compat.array_from_dlpack(tensor.__dlpack__(stream=stream), self.device, stream)
+
+    def traced(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """Inside the program: the array of the tensor's own shape, 64-bit integers as 32-bit ones."""
+        if self.pair is None:
+            return array
+        return lax.index_in_dim(array, 0, axis=-1, keepdims=False).reshape(shape)
+
+    def _check_range(self, tensor: torch.Tensor) -> None:
+        if self.on_gpu or not tensor.numel():  # on a GPU a look at the values would wait for them
+            return
+        low, high = torch.aminmax(tensor)
+        if int(low) < _INT32.min or int(high) > _INT32.max:
+            raise TorchError(
+                f"an int64 tensor has values from {int(low)} to {int(high)}, and integers are computed in 32 bits: "
+                "set jax_enable_x64"
+            )
+
+
+def shares_memory(tensor: torch.Tensor, array: jax.Array) -> bool:
+    return tensor.numel() == 0 or array.unsafe_buffer_pointer() == tensor.data_ptr()
+
+
+def to_torch(array: jax.Array, dtype: torch.dtype) -> torch.Tensor:
+    """The array's memory as a tensor; a copy only where torch has a 64-bit type for it."""
+    tensor = torch.from_dlpack(array)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
