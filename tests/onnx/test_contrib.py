@@ -1,6 +1,7 @@
 """Operators of com.microsoft against ONNX Runtime, which defines them."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,18 @@ CASES = {
         [f(1, 2, 5, 5), f(4, 2, 3, 3), f(4), f(1, 4, 3, 3)],
         {"activation": "Clip", "activation_params": [-0.5, 0.7]},
     ),
+    "conv_transpose_dynamic_pads": Case(
+        "ConvTransposeWithDynamicPads",
+        [f(1, 2, 4, 4), f(2, 3, 3, 3), np.array([1, 0, 1, 2]), f(3)],
+        {"strides": [2, 2]},
+        static=(2,),
+    ),
+    "matmul_transposed": Case("TransposeMatMul", [f(2, 5, 3), f(2, 4, 5)], {"alpha": 0.5, "transA": 1, "transB": 1}),
+    "inverse": Case("Inverse", [f(2, 3, 3)], rtol=1e-4),
+    "trilu": Case("Trilu", [f(2, 4, 5), np.array(1)], {"upper": 0}, static=(1,)),
+    "pad": Case("Pad", [f(2, 3), np.array([0, 1, 2, 0]), np.float32(7)], static=(1, 2)),
+    "range": Case("Range", [np.float32(1), np.float32(7), np.float32(1.5)], static=(0, 1, 2)),
+    "expand_dims": Case("ExpandDims", [f(2, 3), np.array(-1, np.int32)], static=(1,)),
     "simplified_layer_norm": Case("SimplifiedLayerNormalization", [f(2, 3, 8), f(8)], domain=""),
     "skip_layer_norm": Case(
         "SkipLayerNormalization", [f(2, 3, 8), f(2, 3, 8, seed=1), f(8), f(8, seed=1), f(8, seed=2)], {}, outputs=4
@@ -194,6 +207,18 @@ CASES = {
     "qlinear_softmax": Case(
         "QLinearSoftmax", [u8(3, 5), S, Z, np.float32(1 / 256), np.uint8(0)], {"axis": -1, "opset": 13}, steps=1
     ),
+    "qlinear_where": Case(
+        "QLinearWhere",
+        [f(3, 5) > 0, u8(3, 5), S, Z, u8(3, 5, seed=1), S * 2, np.uint8(3), S * 3, Z],
+        steps=1,
+    ),
+    "qlinear_conv_channels_last": Case(
+        "QLinearConv",
+        [u8(1, 6, 5, 2), S, Z, i8(3, 2, 3, 3), np.abs(f(3)) / 20, np.zeros(3, np.int8), S * 9, Z, i32(100, -2000, 30)],
+        {"pads": [1, 1, 1, 1], "channels_last": 1},
+    ),
+    "quantize": Case("QuantizeLinear", [f(3, 5), S, Z]),
+    "dequantize_by_column": Case("DequantizeLinear", [u8(3, 5), np.abs(f(5)), u8(5)], {"axis": 1}),
     "qlinear_average_pool": Case(
         "QLinearAveragePool", [u8(1, 2, 6, 6), S, Z, S * 2, Z], {"kernel_shape": [3, 3], "strides": [2, 2]}, steps=1
     ),
@@ -252,6 +277,70 @@ def test_packed_projections_are_their_parts():
     half_packed = [parts[0], np.stack([key, value], 3)]
     for inputs in (packed, half_packed):
         np.testing.assert_allclose(zenith(_multi_head(inputs), inputs)[0], expected, rtol=2e-5, atol=1e-6)
+
+
+# Operators that ONNX Runtime has on GPUs only; by their documentation.
+X, BIAS, SKIP = f(2, 3, 4, 8), f(8), f(2, 3, 4, 8, seed=1)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
+
+
+def _group_norm(x: np.ndarray, groups: int) -> np.ndarray:
+    parts = x.astype(np.float64).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    centred = parts - parts.mean((1, 3), keepdims=True)
+    return (centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
+
+
+def _conv(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Channels last, a kernel of 1 x 1."""
+    return np.einsum("nhwc,mc->nhwm", x, w[:, :, 0, 0])
+
+
+W = f(5, 8, 1, 1)
+NORM = {"groups": 2, "activation": 1, "channels_last": 1, "epsilon": 1e-5}
+ON_GPUS = {
+    "bias_add": (Case("BiasAdd", [X[0], BIAS, SKIP[0]]), [X[0] + BIAS + SKIP[0]]),
+    "bias_split_gelu": (
+        Case("BiasSplitGelu", [X[0], BIAS]),
+        [(X[0] + BIAS)[..., :4] * _gelu((X[0] + BIAS)[..., 4:])],
+    ),
+    "group_norm": (
+        Case("GroupNorm", [X, BIAS, 2 * BIAS], NORM),
+        [(n := _group_norm(X, 2) * BIAS + 2 * BIAS) * _sigmoid(n)],
+    ),
+    "skip_group_norm": (
+        Case("SkipGroupNorm", [X, BIAS, 2 * BIAS, SKIP, BIAS], {**NORM, "activation": 0}, outputs=2),
+        [_group_norm(X + SKIP + BIAS, 2) * BIAS + 2 * BIAS, X + SKIP + BIAS],
+    ),
+    "nhwc_conv": (Case("NhwcConv", [X, W]), [_conv(X, W)]),
+    "nhwc_fused_conv": (
+        Case("NhwcFusedConv", [X, W, f(5), f(2, 3, 4, 5)], {"activation": "Relu"}),
+        [np.maximum(_conv(X, W) + f(5) + f(2, 3, 4, 5), 0)],
+    ),
+    "matmul_activation": (
+        Case("FusedMatMulActivation", [f(3, 4), f(4, 5)], {"activation": "Tanh", "alpha": 0.5}),
+        [np.tanh(0.5 * f(3, 4) @ f(4, 5))],
+    ),
+    "qlinear_reduce_mean": (
+        Case("QLinearReduceMean", [u8(3, 8), S, Z, S / 2, Z], {"axes": [1], "keepdims": 0}, steps=1),
+        [np.clip(np.rint((u8(3, 8).astype(float) - 121).mean(1) * 2) + 121, 0, 255).astype(np.uint8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_operators_that_onnx_runtime_has_on_gpus_only(name):
+    case, expected = ON_GPUS[name]
+    proto = model(case.op_type, case.inputs, case.attributes, outputs=case.outputs, domain=case.domain, opset=17)
+    for got, wanted in zip(zenith(proto, case.inputs), expected, strict=True):
+        atol = case.steps or 2e-5  # the formulas are float64
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=atol)
 
 
 def _multi_head(inputs: list[Any]) -> Any:

@@ -20,7 +20,6 @@ from zenith_jax.frontends.onnx.values import UnsupportedError
 
 contrib("QuantizeLinear")(quant.quantize_linear)
 contrib("DequantizeLinear")(quant.dequantize_linear)
-contrib("QLinearConv")(conv.qlinear_conv)
 
 
 def dequantized(x: Any, scale: Any, zero_point: Any = None) -> Any:
@@ -73,6 +72,12 @@ def qlinear_average_pool(x, x_scale, x_zero_point, y_scale, y_zero_point=None, *
 def qlinear_global_average_pool(x, x_scale, x_zero_point, y_scale, y_zero_point, *, channels_last=0):
     wide = dequantized(x, x_scale, x_zero_point)
     return quantized(_channels_first(pool.global_average_pool, wide, channels_last), y_scale, y_zero_point, x)
+
+
+@contrib("QLinearConv")
+def qlinear_conv(x, *operands, channels_last=0, **attributes):
+    """ONNX's, and with channels_last that of an image (n, *spatial, c)."""
+    return _channels_first(lambda x, **more: conv.qlinear_conv(x, *operands, **more), x, channels_last, **attributes)
 
 
 def _channels_first(function: Callable[..., Any], x: Any, channels_last: int, **attributes: Any) -> Any:
