@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-import sysconfig
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 
 import zenith_jax as zenith
 from zenith_jax.errors import ServingError
+from zenith_jax.serving.server import has_libpython
 from zenith_jax.serving.wire import TRITON_DTYPES
 
 W = np.random.default_rng(7).normal(size=(16, 8)).astype(np.float32)
@@ -24,7 +24,7 @@ def missing() -> str | None:
         found = zenith.serving.find_triton()
     except ServingError as error:
         return str(error)
-    if found.bundle is not None and not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+    if found.bundle is not None and not has_libpython():
         return f"{sys.executable} has no shared libpython"
     try:
         import tritonclient.grpc

@@ -10,6 +10,7 @@ which is never imported. ZENITH_TRITON names another folder of that kind, or a t
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import dataclasses
 import json
 import os
@@ -61,10 +62,10 @@ class Installation:
         if not stub.is_file():
             raise ServingError(f"{self.bundle} has no stub for Python {version}: run Zenith in one of "
                                f"{sorted(p.name for p in stub.parents[1].iterdir())}")  # fmt: skip
-        if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        if not has_libpython():
             raise ServingError(
                 f"{sys.executable} has no shared library libpython{version}.so, which Triton's stub needs: use a "
-                "Python that was built with --enable-shared (Debian's with libpython3-dev, or pyenv with that option)"
+                "Python that has one (Debian: apt install libpython3-dev; pyenv: PYTHON_CONFIGURE_OPTS=--enable-shared)"
             )
         with tempfile.TemporaryDirectory(prefix="zenith-triton-") as folder:
             backend = pathlib.Path(folder) / "python"
@@ -100,6 +101,13 @@ def _installation(path: pathlib.Path) -> Installation | None:
         return Installation(bundle / "bin" / "tritonserver", bundle)
     binary = path / "bin" / "tritonserver" if path.is_dir() else path
     return Installation(binary) if binary.is_file() else None
+
+
+def has_libpython() -> bool:
+    """Whether this Python's shared library is here, which the bundle's stubs load."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    library = pathlib.Path(sysconfig.get_config_var("LIBDIR") or "/nowhere") / f"lib{name}.so.1.0"
+    return library.is_file() or ctypes.util.find_library(name) is not None
 
 
 def free_ports(count: int) -> list[int]:
