@@ -226,7 +226,7 @@ class AttentionBackwardTask {
       sum[r] = 0.0f;
     }
     const T* const key = KeyValueHead<T>(p.key, p.key_strides, block.batch, block.kv_head);
-    const KeyRange band = block.Keys(p);
+    const KeyRange band = block.some;
     for (int64_t first = band.first; first < band.last; first += kBlockKeys) {
       const KeyRange keys = {first, Min(first + kBlockKeys, band.last)};
       const int64_t count = keys.last - keys.first;
