@@ -75,6 +75,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
 MOVED: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": lambda p, x: _broadcast(x, p["shape"], p["broadcast_dimensions"]),
     "concatenate": lambda p, *xs: np.concatenate(xs, p["dimension"]),
+    "stack": lambda p, *xs: np.stack(xs, p["axis"]),
     "expand_dims": lambda p, x: np.expand_dims(x, p["dimensions"]),
     "reshape": lambda p, x: x.reshape(p["new_sizes"]),
     "rev": lambda p, x: np.flip(x, p["dimensions"]),
