@@ -1,10 +1,11 @@
 """Runs other libraries' own tests of attention, norms and activations, with jax.jit and with zenith.jit in its place.
 
-    python dev/run_library_suites.py [--work DIRECTORY]
+    python dev/run_library_suites.py [--work DIRECTORY] [--source jax=DIRECTORY] [--source equinox=DIRECTORY]
 
-Their sources come from PyPI's source distributions, of the versions that are installed, and stay outside of the
-repository. (Flax ships its tests there. Equinox and JAX do not.) What passes with jax.jit must pass with zenith.jit:
-the exit code is 1 where a test does not, and the tests are named.
+Flax ships its tests in PyPI's source distribution, and that of the installed version is fetched. JAX and Equinox do
+not: give checkouts of them, of the installed versions (https://github.com/jax-ml/jax, for example at jax-v0.10.2;
+https://github.com/patrick-kidger/equinox). All stay outside of the repository. What passes with jax.jit
+must pass with zenith.jit: the exit code is 1 where a test does not, and the tests are named.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ SUITES = {
         "tests/nnx/nn/attention_test.py",
         "tests/nnx/nn/normalization_test.py",
     ],
+    "jax": ["tests/nn_test.py"],
+    "equinox": ["tests/test_nn.py"],
 }
+SHIPPED = {"flax"}
 
 # Before any test module is imported. zenith.jit calls jax.jit, which is why its two parts are put together here.
 PLUGIN = """
@@ -59,12 +63,20 @@ if os.environ["REPLACE_JIT"] == "1":
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=pathlib.Path, help="where sources are unpacked; default: a temporary folder")
-    work = parser.parse_args().work or pathlib.Path(tempfile.mkdtemp(prefix="library-suites-"))
+    parser.add_argument("--source", action="append", default=[], metavar="LIBRARY=DIRECTORY", help="its checkout")
+    options = parser.parse_args()
+    sources = {name: pathlib.Path(path) for name, _, path in (s.partition("=") for s in options.source)}
+    if not sources.keys() <= SUITES.keys():
+        parser.error(f"--source is LIBRARY=DIRECTORY with one of {sorted(SUITES)}, got {options.source}")
+    work = options.work or pathlib.Path(tempfile.mkdtemp(prefix="library-suites-"))
     work.mkdir(parents=True, exist_ok=True)
     (work / "zenith_in_place_of_jit.py").write_text(PLUGIN)
     broken = []
     for library, files in SUITES.items():
-        folder = unpacked(library, work)
+        if library not in sources and library not in SHIPPED:
+            print(f"{library}: not run, its tests are in no package; --source {library}=DIRECTORY takes a checkout")
+            continue
+        folder = sources.get(library) or unpacked(library, work)
         before, after = (outcomes(folder, files, work, replace) for replace in (False, True))
         passed = {test for test, good in before.items() if good}
         lost = sorted(test for test in passed if not after.get(test))
