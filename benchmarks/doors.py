@@ -1,0 +1,207 @@
+"""The consistency table: one model through every door of Zenith, with the same weights, answers compared, times beside
+those of jax.jit, torch and torch.compile.
+
+  python benchmarks/doors.py                      # BERT-base's layers, b 1 and 8, and the MNIST CNN, b 64 and 1024
+  python benchmarks/doors.py --tiny               # small ones in seconds: what CI runs
+  python benchmarks/doors.py --model mnist --batch 64 --mode reduce-overhead
+
+Every call gets its input on the device, in its framework's own type, and is waited for; doors take turns. A door whose
+framework or extra is not installed is listed with the reason. Exit code 1 where answers differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import door_models
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import zenith_jax as zenith
+from zenith_jax.bench.machine import machine
+from zenith_jax.errors import MissingExtraError
+
+# Of the largest output; float32 products of 768 terms through 12 layers, in another order of summation in each library.
+TOLERANCE = 2e-3
+BATCHES = {"encoder": (1, 8), "mnist": (64, 1024)}
+
+
+@dataclasses.dataclass
+class Door:
+    """call(): computes and waits. baseline: not Zenith."""
+
+    name: str
+    call: Callable[[], Any]
+    baseline: bool = False
+    median_ms: float = 0.0
+    error: float = 0.0
+
+
+class Missing(Exception):
+    """Why a door cannot be tried here."""
+
+
+def doors(model: door_models.Model, x: np.ndarray, mode: str, folder: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """(name, () -> Door), made one after the other."""
+    params = jax.tree.map(jnp.asarray, model.params)
+    on_device = jnp.asarray(x)
+
+    def of(name: str, function: Callable[[Any], Any], *, baseline: bool = False) -> Door:
+        return Door(name, lambda: jax.block_until_ready(function(on_device)), baseline)
+
+    def compiled(name: str, obj: Any) -> Door:
+        return of(name, zenith.compile(obj, on_device, mode=mode))
+
+    def jax_jit() -> Door:
+        jitted = jax.jit(model.function)
+        return of("jax.jit", lambda x: jitted(params, x), baseline=True)
+
+    def saved() -> Door:
+        path = zenith.compile((model.function, params), on_device, mode=mode).save(folder / "model.zenith")
+        return of("loaded file", zenith.load(path))
+
+    yield "jax.jit", jax_jit
+    yield "JAX function", lambda: compiled("JAX function", (model.function, params))
+    yield "flax nnx", lambda: compiled("flax nnx", model.nnx())
+    yield "flax linen", lambda: compiled("flax linen", (model.linen(), {"params": params}))
+    yield "loaded file", saved
+    yield "ONNX file", lambda: of("ONNX file", _onnx(model, x, mode, folder))
+    yield "torch eager", lambda: _torch("torch eager", model, x, lambda module: module, baseline=True)
+    yield "torch.compile", lambda: _torch("torch.compile", model, x, _inductor, baseline=True)
+    yield "zenith.torch", lambda: _torch("zenith.torch", model, x, _zenith_torch)
+    yield "torch.compile, zenith", lambda: _torch("torch.compile, zenith", model, x, _zenith_backend)
+
+
+def _torch_or_missing() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise Missing("torch is not installed") from error
+    return torch
+
+
+def _onnx(model: door_models.Model, x: np.ndarray, mode: str, folder: pathlib.Path) -> Callable[[Any], Any]:
+    torch = _torch_or_missing()
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise Missing("onnxscript, with which torch writes ONNX, is not installed") from error
+    path = folder / "model.onnx"
+    torch.onnx.export(model.torch(), (torch.from_numpy(x),), path, dynamo=True, verbose=False)
+    compiled = zenith.compile(path, x, mode=mode)
+    return lambda x: compiled(x)[0]
+
+
+def _torch(
+    name: str, model: door_models.Model, x: np.ndarray, wrapped: Callable[[Any], Any], *, baseline: bool = False
+) -> Door:
+    torch = _torch_or_missing()
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    module = wrapped(model.torch().to(device))
+    tensor = torch.from_numpy(x).to(device)
+
+    def call() -> Any:
+        with torch.inference_mode():
+            result = module(tensor)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return Door(name, call, baseline)
+
+
+def _inductor(module: Any) -> Any:
+    return _torch_or_missing().compile(module)
+
+
+def _zenith_torch(module: Any) -> Any:
+    if not hasattr(zenith, "torch"):
+        raise Missing("this Zenith has no torch door")
+    return zenith.torch.compile(module)
+
+
+def _zenith_backend(module: Any) -> Any:
+    torch = _torch_or_missing()
+    if "zenith" not in torch._dynamo.list_backends():
+        raise Missing("the backend zenith is registered where the package is installed, not in a checkout")
+    return torch.compile(module, backend="zenith")
+
+
+def measured(
+    model: door_models.Model, batch: int, mode: str, skip: set[str], seconds: float
+) -> tuple[list[Door], dict[str, str]]:
+    """Every door with its median and its error against jax.jit, and reasons of those that could not be tried."""
+    x = np.float32(np.random.default_rng(1).normal(size=(batch, *model.input_shape)))
+    found, missing = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in doors(model, x, mode, pathlib.Path(folder)):
+            if name in skip:
+                continue
+            try:
+                found.append(make())
+            except (Missing, MissingExtraError) as reason:
+                missing[name] = str(reason)
+        reference = np.asarray(found[0].call(), np.float64)
+        for door in found:
+            result = np.asarray(door.call(), np.float64)
+            door.error = float(np.abs(result - reference).max() / np.abs(reference).max())
+            door.call()
+        times: dict[str, list[float]] = {door.name: [] for door in found}
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times[found[0].name]) < 3:
+            for door in found:
+                start = time.perf_counter()
+                door.call()
+                times[door.name].append(time.perf_counter() - start)
+    for door in found:
+        door.median_ms = statistics.median(times[door.name]) * 1e3
+    return found, missing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=BATCHES, action="append", help="repeat for several; default: all")
+    parser.add_argument("--batch", type=int, action="append")
+    parser.add_argument("--mode", default="default", choices=("default", "reduce-overhead", "max-autotune"))
+    parser.add_argument("--skip", action="append", default=[], metavar="DOOR", help="torch.compile takes minutes")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring each table")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures too")
+    options = parser.parse_args()
+    print(f"zenith {zenith.__version__}, mode {options.mode}: {machine().text()}")
+    figures, wrong = [], False
+    for name in options.model or BATCHES:
+        tiny = dict(layers=2, width=64, heads=4, length=32) if options.tiny else {}
+        model = door_models.encoder(**tiny) if name == "encoder" else door_models.mnist_cnn()
+        for batch in options.batch or ((2,) if options.tiny else BATCHES[name]):
+            skip = {*options.skip, *(("torch.compile",) if options.tiny else ())}
+            found, missing = measured(model, batch, options.mode, skip, 0.2 if options.tiny else options.seconds)
+            own = [d.median_ms for d in found if not d.baseline]
+            print(f"\n{name}, batch {batch}: slowest door {max(own) / min(own):.2f} x the fastest")
+            for door in found:
+                bad = not door.error < TOLERANCE
+                wrong |= bad
+                note = "  WRONG" if bad else ""
+                kind = "  " if door.baseline else "* "
+                print(f"{kind}{door.name:24} {door.median_ms:9.3f} ms   error {door.error:.1e}{note}")
+            for door, reason in missing.items():
+                print(f"- {door:24} {reason}")
+            rows = [{k: v for k, v in vars(d).items() if k != "call"} for d in found]
+            figures.append(dict(model=name, batch=batch, doors=rows, missing=missing))
+    if options.json:
+        options.json.write_text(json.dumps(dict(machine=dataclasses.asdict(machine()), tables=figures), indent=1))
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
