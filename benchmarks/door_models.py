@@ -26,6 +26,7 @@ class Model:
     nnx: Callable[[], nnx.Module]
     linen: Callable[[], linen.Module]
     torch: Callable[[], Any]
+    is_variables: bool = False  # params are linen's variables as a whole, statistics of batch norms included
 
 
 def dense(rng: np.random.Generator, *shape: int) -> dict[str, np.ndarray]:
@@ -215,5 +216,6 @@ def torch_loaded(module: Any, params: dict[str, Any]) -> Any:
             part = getattr(module, name)
             weight = p["kernel"].transpose(orders[p["kernel"].ndim]) if "kernel" in p else p["scale"]
             part.weight.copy_(torch.from_numpy(np.ascontiguousarray(weight)))
-            part.bias.copy_(torch.from_numpy(p["bias"]))
+            if "bias" in p:
+                part.bias.copy_(torch.from_numpy(p["bias"]))
     return module.eval()

@@ -70,9 +70,11 @@ def test_benchmark_of_loading_onnx_models(tmp_path):
 
 def test_every_door_gives_the_same_answers(tmp_path):
     path = tmp_path / "figures.json"
-    shown = run("benchmarks/doors.py", "--tiny", "--model", "encoder", "--seconds", "0.1", "--json", str(path))
-    (table,) = json.loads(path.read_text())["tables"]
-    doors = {door["name"] for door in table["doors"]}
-    assert doors >= {"jax.jit", "JAX function", "flax nnx", "flax linen", "loaded file"}
-    assert all(door["error"] < 1e-5 for door in table["doors"]), shown
-    assert all(reason for reason in table["missing"].values())
+    shown = run("benchmarks/doors.py", "--tiny", "--skip", "torch.compile, zenith", "--json", str(path))
+    tables = json.loads(path.read_text())["tables"]
+    assert [t["model"] for t in tables] == ["encoder", "mnist", "resnet50"]
+    for table in tables:
+        doors = {door["name"] for door in table["doors"]}
+        assert doors >= {"jax.jit", "JAX function", "flax nnx", "flax linen", "loaded file"}
+        assert all(door["error"] < 1e-5 for door in table["doors"]), shown
+        assert all(reason for reason in table["missing"].values())
