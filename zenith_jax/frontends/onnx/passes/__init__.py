@@ -23,8 +23,8 @@ from zenith_jax.frontends.onnx.passes import batch_norm, constants, identities, 
 PASSES: Mapping[str, Callable[[Parsed], Parsed]] = {
     "transposes": transposes.composed,
     "identities": identities.without_identities,
+    "integers": quantized.in_integers,  # before dequantised weights are folded
     "constants": constants.folded,
     "batch_norm": batch_norm.into_products,  # finds weights only where no Identity is in between
-    "integers": quantized.in_integers,
     "unread": unread.without_unread,  # what the others have left over
 }
