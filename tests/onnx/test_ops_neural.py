@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from onnx_models import FLOAT, i64, info, model, node, onnx
 from onnx_nodes import call, f32
+
+from zenith_jax.frontends import onnx as zenith_onnx
 
 RNG = np.random.default_rng(0)
 
@@ -348,3 +351,19 @@ def test_rotation_keeps_lengths_and_depends_on_distances_only(interleaved):
         "RotaryEmbedding", x, cos[0], sin[0], np.broadcast_to(np.arange(6), (2, 6)), interleaved=interleaved
     )
     np.testing.assert_allclose(by_position, y, rtol=1e-6)
+
+
+def test_convolution_with_weights_of_one_value():
+    """Followed by a mean over pixels; compiled more than once, because what was wrong differed."""
+    nodes = [
+        node("ConstantOfShape", ["s"], ["w"], value=onnx.helper.make_tensor("v", FLOAT, [1], [0.02])),
+        node("Conv", ["x", "w"], ["c"]),
+        node("Relu", ["c"], ["r"]),
+        node("GlobalAveragePool", ["r"], ["y"]),
+    ]
+    proto = model(nodes, [info("x", FLOAT, [1, 512, 13, 13])], s=i64(1000, 512, 1, 1))
+    x = np.random.default_rng(0).normal(size=(1, 512, 13, 13)).astype(np.float32)
+    wanted = np.maximum(0.02 * x.sum(1), 0).mean()
+    for _ in range(3):
+        (y,) = zenith_onnx.load(proto)(x)
+        np.testing.assert_allclose(y, np.full((1, 1000, 1, 1), wanted), rtol=1e-4)

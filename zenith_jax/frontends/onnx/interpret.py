@@ -20,6 +20,7 @@ import numpy as np
 from zenith_jax.frontends.onnx import functions, limits, registry
 from zenith_jax.frontends.onnx.errors import NotStaticError, OnnxError, UnsupportedError
 from zenith_jax.frontends.onnx.graph import FunctionDef, Graph, NodeDef, Reference
+from zenith_jax.frontends.onnx.ops import conv
 from zenith_jax.frontends.onnx.values import is_static, is_symbolic
 
 MAX_CALL_DEPTH = 64  # functions within functions
@@ -77,12 +78,18 @@ def evaluate(graph: Graph, given: Mapping[str, Any], frame: Frame) -> list[Any]:
     frame.run.count(len(graph.nodes) + 1)
     values = {name: frame.run.weights[key] for name, key in graph.initializers.items()}
     values.update(given)
+    uniform: set[str] = set()  # arrays of one value
     for node, dead in zip(graph.nodes, graph.frees, strict=True):
         with _named(node, frame):
+            if node.op_type == "Conv" and not uniform.isdisjoint(node.inputs[1:2]):
+                x, w = node.inputs[:2]
+                values[w] = conv.not_constant(values[w], values[x])
             results = _results(node, values, graph.read, frame)
             if len(results) < len(node.outputs) and any(o in graph.read for o in node.outputs[len(results) :]):
                 raise UnsupportedError(f"output {node.outputs[len(results)]!r} is not computed")
             limits.check_results(results)
+        if node.op_type == "ConstantOfShape":
+            uniform.update(node.outputs)
         values.update((name, result) for name, result in zip(node.outputs, results, strict=False) if name)
         for name in dead:
             values.pop(name, None)

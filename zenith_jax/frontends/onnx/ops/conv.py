@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from zenith_jax.frontends.onnx.limits import check_size
 from zenith_jax.frontends.onnx.ops._arrays import in_jax
@@ -79,6 +80,19 @@ def _taps(
         for at, size, k, stride, dilation in zip(tap, sizes, kernel, geometry.stride, geometry.dilation, strict=True):
             seen.append(slice(at * dilation, size - (k - 1 - at) * dilation, stride))
         yield tap, tuple(seen)
+
+
+def not_constant(w: Any, x: Any) -> Any:
+    """w, whose elements are equal, in a form in which XLA does not see that.
+
+    Its CPU compiler (jaxlib 0.10.2) fuses a convolution, the broadcast of its weights, and a sum over pixels after it
+    into one call of a library, which computes garbage. test_convolution_with_weights_of_one_value is for this.
+    """
+    if not isinstance(x, Tracer) or not x.size or x.dtype == bool:
+        return w
+    zero = jnp.minimum((x.reshape(-1)[0] > 0).astype(jnp.int32), 0)
+    w = jnp.asarray(w)
+    return jnp.where(lax.broadcasted_iota(jnp.int32, w.shape, 0) < zero, jnp.zeros((), w.dtype), w)
 
 
 def _channels(x: Any, rank: int) -> Any:
