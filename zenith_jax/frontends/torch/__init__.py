@@ -13,6 +13,7 @@ from zenith_jax.errors import FrontendError
 from zenith_jax.frontends._source import missing
 
 if TYPE_CHECKING:
+    from zenith_jax.frontends._source import Source
     from zenith_jax.frontends.torch.module import CompiledModule
 
 __all__ = ["compile"]
@@ -45,6 +46,14 @@ def compile(module: Any, *, dynamic: bool | None = None, strict: bool = False, f
             'torch.compile(function, backend="zenith")'
         )
     return CompiledModule(module, dynamic=dynamic, strict=strict, frozen=frozen)
+
+
+def source(module: Any, *example_inputs: Any) -> Source:
+    """For `zenith.compile`."""
+    require()
+    from zenith_jax.frontends.torch import as_source
+
+    return as_source.source(module, *example_inputs)
 
 
 def require() -> None:

@@ -60,6 +60,14 @@ class Engine:
                 self.reset()
             return self._prepared(key, tensors, args, kwargs)(tensors)
 
+    def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """The program for calls like this one, not yet compiled."""
+        tensors, _ = _flatten(args, kwargs)
+        if not tensors:
+            raise TorchError("it is called without a tensor")
+        with _exporting:
+            return self._captured(tensors, args, kwargs, _autocast(tensors))
+
     def _prepared(self, key: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Executable:
         with _exporting:
             if key in self.ready:

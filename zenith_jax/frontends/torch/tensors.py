@@ -82,7 +82,7 @@ class Inlet:
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         if self.pair is not None:
-            self._check_range(tensor)
+            self.check_range(tensor)
             tensor = (tensor if tensor.ndim else tensor.reshape(1)).view(self.pair).unflatten(-1, (-1, 2))
         if not self.on_gpu:
             return _compat.array_from_dlpack(to_dlpack(tensor), self.device, None)
@@ -97,7 +97,8 @@ class Inlet:
             return array
         return lax.index_in_dim(array, 0, axis=-1, keepdims=False).reshape(shape)
 
-    def _check_range(self, tensor: torch.Tensor) -> None:
+    def check_range(self, tensor: torch.Tensor) -> None:
+        """Raises TorchError where an integer on the CPU does not fit into 32 bits."""
         if self.on_gpu or not tensor.numel():  # on a GPU a look at the values would wait for them
             return
         low, high = torch.aminmax(tensor)

@@ -1,0 +1,88 @@
+# pyright: reportMissingImports=false
+"""A torch module as a Source, for `zenith.compile(module, *inputs)` and files that are loaded without torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from zenith_jax.errors import FrontendError
+from zenith_jax.frontends._source import Source
+from zenith_jax.frontends.torch.capture import Alias, Constant
+from zenith_jax.frontends.torch.errors import TorchError
+from zenith_jax.frontends.torch.module import Engine, all_axes
+from zenith_jax.frontends.torch.tensors import Inlet, is_wide, to_torch
+
+
+def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
+    """The module's inference as a function of its weights and of tensors, all other arguments bound."""
+    examples = tuple(map(_as_tensor, example_inputs))
+    name = type(module).__name__
+    engine = Engine(module, module, dynamic=all_axes)
+    try:
+        program = engine.program(examples, {})
+    except TorchError as error:
+        raise FrontendError(f"{name} does not run in JAX: {error}") from error
+    captured = program.captured
+    if captured.written or any(isinstance(o, Alias) for o in captured.outputs):
+        raise FrontendError(
+            f"{name} writes into its buffers or inputs, or returns them: a compiled model is a pure function. "
+            "zenith.torch.compile(module) keeps what it writes"
+        )
+    if program.wide and not jax.config.read("jax_enable_x64"):
+        raise FrontendError(f"{name} computes in float64: set jax_enable_x64, or use zenith.torch.compile(module)")
+    weights = program.weights
+
+    def function(params: dict[str, Any], *args: Any) -> Any:
+        given = dict(zip(program.input_names, jax.tree.leaves(args), strict=True))
+        for key, inlet, tensor in zip(weights.names, weights.inlets, weights.tensors, strict=True):
+            given[key] = inlet.traced(params[key], tuple(tensor.shape))
+        results = program.onnx.apply({key: params[key] for key in program.more}, **given)
+        return results if len(results) > 1 else results[0]
+
+    def restore(results: Any) -> Any:
+        flat = [to_torch(r, d) for r, d in zip(jax.tree.leaves(results), captured.dtypes, strict=True)]
+        leaves: list[Any] = []
+        for output in captured.outputs:
+            assert not isinstance(output, Alias)  # refused above
+            leaves.append(output.value if isinstance(output, Constant) else flat[output.index])
+        return pytree.tree_unflatten(leaves, captured.spec)
+
+    return Source(
+        function=function,
+        params={**dict(zip(weights.names, weights.arrays, strict=True)), **program.more},
+        name=name,
+        framework="torch",
+        adapt=lambda args: tuple(map(_as_array, args)),
+        restore=restore,
+    )
+
+
+def _as_tensor(value: Any) -> Any:
+    """An example as torch takes it: arrays of JAX and NumPy too, and shapes without values."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return torch.zeros(value.shape, dtype=getattr(torch, np.dtype(value.dtype).name))
+    if isinstance(value, np.ndarray | jax.Array):
+        return torch.from_numpy(np.array(value))
+    return value
+
+
+def _as_array(value: Any) -> Any:
+    """A tensor as an array, without a copy but for 64-bit integers; containers of tensors leaf by leaf."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.int64 and not jax.config.read("jax_enable_x64"):
+            Inlet(value, False).check_range(value)
+            value = value.to(torch.int32)
+        elif is_wide(value) and not jax.config.read("jax_enable_x64"):
+            raise FrontendError(f"the input is {value.dtype}, which JAX has only with jax_enable_x64 set")
+        return Inlet(value, True)(value)
+    if isinstance(value, list | tuple):
+        return type(value)(map(_as_array, value))
+    if isinstance(value, dict):
+        return {key: _as_array(v) for key, v in value.items()}
+    return jnp.asarray(value) if isinstance(value, np.ndarray) else value
