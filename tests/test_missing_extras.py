@@ -20,7 +20,10 @@ def without(monkeypatch):
     return hide
 
 
-@pytest.mark.parametrize("door, package, extra", [("torch", "torch", "torch"), ("torch", "onnxscript", "torch")])
+@pytest.mark.parametrize(
+    "door, package, extra",
+    [("torch", "torch", "torch"), ("torch", "onnxscript", "torch"), ("tensorflow", "tensorflow", "tensorflow")],
+)
 def test_the_door_names_its_extra(without, door, package, extra):
     without(package)
     if package != door and importlib.util.find_spec(door) is None:

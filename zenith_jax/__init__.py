@@ -49,6 +49,7 @@ __all__ = [
 _DOORS = {
     "flax": "zenith_jax.frontends.flax",
     "serving": "zenith_jax.serving",
+    "tensorflow": "zenith_jax.frontends.tensorflow",
     "torch": "zenith_jax.frontends.torch",
 }
 

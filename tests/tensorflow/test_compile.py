@@ -1,0 +1,123 @@
+"""zenith.tensorflow.compile: TensorFlow's answers, from Keras models, functions and SavedModels."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+pytest.importorskip("tf2onnx")
+import keras
+
+import zenith_jax as zenith
+from zenith_jax.errors import FrontendError, InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # TensorFlow's and tf2onnx's own
+CLOSE = dict(rtol=1e-4, atol=1e-5)  # a few dozen float32 roundings of values of size 1
+
+
+def same(actual, expected):
+    tf.nest.assert_same_structure(actual, expected)
+    for a, b in zip(tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True):
+        assert isinstance(a, tf.Tensor) and a.dtype == b.dtype
+        np.testing.assert_allclose(a.numpy(), b.numpy(), **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        keras.Input((28, 28, 1)), keras.layers.Conv2D(8, 3, activation="relu"), keras.layers.BatchNormalization(),
+        keras.layers.MaxPooling2D(), keras.layers.Dropout(0.5), keras.layers.Flatten(),
+        keras.layers.Dense(10, activation="softmax"),
+    ])  # fmt: skip
+    model(np.random.default_rng(0).normal(size=(8, 28, 28, 1)).astype("float32"), training=True)
+    return model
+
+
+def images(batch):
+    return tf.random.normal((batch, 28, 28, 1))
+
+
+def test_mnist_cnn_with_any_batch(cnn):
+    fast = zenith.tensorflow.compile(cnn)
+    for batch in (1, 3, 8):
+        x = images(batch)
+        same(fast(x), cnn(x, training=False))
+    same(fast(images(2).numpy() * 0), cnn(images(2) * 0, training=False))
+
+
+def test_transformer_with_two_inputs_and_a_dict_of_outputs():
+    keras.utils.set_random_seed(0)
+    tokens, segments = (
+        keras.Input((None,), dtype="int32", name="tokens"),
+        keras.Input((None,), dtype="int64", name="segments"),
+    )
+    x = keras.layers.Embedding(50, 32)(tokens) + keras.layers.Embedding(2, 32)(segments)
+    x = keras.layers.LayerNormalization()(x + keras.layers.MultiHeadAttention(4, 8)(x, x))
+    y = keras.layers.Dense(32)(keras.layers.Dense(64, activation="gelu")(x))  # for which tf2onnx leaves an Erfc
+    x = keras.layers.LayerNormalization()(x + y)
+    logits = keras.layers.Dense(3)(keras.layers.GlobalAveragePooling1D()(x))
+    model = keras.Model([tokens, segments], {"logits": logits, "hidden": x})
+    fast = zenith.tensorflow.compile(model)
+    for shape in ((2, 7), (3, 5)):
+        a = tf.random.uniform(shape, 0, 50, tf.int32)
+        b = tf.random.uniform(shape, 0, 2, tf.int64)
+        expected = model([a, b], training=False)
+        same(fast(a, b), expected)
+        same(fast([a, b]), expected)
+    with zenith.configured(use_cost=False):
+        counts = fast.report.counts()
+    assert counts.get("gelu_erf") == 1, fast.report
+
+
+def test_functions_modules_and_concrete_functions():
+    class Scale(tf.Module):
+        def __init__(self):
+            self.factor = tf.Variable([2.0, 3.0])
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 2), tf.float32)])
+        def __call__(self, x):
+            return x * self.factor, {"sum": tf.reduce_sum(x)}
+
+    module, x = Scale(), tf.random.normal((4, 2))
+    for model in (module, module.__call__, module.__call__.get_concrete_function()):
+        same(zenith.tensorflow.compile(model)(x), module(x))
+    plain = tf.function(lambda x: tf.nn.relu(x) + 1)
+    same(zenith.tensorflow.compile(plain, signature=[tf.TensorSpec((None,), tf.float32)])(x[0]), plain(x[0]))
+
+
+def test_saved_models_and_keras_files(cnn, tmp_path):
+    x = images(2)
+    cnn.save(tmp_path / "model.keras")
+    same(zenith.tensorflow.compile(tmp_path / "model.keras")(x), cnn(x, training=False))
+    cnn.export(tmp_path / "exported", verbose=False)
+    (output,) = tf.nest.flatten(zenith.tensorflow.compile(tmp_path / "exported")(x))
+    same(output, cnn(x, training=False))
+
+
+def test_compiled_saved_and_loaded_without_tensorflow(cnn, tmp_path):
+    x = images(2)
+    model = zenith.compile(cnn, x)
+    same(model(x), cnn(x, training=False))
+    loaded = zenith.load(model.save(tmp_path / "cnn.zenith"))
+    (result,) = loaded(x.numpy())
+    np.testing.assert_allclose(result, cnn(x, training=False).numpy(), **CLOSE)
+
+
+def test_wrong_models_and_inputs(cnn, tmp_path):
+    with pytest.raises(FrontendError, match=r"takes a Keras model.*got int"):
+        zenith.tensorflow.compile(3)
+    with pytest.raises(FrontendError, match="neither the folder of a SavedModel"):
+        zenith.tensorflow.compile(tmp_path)
+    with pytest.raises(FrontendError, match="give signature="):
+        zenith.tensorflow.compile(tf.function(lambda x: x))
+    fast = zenith.tensorflow.compile(cnn)
+    with pytest.raises(InputError, match="got 2 inputs"):
+        fast(images(1), images(1))
+    with pytest.raises(InputError, match=r"shape \(None, 28, 28, 1\), got \(1, 14, 28, 1\)"):
+        fast(images(1)[:, :14])
+    with pytest.raises(InputError, match=r"is float32, got int32: tf.cast"):
+        fast(tf.zeros((1, 28, 28, 1), tf.int32))
