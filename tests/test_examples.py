@@ -48,6 +48,24 @@ def test_own_kernel_in_pallas():
     assert float(shown.split("largest difference ")[1].split()[0]) < 1e-4
 
 
+def test_torch_compile_backend():
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    shown = run("examples/torch_compile_backend.py")
+    assert "exported 1 time, compiled for 2 combinations of sizes" in shown
+    differences = [float(line.split("difference ")[1]) for line in shown.splitlines() if "difference " in line]
+    assert len(differences) == 3 and max(differences) < 1e-4
+
+
+def test_keras_model():
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("tf2onnx")
+    shown = run("examples/keras_model.py")
+    assert "(64, 10)" in shown
+    differences = [float(line.split("difference ")[1]) for line in shown.splitlines() if "difference " in line]
+    assert len(differences) == 2 and max(differences) < 1e-4
+
+
 def test_gpt2_training_step_benchmark(tmp_path):
     path = tmp_path / "figures.json"
     run("benchmarks/h100/gpt2_train_step.py", "--tiny", "--runs", "1", "--batch", "2", "--json", str(path))
