@@ -85,7 +85,7 @@ def test_a_wrong_rewrite_is_found(monkeypatch):
 
 def test_the_oracle_is_jax_in_float64():
     def function(x, w, labels):
-        x = jax.nn.standardize(jnp.tanh(x @ w), axis=-1).astype(jnp.bfloat16).astype(jnp.float32)
+        x = jax.nn.standardize(jnp.tanh(x @ w), axis=-1).astype(jnp.bfloat16).astype(w.dtype)
         logits = jax.lax.scan(lambda c, w: (jnp.sin(c @ w), c.sum()), x, jnp.stack([w, w]))[0]
         return jnp.take_along_axis(jax.nn.log_softmax(logits), labels, -1), jnp.cumsum(x[::-1], 0), jnp.argmax(x, 1)
 
