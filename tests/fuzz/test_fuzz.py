@@ -100,5 +100,5 @@ def test_the_oracle_is_jax_in_float64():
         np.testing.assert_allclose(a, b, atol=0.05 if a.dtype == np.float64 else 0)
     exact = jax.make_jaxpr(lambda x, w: jax.nn.softmax(x @ w) / 3)(*narrow[:2])
     with jax.enable_x64(True):
-        np.testing.assert_allclose(evaluate(exact, args)[0], jax.nn.softmax(args[0] @ args[1]) / 3, rtol=1e-12)
+        np.testing.assert_allclose(evaluate(exact, args[:2])[0], jax.nn.softmax(args[0] @ args[1]) / 3, rtol=1e-12)
     assert zenith.config().enabled
