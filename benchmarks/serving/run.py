@@ -31,6 +31,7 @@ from zenith_jax.bench.machine import machine
 from zenith_jax.serving import TritonServer, find_triton
 
 SAMPLES = 64
+EXPECTED = 400.0  # samples a second, for Offline to send enough; fewer are fine
 
 
 def accuracy(server: TritonServer, onnx_file: pathlib.Path) -> list[dict[str, Any]]:
@@ -53,7 +54,9 @@ def accuracy(server: TritonServer, onnx_file: pathlib.Path) -> list[dict[str, An
                     got = client.infer(name, [tensor]).as_numpy("vectors")
                     want = reference[start : start + rows]
                     scores += list(1 - np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1))
-            found.append(dict(part="accuracy", model=name, worst=min(scores), mean=statistics.mean(scores)))
+            found.append(
+                dict(part="accuracy", model=name, worst=float(min(scores)), mean=float(statistics.mean(scores)))
+            )
             assert min(scores) >= 0.999, f"{name} is at {min(scores):.6f} of the reference"
     return found
 
@@ -100,16 +103,16 @@ def closed(server: TritonServer, seconds: float) -> list[dict[str, Any]]:
                     ]  # fmt: skip
                     environment = {**os.environ, "LD_LIBRARY_PATH": folder}
                     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-                    if "stable measurement" in done.stdout:
-                        raise RuntimeError(f"other work disturbs the measurement of {name}: {done.stdout}")
+                    case = dict(part="closed", model=name, case=f"{concurrency} in flight")
+                    if "Failed to obtain stable measurement" in done.stdout:  # other work on the machine
+                        found.append({**case, "per_second": "unstable"})
+                        continue
                     if not report.is_file():
                         raise RuntimeError(done.stdout + done.stderr)
                     (row,) = csv.DictReader(report.read_text().splitlines())
                     found.append(
                         dict(
-                            part="closed",
-                            model=name,
-                            case=f"{concurrency} in flight",
+                            case,
                             per_second=float(row["Inferences/Second"]),
                             **{f"p{p}_ms": float(row[f"p{p} latency"]) / 1000 for p in (50, 90, 99)},
                         )
@@ -126,7 +129,7 @@ def loadgen(server: TritonServer, seconds: float) -> list[dict[str, Any]]:
     found, offline = [], {}
     for scenario in ("Offline", "SingleStream", "MultiStream", "Server"):
         for name in models.NAMES:
-            qps = 0.6 * min(offline.values()) if scenario == "Server" else offline.get(name, 40.0)
+            qps = 0.6 * min(offline.values()) if scenario == "Server" else offline.get(name, EXPECTED)
             result = scenarios.run(server.grpc, name, samples, scenario, seconds=seconds, qps=qps, bound_ms=500)
             if scenario == "Offline":
                 offline[name] = result["per_second"]
