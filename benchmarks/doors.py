@@ -88,8 +88,9 @@ def doors(model: door_models.Model, x: np.ndarray, mode: str, folder: pathlib.Pa
     )
     yield "loaded file", saved
     yield "ONNX file", lambda: of("ONNX file", _onnx(model, x, mode, folder))
-    yield "torch eager", lambda: _torch("torch eager", model, x, lambda module: module, baseline=True)
+    yield "torch eager", lambda: _torch("torch eager", model, x, lambda module, _: module, baseline=True)
     yield "torch.compile", lambda: _torch("torch.compile", model, x, _inductor, baseline=True)
+    yield "torch module", lambda: _torch("torch module", model, x, _compiled(mode))
     yield "zenith.torch", lambda: _torch("zenith.torch", model, x, _zenith_torch)
     yield "torch.compile, zenith", lambda: _torch("torch.compile, zenith", model, x, _zenith_backend)
 
@@ -115,12 +116,12 @@ def _onnx(model: door_models.Model, x: np.ndarray, mode: str, folder: pathlib.Pa
 
 
 def _torch(
-    name: str, model: door_models.Model, x: np.ndarray, wrapped: Callable[[Any], Any], *, baseline: bool = False
+    name: str, model: door_models.Model, x: np.ndarray, wrapped: Callable[[Any, Any], Any], *, baseline: bool = False
 ) -> Door:
     torch = _torch_or_missing()
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    module = wrapped(model.torch().to(device))
     tensor = torch.from_numpy(x).to(device)
+    module = wrapped(model.torch().to(device), tensor)
 
     def call() -> Any:
         with torch.inference_mode():
@@ -132,21 +133,24 @@ def _torch(
     return Door(name, call, baseline)
 
 
-def _inductor(module: Any) -> Any:
+def _inductor(module: Any, _: Any) -> Any:
     return _torch_or_missing().compile(module)
 
 
-def _zenith_torch(module: Any) -> Any:
-    if not hasattr(zenith, "torch"):
-        raise Missing("this Zenith has no torch door")
+def _compiled(mode: str) -> Callable[[Any, Any], Any]:
+    if not hasattr(zenith.torch, "source"):
+        raise Missing("zenith.compile does not take torch modules in this version")
+    return lambda module, example: zenith.compile(module, example, mode=mode)
+
+
+def _zenith_torch(module: Any, _: Any) -> Any:
     return zenith.torch.compile(module)
 
 
-def _zenith_backend(module: Any) -> Any:
-    torch = _torch_or_missing()
-    if "zenith" not in torch._dynamo.list_backends():
-        raise Missing("the backend zenith is registered where the package is installed, not in a checkout")
-    return torch.compile(module, backend="zenith")
+def _zenith_backend(module: Any, _: Any) -> Any:
+    from zenith_jax.frontends.torch import dynamo  # as the name "zenith" gives it where the package is installed
+
+    return _torch_or_missing().compile(module, backend=dynamo.zenith)
 
 
 def measured(
