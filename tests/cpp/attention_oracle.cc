@@ -9,7 +9,7 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 struct Row {
-  std::vector<double> probability;
+  std::vector<double> probability, slope;  // of the cap
   double lse = -kInf;
   double conditioning = 1;  // size of the logits: exp multiplies their rounding by it
   bool masked = true;
@@ -20,6 +20,7 @@ Row ExactRow(const AttentionCase& c, int64_t b, int64_t h, int64_t t) {
   std::vector<double> logits(static_cast<size_t>(c.kv_len), -kInf);
   double max = -kInf;
   for (int64_t s = 0; s < c.kv_len; ++s) {
+    row.slope.push_back(1);
     if (!c.Allowed(b, h, t, s)) continue;
     row.masked = false;
     double logit = 0, size = 0;
@@ -28,6 +29,11 @@ Row ExactRow(const AttentionCase& c, int64_t b, int64_t h, int64_t t) {
                           c.key[c.KeyAt(b, h, s, c.qk_dim) + d] * double{c.scale};
       logit += term;
       size += std::fabs(term);
+    }
+    if (c.softcap > 0) {
+      const double tanh = std::tanh(logit / double{c.softcap});
+      logit = double{c.softcap} * tanh;
+      row.slope.back() = 1 - tanh * tanh;
     }
     logit += c.Bias(b, h, t, s);
     if (std::isfinite(c.Bias(b, h, t, s))) size += std::fabs(c.Bias(b, h, t, s));
@@ -61,7 +67,7 @@ AttentionProblem AttentionCase::problem() const {
   p.dtype = dtype;
   p.batch = batch, p.kv_heads = kv_heads, p.groups = groups;
   p.q_len = q_len, p.kv_len = kv_len, p.qk_dim = qk_dim, p.v_dim = v_dim;
-  p.scale = scale, p.left = left, p.right = right, p.masked_row = masked_row;
+  p.scale = scale, p.softcap = softcap, p.left = left, p.right = right, p.masked_row = masked_row;
   p.query = query.data(), p.key = key.data(), p.value = value.data();
   p.query_strides = {q_len * heads() * qk_dim, qk_dim, heads() * qk_dim};
   p.key_strides = {kv_len * kv_heads * qk_dim, qk_dim, kv_heads * qk_dim};
@@ -72,11 +78,22 @@ AttentionProblem AttentionCase::problem() const {
   if (bias.size() > 0) p.bias = bias.data();
   p.bias_dtype = bias.dtype();
   p.bias_strides = bias_strides;
+  if (!interval.empty()) p.interval = interval.data();
+  p.interval_strides = {.batch = 2 * q_len, .query = 2, .key = 1};
+  if (!key_segments.empty()) {
+    p.query_segments = query_segments.data();
+    p.key_segments = key_segments.data();
+  }
+  p.query_segments_strides = {.batch = q_len, .query = 1};
+  p.key_segments_strides = {.batch = kv_len, .key = 1};
   return p;
 }
 
 bool AttentionCase::Allowed(int64_t b, int64_t h, int64_t t, int64_t s) const {
   if (s - t < -left || s - t > right) return false;
+  const auto row = static_cast<size_t>(b * q_len + t), key_at = static_cast<size_t>(b * kv_len + s);
+  if (!interval.empty() && (s < interval[2 * row] || s >= interval[2 * row + 1])) return false;
+  if (!key_segments.empty() && query_segments[row] != key_segments[key_at]) return false;
   return mask.empty() || mask[static_cast<size_t>(At(mask_strides, groups, b, h, t, s))] != 0;
 }
 
@@ -120,6 +137,11 @@ AttentionGradients ExactAttentionGradients(const AttentionCase& c, const Tensor&
           delta += dout[o + e] * out[o + e];
           delta_size += std::fabs(dout[o + e] * out[o + e]);
         }
+        if (c.dlse.size() > 0) {
+          const double dlse = c.dlse[(b * c.heads() + h) * c.q_len + t];
+          delta -= dlse;
+          delta_size += std::fabs(dlse);
+        }
         const bool nan_row = row.masked && c.masked_row == MaskedRow::kNan;
         for (int64_t d = 0; d < c.qk_dim && nan_row && c.kv_len == 0; ++d) {
           result.dquery.Add(q + d, std::nan(""), 0);
@@ -141,7 +163,7 @@ AttentionGradients ExactAttentionGradients(const AttentionCase& c, const Tensor&
           result.dbias.Add(((b * c.heads() + h) * c.q_len + t) * c.kv_len + s,
                            allowed ? dlogits : 0, size);
           for (int64_t d = 0; d < c.qk_dim; ++d) {
-            const double scale = double{c.scale};
+            const double scale = double{c.scale} * row.slope[static_cast<size_t>(s)];
             result.dquery.Add(q + d, scale * dlogits * c.key[k + d],
                               std::fabs(scale * c.key[k + d]) * size);
             result.dkey.Add(k + d, scale * dlogits * c.query[q + d],

@@ -10,7 +10,7 @@ struct AttentionCase {
   std::string name;
   DType dtype = DType::kF32;
   int64_t batch = 1, kv_heads = 1, groups = 1, q_len = 1, kv_len = 1, qk_dim = 1, v_dim = 1;
-  float scale = 1.0f;
+  float scale = 1.0f, softcap = 0.0f;
   int64_t left = kUnbounded, right = kUnbounded;
   MaskedRow masked_row = MaskedRow::kNan;
   Tensor query{}, key{}, value{};
@@ -18,6 +18,9 @@ struct AttentionCase {
   ScoreStrides mask_strides{};
   Tensor bias{};  // empty: none
   ScoreStrides bias_strides{};
+  std::vector<int32_t> interval{};  // of each (batch, t), first and last; empty: none
+  std::vector<int32_t> query_segments{}, key_segments{};  // of each (batch, t) and (batch, s)
+  Tensor dlse{};                                          // (batch, head, t); empty: none
 
   int64_t heads() const { return kv_heads * groups; }
   int64_t rows() const { return batch * heads() * q_len; }  // in the order (batch, head, t)

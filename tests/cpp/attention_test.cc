@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -20,9 +21,9 @@ constexpr Shape kShapes[] = {
     {1, 1, 1, 0, 5, 4, 4},      {1, 1, 2, 5, 0, 4, 4},
     {1, 1, 1, 5, 5, 0, 4},      {1, 1, 1, 5, 5, 4, 0},
 };
-constexpr const char* kModes[] = {"plain",         "causal",     "window",       "empty rows",
-                                  "random mask",   "padding",    "strided mask", "bias",
-                                  "row bias -inf", "all at once"};
+constexpr const char* kModes[] = {
+    "plain", "causal",        "window",      "empty rows", "random mask", "padding", "strided mask",
+    "bias",  "row bias -inf", "all at once", "capped",     "intervals",   "segments"};
 
 /// Fills mask and bias for a mode. Row 1 of a random mask allows nothing.
 AttentionCase MakeCase(const Shape& shape, const std::string& mode, DType dtype) {
@@ -37,7 +38,8 @@ AttentionCase MakeCase(const Shape& shape, const std::string& mode, DType dtype)
   if (mode == "causal" || all) c.right = 0;
   if (mode == "window") c.left = 10, c.right = 3;
   if (mode == "empty rows") c.left = 20, c.right = -2;
-  if (mode == "row bias -inf" || mode == "random mask" || mode == "causal") {
+  if (mode == "row bias -inf" || mode == "random mask" || mode == "causal" || mode == "intervals" ||
+      mode == "segments") {
     c.masked_row = MaskedRow::kMean;
   }
   const int64_t t = c.q_len, s = c.kv_len;
@@ -67,6 +69,27 @@ AttentionCase MakeCase(const Shape& shape, const std::string& mode, DType dtype)
     c.bias = Tensor(dtype, values);
     c.bias_strides = {0, c.groups * t * s, t * s, s, 1};
   }
+  if (mode == "capped" || all) c.softcap = 1.5f;
+  if (mode == "intervals" || all) {
+    c.right = std::max<int64_t>(c.right, s / 2);
+    for (int64_t row = 0; row < c.batch * t; ++row) {
+      const int64_t first = row % 5 == 0 ? s - 1 - row % (s + 1) : -3,
+                    last = row % 7 == 0 ? 0 : s / 2 + row;
+      c.interval.push_back(static_cast<int32_t>(first));
+      c.interval.push_back(static_cast<int32_t>(last));
+    }
+  }
+  if (mode == "segments" || all) {  // of 40, so that whole blocks of 64 share none
+    for (int64_t i = 0; i < c.batch * t; ++i) {
+      c.query_segments.push_back(static_cast<int32_t>(i % t / 40));
+    }
+    for (int64_t i = 0; i < c.batch * s; ++i) {
+      c.key_segments.push_back(static_cast<int32_t>(i % s / 40));
+    }
+  }
+  if (mode == "capped" || mode == "segments") {
+    c.dlse = Tensor(DType::kF32, RandomValues(random, c.rows()));
+  }
   return c;
 }
 
@@ -87,6 +110,9 @@ Forward RunForward(const CpuKernels& kernels, const AttentionCase& c, const Laun
   return result;
 }
 
+/// Without it, blocks of keys without a common segment are skipped.
+bool WantsDbias(const AttentionCase& c) { return c.name != "segments"; }
+
 struct Backward {
   Tensor dquery, dkey, dvalue, dbias;
 };
@@ -99,12 +125,12 @@ Backward RunBackward(const CpuKernels& kernels, const AttentionCase& c, const Fo
                              forward.out.data(),
                              dout.data(),
                              static_cast<const float*>(forward.lse.data()),
-                             nullptr,
+                             c.dlse.size() > 0 ? static_cast<const float*>(c.dlse.data()) : nullptr,
                              static_cast<float*>(delta.data()),
                              result.dquery.data(),
                              result.dkey.data(),
                              result.dvalue.data(),
-                             static_cast<float*>(result.dbias.data())};
+                             WantsDbias(c) ? static_cast<float*>(result.dbias.data()) : nullptr};
   report.Require(kernels.attention_backward(args, launch).ok(), "attention backward returns ok");
   return result;
 }
@@ -131,7 +157,7 @@ void TestAttention(const CpuKernels& kernels, Report& report) {
         Compare(backward.dquery, gradients.dquery, dquery);
         Compare(backward.dkey, gradients.dkey, dkey);
         Compare(backward.dvalue, gradients.dvalue, dvalue);
-        Compare(backward.dbias, gradients.dbias, dbias);
+        if (WantsDbias(c)) Compare(backward.dbias, gradients.dbias, dbias);
 
         const Forward forward2 = RunForward(kernels, c, serial, report);
         const Backward backward2 = RunBackward(kernels, c, forward, dout, serial, report);
