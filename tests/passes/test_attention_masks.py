@@ -5,6 +5,8 @@ Every mask is compared in value with the program as it is written; gradients of 
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,8 @@ LENGTHS = jnp.array([3, S])
 SEGMENTS = jnp.array([[0, 0, 1, 1, 1, 2, 2, 2, 5], [4, 4, 4, 4, 3, 3, 4, 4, 4]])
 
 
+QUERIES = jnp.sin(jnp.arange(B * T) * 2.0).reshape(B, 1, T, 1) < 0.4
+KEYS = jnp.sin(jnp.arange(B * S) * 2.0).reshape(B, 1, 1, S) < 0.4
 STRUCTURES = {
     "padding lengths": ("interval", lambda t, s, n: s < of_example(n)),
     "padding lengths, turned round": ("interval", lambda t, s, n: of_example(n) > s),
@@ -49,6 +53,8 @@ STRUCTURES = {
     "a prefix of three": ("interval", lambda t, s, n: (s <= t) | (s < 3)),
     "prefixes": ("interval", lambda t, s, n: (s <= t) | (s < of_example(n))),
     "prefixes and padding": ("interval", lambda t, s, n: ((s <= t) | (s < of_example(n))) & (s < of_example(n + 2))),
+    "padding of queries and keys": ("interval", lambda t, s, n: (t < of_example(n)) & (s < of_example(n))),
+    "masks of queries and keys": ("interval mask", lambda t, s, n: QUERIES & ~KEYS),
     "blocks": ("segments", lambda t, s, n: t // 3 == s // 3),
     "blocks, negated": ("segments", lambda t, s, n: ~(t // 3 != s // 3)),
     "segments": ("segments", lambda t, s, n: SEGMENTS[:, None, :T, None] == SEGMENTS[:, None, None]),
@@ -116,5 +122,21 @@ def test_no_tensor_over_queries_and_keys_is_left(rng):
     q, k, v = operands(rng)
     prefixes = lambda q, k, v, n: attend(q, k, v, STRUCTURES["prefixes"][1](*positions(), n))  # noqa: E731
     blocks = lambda q, k, v: attend(q, k, v, STRUCTURES["blocks"][1](*positions(), None))  # noqa: E731
-    for function, args in ((prefixes, (q, k, v, LENGTHS)), (blocks, (q, k, v))):
+    both = lambda q, k, v, m, n: attend(q, k, v, m & ~n)  # noqa: E731
+    for function, args in ((prefixes, (q, k, v, LENGTHS)), (blocks, (q, k, v)), (both, (q, k, v, QUERIES, KEYS))):
         assert f"{T},{S}]" not in str(jax.make_jaxpr(zenith.fuse(function))(*args))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_cache_is_read_where_it_lies(rng, groups):
+    """(batch, length, heads, features), as caches are: nothing of its size is copied for one query."""
+    q, k, v = operands(rng, t=1)
+    q = jnp.repeat(q, groups, axis=2)
+
+    def function(q, k, v, n):
+        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+        return attend(q, k, v, jnp.arange(S) <= n)
+
+    text = jax.jit(zenith.fuse(function)).lower(q, k, v, 3).compile().as_text()
+    assert "zenith_attention_fwd" in text
+    assert not re.search(r"f32\[2,(9,2|2,9),4\]\S* (copy|transpose|fusion)\(", text), text

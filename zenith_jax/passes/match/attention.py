@@ -258,7 +258,7 @@ def _build(
     result = eqn.outvars[0]
     common = jnp.result_type(query.dtype, key.dtype, value.dtype)
     leaves = [query, key, value, *(term for term, _ in (*masks, *biases)), *sinks, *structure.leaves]
-    layout = LENGTH_MAJOR if _is_length_major(query, roles) else HEADS_MAJOR
+    layout = LENGTH_MAJOR if _is_length_major(query, key, roles, s) else HEADS_MAJOR
     static: dict[str, Any] = dict(
         sizes=tuple(tuple(1 if a is None else a.size for a in leaf.axes) for leaf in leaves),
         orders=tuple(orders.items()),
@@ -350,13 +350,14 @@ def _kernel_dtype(common: Any, multiplied: Any, result: Any) -> str:
     return jnp.dtype(multiplied if precise else common).name
 
 
-def _is_length_major(query: Term, roles: Roles) -> bool:
-    if roles.t is None or not roles.batch:
+def _is_length_major(query: Term, key: Term, roles: Roles, s: Axis) -> bool:
+    """As the longer of query and key lies: a cache of keys is not copied for one query."""
+    if len(roles.batch) < 2:
         return False
-    heads = [a for a in (roles.batch[-1], roles.group) if a is not None]
-    return len(roles.batch) > 1 and all(
-        query.axes.index(roles.t) < query.axes.index(a) for a in heads if a in query.axes
-    )
+    of_query = roles.t is not None and (roles.t.size >= s.size or roles.batch[-1] not in key.axis_set)
+    term, length = (query, roles.t) if of_query else (key, s)
+    heads = [a for a in (roles.batch[-1], roles.group) if a is not None and a in term.axis_set]
+    return all(term.axes.index(length) < term.axes.index(a) for a in heads)
 
 
 def _detail(

@@ -1,7 +1,8 @@
 """Boolean masks over (query, key) positions: the structure that is proved, and the tensors that remain.
 
 A comparison of two positions (iota plus a constant) bounds s - t on one side: a band. One of the key position with
-anything else, padding lengths or the position in a cache, bounds s on one side: a half-line. Conjunctions intersect;
+anything else, padding lengths or the position in a cache, bounds s on one side: a half-line; so does a mask of the
+queries, at all keys or none. Conjunctions intersect;
 half-lines that are open on one side unite: causal or in the prefix. Equal integers of queries and keys are segments.
 What cannot be read so stays a tensor, which the kernel reads, in the shape that the user's program has it before
 broadcasting.
@@ -119,7 +120,12 @@ def mask_form(terms: Terms, mask: Term, key_axis: Axis, negated: bool = False) -
         segments = _segments(terms, eqn, Source(mask, negated), key_axis)
         if segments is not None:
             return MaskForm(segments=segments)
-    return MaskForm(tensors=(Source(mask, negated),))
+    source = Source(mask, negated)
+    if key_axis not in mask.axis_set:  # all keys or none, for each query
+        n = key_axis.size
+        edge = Edge(n, (), mask, -n) if negated else Edge(0, (), mask, n)
+        return MaskForm(half_lines=(HalfLine(True, (edge,), source),))
+    return MaskForm(tensors=(source,))
 
 
 def _peeled(terms: Terms, mask: Term) -> Term:

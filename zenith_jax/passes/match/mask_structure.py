@@ -27,12 +27,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """A key position: offset + sum of coefficient * axis position + sign * term."""
+    """A key position: offset + sum of coefficient * axis position + factor * term; of a bool term 0 or 1."""
 
     offset: int
     coefficients: tuple[tuple[Axis, int], ...] = ()
     term: Term | None = None
-    sign: int = 1
+    factor: int = 1
 
     def is_small(self) -> bool:
         return abs(self.offset) + sum(abs(c) * axis.size for axis, c in self.coefficients) < FAR
@@ -65,7 +65,7 @@ def united(first: Sequence[HalfLine], second: Sequence[HalfLine], source: Source
 
 # --- as static data and values ----------------------------------------------------------------------------------------
 
-StaticEdge = tuple[int, tuple[int, ...], int, int, Order]  # offset, coefficients, leaf or -1, sign, order
+StaticEdge = tuple[int, tuple[int, ...], int, int, Order]  # offset, coefficients, leaf or -1, factor, order
 StaticLine = tuple[bool, tuple[StaticEdge, ...]]
 
 
@@ -81,7 +81,7 @@ def static_line(terms: Terms, line: HalfLine, axes: Sequence[Axis | None], leave
             return None
         leaf = -1 if term is None else len(leaves) + len(found)
         found += [] if term is None else [term]
-        edges.append((edge.offset, tuple(coefficients.get(a, 0) if a else 0 for a in axes), leaf, edge.sign, order))
+        edges.append((edge.offset, tuple(coefficients.get(a, 0) if a else 0 for a in axes), leaf, edge.factor, order))
     leaves += found
     return line.upper, tuple(edges)
 
@@ -99,7 +99,7 @@ def interval(lines: Sequence[StaticLine], arrays: Sequence[Any], sizes: Sequence
 
 
 def _position(edge: StaticEdge, arrays: Sequence[Any], sizes: Sequence[int]) -> Any:
-    offset, coefficients, leaf, sign, order = edge
+    offset, coefficients, leaf, factor, order = edge
     value = jnp.int32(offset)
     for dim, c in enumerate(coefficients):
         if c:
@@ -107,7 +107,8 @@ def _position(edge: StaticEdge, arrays: Sequence[Any], sizes: Sequence[int]) -> 
             value = value + c * lax.broadcasted_iota(jnp.int32, shape, dim)
     if leaf >= 0:
         x = arranged(arrays[leaf], order)
-        info = jnp.iinfo(x.dtype)
-        x = jnp.clip(x, max(info.min, -FAR), min(info.max, FAR)).astype(jnp.int32)
-        value = value + sign * x
+        if x.dtype != bool:
+            info = jnp.iinfo(x.dtype)
+            x = jnp.clip(x, max(info.min, -FAR), min(info.max, FAR))
+        value = value + factor * x.astype(jnp.int32)
     return value
