@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 """TensorFlow and Keras models run in JAX: `zenith.tensorflow.compile(model)`, tf.Tensor in, tf.Tensor out.
 
 A model becomes a concrete function, tf2onnx makes an ONNX model of that, and the importer the JAX function. Variables
@@ -167,7 +167,8 @@ def _concrete(model: Any, signature: Sequence[Any] | None, examples: Sequence[An
         )
     specs = signature or [tf.TensorSpec(np.shape(x), _dtype_of(x)) for x in examples]
     try:
-        return model.get_concrete_function(*specs)
+        function: Any = model
+        return function.get_concrete_function(*specs)
     except (TypeError, ValueError) as error:
         raise FrontendError(
             f"the tf.function does not take {specs or 'no inputs'}: give signature=[tf.TensorSpec(...)] ({error})"

@@ -43,7 +43,8 @@ def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
         for key, inlet, tensor in zip(weights.names, weights.inlets, weights.tensors, strict=True):
             given[key] = inlet.traced(params[key], tuple(tensor.shape))
         results = program.onnx.apply({key: params[key] for key in program.more}, **given)
-        return results if len(results) > 1 else results[0]
+        first, *others = results
+        return results if others else first
 
     def restore(results: Any) -> Any:
         flat = [to_torch(r, d) for r, d in zip(jax.tree.leaves(results), captured.dtypes, strict=True)]
