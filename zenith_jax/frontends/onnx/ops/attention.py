@@ -60,14 +60,15 @@ def attention(
         if not q_num_heads or not kv_num_heads:
             raise OnnxError("Attention: q_num_heads and kv_num_heads must be given where Q, K and V have rank 3")
         q, k, v = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
-    cached = past_key is not None
-    if cached:
+    if (past_key is None) != (past_value is None):
+        raise OnnxError("Attention: past_key and past_value must be given together")
+    if past_key is not None and past_value is not None:
         k, v = jnp.concatenate([past_key, k], axis=2), jnp.concatenate([past_value, v], axis=2)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise OnnxError(f"Attention: query heads must be a multiple of key/value heads, got {q.shape[1]}, {k.shape[1]}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     offset = past_key.shape[2] if past_key is not None else 0
-    if nonpad_kv_seqlen is not None and not cached:
+    if nonpad_kv_seqlen is not None and past_key is None:
         offset = (nonpad_kv_seqlen - q.shape[2]).reshape(-1, 1, 1, 1)
     mask = _Mask.of(
         q.shape[2],
@@ -194,7 +195,7 @@ def _attended(
 @operator("RotaryEmbedding", since=23)
 @in_jax
 def rotary_embedding(
-    x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=None, rotary_embedding_dim=0
+    x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=0, rotary_embedding_dim=0
 ):
     """Pairs of features turned by an angle that grows with the position. Su et al. 2021, arXiv:2104.09864.
 
