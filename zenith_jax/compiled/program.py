@@ -21,7 +21,7 @@ Program = Callable[[Sequence[Any]], Sequence[Any]]
 MODES = ("default", "reduce-overhead", "max-autotune")
 
 # A parameter up to this size becomes a constant of the program in "reduce-overhead": an argument costs 0.3 us of host
-# time a call, whatever its size (2-core AMD EPYC, 2026-11). Biases and norms, three quarters of a transformer's parameters.
+# time a call, whatever its size (AMD EPYC, 2026-11). Biases and norms, three quarters of a transformer's parameters.
 CONSTANT_BYTES = 16384
 # XLA captures commands into a CUDA graph from this number on; 5 by default.
 _GRAPH_OPTIONS = {"xla_gpu_graph_min_graph_size": 1}
