@@ -115,6 +115,17 @@ def test_caps_and_sinks_are_refused_with_their_reason():
     assert calls(stablehlo(jax.grad(total(with_sinks)), *QKV)) == ["attention_fwd"]
 
 
+def test_a_gradient_with_a_bias_is_xla_code_and_says_so():
+    biased = lambda q, k, v: ops.attention(q, k, v, bias=jnp.zeros((64, 64)))  # noqa: E731
+    assert calls(stablehlo(biased, *QKV)) == ["attention_fwd"]
+    assert calls(stablehlo(jax.grad(total(biased)), *QKV)) == ["attention_fwd"]
+    by_hand = lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(-1, -2) + jnp.sin(q[..., :1])) @ v  # noqa: E731
+    with zenith.configured(platform="cuda", use_cost=False):
+        assert "attention" in zenith.explain(by_hand)(*QKV).counts()
+        report = zenith.explain(jax.grad(total(by_hand)))(*QKV)
+    assert any("with a bias is not exact" in s.reason for s in report.refused), str(report)
+
+
 def test_batch_dimensions_may_be_sharded_and_others_may_not():
     text = stablehlo(*[CASES["rms_norm"][0], *CASES["rms_norm"][1]])
     rule = re.search(r"sharding_rule = #sdy.op_sharding_rule<(.*?), custom>", text)

@@ -87,8 +87,11 @@ def _lse(query, key, mask, bias, *structure, **attributes):
     return jax.nn.logsumexp(logits, axis=-1) if key.shape[-2] else jnp.full(logits.shape[:-1], -jnp.inf)
 
 
-def unsupported(platform: str, *, head_size: int, softcap: float = 0.0, lse: bool = False) -> Refusal | None:
-    """What no kernel of the platform computes. lse: the log-sum-exp has a cotangent."""
+def unsupported(
+    platform: str, *, head_size: int, softcap: float = 0.0, lse: bool = False, biased_gradient: bool = False
+) -> Refusal | None:
+    """What no kernel of the platform computes. lse: the log-sum-exp has a cotangent. biased_gradient: of logits with a
+    bias."""
     if platform != "cuda":
         return None
     if head_size > 256:
@@ -97,6 +100,12 @@ def unsupported(platform: str, *, head_size: int, softcap: float = 0.0, lse: boo
         return Refusal("no kernel for cuda caps the logits yet")
     if lse:
         return Refusal("no kernel for cuda has a gradient through the log-sum-exp, which a sink needs, yet")
+    if biased_gradient:
+        # Of a row whose keys all have a bias of -1e9 the saved lse lacks log(number of keys): docs/matching.md.
+        return Refusal(
+            "the gradient with a bias is not exact in the kernels for cuda yet where a finite one masks a whole row",
+            advice="mask with a boolean",
+        )
     return None
 
 
@@ -104,11 +113,13 @@ def _supports(avals: Any, platform: str, *, softcap: float, **_: Any) -> Refusal
     query, key, value = avals[:3]
     if not query.dtype == key.dtype == value.dtype:
         return Refusal("query, key and value have different dtypes")
+    is_backward = len(avals) > len(_OPERANDS.split(","))
     return check_kernel_dtype("attention", query.dtype) or unsupported(
         platform,
         head_size=max(query.shape[-1], value.shape[-1]),
         softcap=softcap,
-        lse=len(avals) > len(_OPERANDS.split(",")) and not is_absent(avals[-1]),
+        lse=is_backward and not is_absent(avals[-1]),
+        biased_gradient=is_backward and not is_absent(avals[4]),
     )
 
 

@@ -142,7 +142,11 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
         return refuse("an operand is empty")
     if match.op == "attention":
         unsupported = attention_unsupported(
-            platform, head_size=max(case["d"], case["e"]), softcap=case["softcap"], lse=case["sink"]
+            platform,
+            head_size=max(case["d"], case["e"]),
+            softcap=case["softcap"],
+            lse=case["sink"],
+            biased_gradient=differentiated and case["bias"],
         )
         if unsupported is not None:
             return unsupported

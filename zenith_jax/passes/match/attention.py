@@ -300,7 +300,7 @@ def _build(
             ("s", s.size),
             ("d", roles.d.size),
             ("e", roles.e.size),
-            ("has_scores", bool(biases or masks)),
+            ("bias", bool(biases)),
             ("causal", logits.mask.right == 0),
             ("softcap", logits.softcap),
             ("sink", has_sink),

@@ -194,9 +194,7 @@ def _attended(
 
 @operator("RotaryEmbedding", since=23)
 @in_jax
-def rotary_embedding(
-    x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=0, rotary_embedding_dim=0
-):
+def rotary_embedding(x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=0, rotary_embedding_dim=0):
     """Pairs of features turned by an angle that grows with the position. Su et al. 2021, arXiv:2104.09864.
 
     x: (b, h, t, d) or (b, t, h * d). cos, sin: (b or 1, t, r/2), or (positions, r/2) with position_ids (b, t); the
