@@ -174,7 +174,7 @@ def measured(
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times[found[0].name]) < 3:
             for door in found:
-                # torch's threads spin for a while after a call, and took 6 of the 6.3 ms of whoever came next.
+                # What came right after torch took 6.3 ms instead of 0.7 once; its threads may spin on after a call.
                 time.sleep(0.02)
                 door.call()
                 for _ in range(3):

@@ -247,3 +247,12 @@ def test_calls_with_other_inputs_are_told_what_the_model_takes(args, message):
 def test_unknown_argument_names_are_told():
     with pytest.raises(InputError, match=r"apply takes the arguments \['x'\], got 0 positional and \['y'\] by name"):
         zenith.compile((apply, PARAMS), X)(y=X)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_telemetry_knows_the_model_by_its_name(mode):
+    def the_model(x):
+        return jnp.tanh(x) + 1
+
+    zenith.compile(the_model, jnp.ones(3), mode=mode)
+    assert zenith.telemetry.records()[-1].function.endswith("the_model")

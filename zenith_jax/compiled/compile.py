@@ -85,6 +85,8 @@ def compiled(
         out["structure"], arrays = Structure.of(results)
         return [jnp.asarray(x) for x in arrays]
 
+    flat.__name__ = flat.__qualname__ = source.name  # as profiles, logs and telemetry show it
+
     def structs(sizes: Mapping[str, int]) -> list[Any]:
         return [s.struct(sizes) for s in specs]
 

@@ -33,7 +33,8 @@ def program(
     """Compiles `function(params, inputs)` for inputs like `structs`. jitted: `jax.jit`, or `zenith.jit`."""
     if mode != "reduce-overhead":
         # A new function each time: JAX's caches must not answer for an earlier trace, whose sites are elsewhere.
-        executable = jitted(lambda params, inputs: function(params, inputs)).lower(params, structs).compile()
+        fresh = ft.wraps(function)(lambda params, inputs: function(params, inputs))
+        executable = jitted(fresh).lower(params, structs).compile()
         return ft.partial(executable, params)
     return _least_overhead(jitted, function, params, structs)
 
@@ -43,6 +44,7 @@ def _least_overhead(jitted: Callable, function: Callable, params: Sequence[Any],
     constants = [np.asarray(p) if p.nbytes <= CONSTANT_BYTES else None for p in params]
     arguments = [p for p, c in zip(params, constants, strict=True) if c is None]
 
+    @ft.wraps(function)
     def with_constants(arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
         remaining = iter(arguments)
         return function([next(remaining) if c is None else c for c in constants], inputs)
