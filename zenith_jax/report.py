@@ -56,7 +56,8 @@ class Site:
         if self.measured_us is None:
             return ""
         fused, unfused = self.measured_us
-        return f"{unfused / fused:.2f}x: {unfused:.3g} -> {fused:.3g} us"
+        scale, unit = (1e3, "ms") if min(fused, unfused) >= 1e3 else (1, "us")
+        return f"{unfused / fused:.2f}x: {unfused / scale:.4g} -> {fused / scale:.4g} {unit}"
 
 
 @dataclasses.dataclass(frozen=True)
