@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
 import signal
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh_process import started_script
 
 import zenith_jax as zenith
 from zenith_jax import cli, native
@@ -99,27 +99,25 @@ def test_a_damaged_entry_is_measured_again(timed, folder, damage):
     assert path.read_text().startswith("{\n")
 
 
-def write_often(folder, n):
-    import os
+WRITE_OFTEN = """
+from zenith_jax.compiled import tuning
+for _ in range(50):
+    tuning._write(tuning.Entry(tuning._key("site"), 1.0, 2.0, "now " * 2000))
+"""
 
-    os.environ["ZENITH_CACHE_DIR"] = folder
-    for _ in range(n):
-        tuning._write(tuning.Entry(tuning._key("site"), 1.0, 2.0, "now " * 2000))
 
-
-def test_processes_that_write_at_once_leave_whole_entries(folder):
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write_often, args=(str(folder), 50)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
+def test_processes_that_write_at_once_leave_whole_entries(folder, tmp_path_factory):
+    writers = [
+        started_script(WRITE_OFTEN, tmp_path_factory.mktemp("writer"), ZENITH_CACHE_DIR=str(folder)) for _ in range(2)
+    ]
     seen = 0
-    while any(w.is_alive() for w in writers):
+    while any(w.poll() is None for w in writers):
         for path in folder.glob("*.json"):
             assert tuning._read(path) is not None, "a partial entry was read"
             seen += 1
     for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+        _, errors = writer.communicate()
+        assert writer.returncode == 0, errors
     assert seen
     assert [e.xla_us for e in tuning.entries()] == [2.0]
     assert not list(folder.glob(".*.part"))
