@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from zenith_jax.ir._compat import JaxprEqn
-from zenith_jax.ir.term import Axis, Term, Terms
+from zenith_jax.ir.term import Axis, Term, Terms, is_float
 from zenith_jax.passes.match.mask import affine
 
 
@@ -176,7 +176,10 @@ def _weights(terms: Terms, term: Term, axis: Axis) -> tuple[float, float, Term |
         return None
     (a, b, labels), *rest = found
     if name == "convert_element_type":
-        return a, b, labels
+        # From bool, or to a float; a float made an integer is cut, and a wide integer made narrow wraps.
+        return (a, b, labels) if operands[0].dtype == bool or is_float(term.dtype) else None
+    if name == "div" and not is_float(term.dtype):
+        return None
     if name == "neg":
         return -a, -b, labels
     (c, d, others), *_ = rest
