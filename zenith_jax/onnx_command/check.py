@@ -18,8 +18,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
-    runtime = session(arguments)
     model = loaded(arguments)
+    runtime = session(arguments)
     inputs = inputs_for(model, arguments)
     results = outputs(model, inputs, arguments)
     expected = reference(runtime, inputs)
