@@ -46,7 +46,7 @@ def expected(x, other):
 
 
 def compilations(loaded):
-    return sum(function._cache_size() for function in loaded._compiled.functions.values())
+    return sum(function.jitted._cache_size() for function in loaded._compiled.functions.values())
 
 
 @pytest.mark.parametrize("declared", DECLARATIONS)

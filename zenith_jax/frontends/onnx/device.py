@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 
@@ -55,3 +56,10 @@ def _let_go(array: np.ndarray) -> None:
     first, end = -(-offset // mmap.PAGESIZE), (offset + array.nbytes) // mmap.PAGESIZE
     if end > first:
         root.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE)
+
+
+def release_freed_memory() -> None:
+    """Gives the system the pages that the C library keeps of freed memory, where it is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
