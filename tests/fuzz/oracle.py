@@ -53,6 +53,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "ne": lambda p, x, y: x != y,
     "neg": lambda p, x: -x,
     "not": lambda p, x: ~x,
+    "one_minus_square": lambda p, x: (1 - x) * (1 + x),
     "optimization_barrier": lambda p, x: x,
     "or": lambda p, x, y: x | y,
     "pow": lambda p, x, y: np.power(x, y),
@@ -239,7 +240,11 @@ def _product(x: np.ndarray, y: np.ndarray, numbers: Any) -> np.ndarray:
 
 
 def _scan(params: dict[str, Any], operands: list[np.ndarray], noise: Any) -> list[np.ndarray]:
-    body, consts_count, carry_count = params["jaxpr"], params["num_consts"], params["num_carry"]
+    body = params["jaxpr"]
+    if "num_consts" in params:
+        consts_count, carry_count = params["num_consts"], params["num_carry"]
+    else:  # jax 0.11 and later
+        consts_count, carry_count = map(len, params["ft_in"].unpack()[:2])
     consts, carry = operands[:consts_count], operands[consts_count : consts_count + carry_count]
     xs = operands[consts_count + carry_count :]
     length = params["length"]
