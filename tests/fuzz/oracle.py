@@ -127,6 +127,10 @@ CALLED = {
 }
 
 
+# Functions that JAX computes from the bits of the narrow type: of erf's derivative, from 0.12 on.
+NAMED: dict[str, Callable[..., Any]] = {"exp_neg_sq": lambda p, x: np.exp(-x * x)}
+
+
 def evaluate(closed: Any, args: Sequence[Any], noise: np.random.Generator | None = None) -> list[np.ndarray]:
     """Results of a closed jaxpr on arrays."""
     with np.errstate(all="ignore"):
@@ -163,7 +167,8 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], noise: Any) -> 
 
 def _equation(eqn: Any, operands: list[np.ndarray], noise: Any) -> list[np.ndarray]:
     name, params = eqn.primitive.name, eqn.params
-    if name in CALLED:
+    is_named = name == "custom_jvp_call" and params.get("name") in NAMED
+    if name in CALLED and not is_named:
         body = params[CALLED[name] if CALLED[name] in params else "jaxpr"]
         return _run(_opened(body), list(map(_widened, _constants(body))), operands, noise)
     if name == "scan":
@@ -182,6 +187,8 @@ def _equation(eqn: Any, operands: list[np.ndarray], noise: Any) -> list[np.ndarr
     if name in SUMMED:
         result = np.asarray(SUMMED[name](params, *operands))
         magnitude = SUMMED[name](params, *map(np.abs, operands)) if noise is not None else None
+    elif is_named:
+        result = NAMED[params["name"]](params, *operands)
     elif name == "convert_element_type":
         result = _converted(operands[0], aval.dtype)
     elif name in ELEMENTWISE:
