@@ -1,6 +1,16 @@
 """These tests need torch, transformers and onnxscript and are skipped without. CONTRIBUTING.md says how to run them."""
 
+import warnings
+
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_torch_about_itself():
+    """torch 2.13's export checks its tree specifications in a way that it deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        yield
 
 
 @pytest.fixture(autouse=True)
