@@ -222,14 +222,14 @@ class _Trimmed:
         self.jitted = jitted
         self.compiled: set[Any] = set()
 
-    def __call__(self, *args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
+    def __call__(self, params: Any, inputs: Any) -> Any:
+        leaves, structure = jax.tree.flatten(inputs)  # the parameters are always the model's own
         key = structure, tuple((np.shape(x), x.dtype) for x in leaves)
         if key not in self.compiled:
-            self.jitted.lower(*args).compile()  # which the call then finds
+            self.jitted.lower(params, inputs).compile()  # which the call then finds
             device.release_freed_memory()
             self.compiled.add(key)
-        return self.jitted(*args)
+        return self.jitted(params, inputs)
 
 
 def _key(value: Any) -> Any:
