@@ -13,7 +13,7 @@ from zenith_jax.onnx_command.common import UsageError
 def session(arguments: argparse.Namespace) -> Any:
     """ONNX Runtime on the CPU; its products of 8-bit integers exact on CPUs where they would saturate."""
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(f"{arguments.action} compares with ONNX Runtime: pip install onnxruntime") from error
     path = pathlib.Path(arguments.model)
