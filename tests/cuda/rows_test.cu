@@ -336,12 +336,12 @@ void TestCrossEntropy(Report& report, DType dtype, const Shape& shape) {
                            dpickeds = dpicked.Values(), dtotals = dtotal.Values();
   report.Compare("cross entropy backward", "dlogits", dx, want_dx, [&](int64_t i) {
     const size_t at = static_cast<size_t>(i), row = static_cast<size_t>(i / cols);
-    // exp(x - lse) amplifies the rounding of x - lse; the terms may cancel.
-    const double p = std::exp(double{xs[at]} - lses[row]);
+    // exp(x - lse) amplifies the rounding of x - lse, which may be infinite where it is 0; the
+    // terms may cancel.
+    const double exponent = double{xs[at]} - lses[row], p = std::exp(exponent);
+    const double softmax = p == 0 ? 0 : std::fabs(p * dlses[row]) * (1 + std::fabs(exponent));
     return Rounding(dtype, dxs[at]) +
-           4 * kFloatRoundoff *
-               (std::fabs(p * dlses[row]) * (1 + std::fabs(xs[at] - lses[row])) +
-                std::fabs(dpickeds[row]) + std::fabs(dtotals[row]));
+           4 * kFloatRoundoff * (softmax + std::fabs(dpickeds[row]) + std::fabs(dtotals[row]));
   });
 }
 
