@@ -100,6 +100,7 @@ def _torch_or_missing() -> Any:
         import torch
     except ImportError as error:
         raise Missing("torch is not installed") from error
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 on a GPU, as JAX by default
     return torch
 
 
@@ -151,6 +152,10 @@ def _zenith_backend(module: Any, _: Any) -> Any:
     return _torch_or_missing().compile(module, backend=dynamo.zenith)
 
 
+def _in_float64(result: Any) -> np.ndarray:
+    return np.asarray(result.cpu() if hasattr(result, "cpu") else result, np.float64)
+
+
 def measured(
     model: door_models.Model, batch: int, mode: str, skip: set[str], seconds: float
 ) -> tuple[list[Door], dict[str, str]]:
@@ -165,9 +170,9 @@ def measured(
                 found.append(make())
             except (Missing, MissingExtraError) as reason:
                 missing[name] = str(reason)
-        reference = np.asarray(found[0].call(), np.float64)
+        reference = _in_float64(found[0].call())
         for door in found:
-            result = np.asarray(door.call(), np.float64)
+            result = _in_float64(door.call())
             door.error = float(np.abs(result - reference).max() / np.abs(reference).max())
             door.call()
         times: dict[str, list[float]] = {door.name: [] for door in found}

@@ -7,8 +7,9 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def warnings_of_torch_about_itself():
-    """torch 2.13's export checks its tree specifications in a way that it deprecates."""
+    """torch's export checks its tree specifications in a way that it deprecates; 2.11's compile imports torch.jit's."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         yield
 

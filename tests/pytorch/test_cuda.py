@@ -1,0 +1,79 @@
+"""zenith.torch on CUDA tensors: same answers, memory shared, work of both libraries in the order of torch's streams."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("onnxscript")
+
+import zenith_jax as zenith
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
+]
+
+SIZES = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256)
+# JAX multiplies float32 in TensorFloat-32 by default, 2^-11 a product; values are of size 1.
+CLOSE = dict(rtol=5e-3, atol=5e-3)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def compiled(module):
+    return zenith.torch.compile(module.eval().cuda(), strict=True)
+
+
+def test_bert_runs_on_the_gpu_of_its_weights():
+    module = transformers.BertModel(transformers.BertConfig(vocab_size=100, **SIZES)).bfloat16()
+    fast = compiled(module)
+    tokens = torch.randint(0, 100, (2, 64), device="cuda")
+    actual, expected = fast(tokens).last_hidden_state, module(tokens).last_hidden_state
+    assert actual.device == tokens.device and actual.dtype == torch.bfloat16
+    # A few bfloat16 roundings of values of up to 4, in two layers.
+    torch.testing.assert_close(actual, expected, rtol=5e-2, atol=8e-2)
+    counts = fast.report.counts()
+    assert counts["attention"] == 2 and counts["add_layer_norm"] == 4
+
+
+def test_weights_are_read_where_they_lie():
+    module = torch.nn.Linear(2048, 2048)
+    fast = compiled(module)
+    x = torch.randn(4, 2048, device="cuda")
+    torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    module.weight.mul_(2)
+    torch.testing.assert_close(fast(x), module(x), **CLOSE)
+
+
+@pytest.mark.parametrize("side", [False, True], ids=["default stream", "another stream"])
+def test_calls_stay_in_the_order_of_torchs_stream(side):
+    """What comes before the call takes milliseconds, and what comes after it reads the result at once."""
+    module = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.GELU(), torch.nn.Linear(512, 512))
+    fast = compiled(module)
+    slow = torch.randn(4096, 4096, device="cuda") / 64
+    start = torch.randn(4096, 512, device="cuda")
+    fast(start)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
+        for step in range(20):
+            before = start * (step + 1)
+            for _ in range(4):
+                before = slow @ before
+            before = before / before.std()
+            after = fast(before) * 2
+            torch.testing.assert_close(after, module(before) * 2, **CLOSE)
+
+
+def test_the_backend_of_torch_compile():
+    module = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.SiLU(), torch.nn.Linear(128, 64)).eval().cuda()
+    from zenith_jax.frontends.torch import dynamo
+
+    fast = torch.compile(module, backend=dynamo.zenith)
+    x = torch.randn(8, 64, device="cuda")
+    torch.testing.assert_close(fast(x), module(x), **CLOSE)
