@@ -15,8 +15,8 @@ from zenith_jax import native, ops
 
 
 def stablehlo(function, *args) -> str:
-    """The text of `function` lowered for CUDA, as it would be on a GPU machine."""
-    with zenith.configured(platform="cuda"):
+    """The text of `function` lowered for CUDA, as it would be on a GPU machine; kernels at these sizes too."""
+    with zenith.configured(platform="cuda", use_cost=False):
         return zenith.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -124,6 +124,31 @@ def test_a_gradient_with_a_bias_is_xla_code_and_says_so():
         assert "attention" in zenith.explain(by_hand)(*QKV).counts()
         report = zenith.explain(jax.grad(total(by_hand)))(*QKV)
     assert any("with a bias is not exact" in s.reason for s in report.refused), str(report)
+
+
+ATTENTION = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "precision", "function", "refusal"),
+    [
+        ((1, 128, 12, 64), "bfloat16", None, ATTENTION, "as fast for 196608 logits"),
+        ((8, 512, 12, 64), "bfloat16", None, ATTENTION, None),
+        ((1, 512, 12, 64), "float32", None, ATTENTION, "TensorFloat-32"),
+        ((1, 512, 12, 64), "float32", "highest", ATTENTION, None),
+        ((8, 512, 12, 64), "float32", None, ATTENTION, None),
+        ((8, 512, 12, 128), "float32", None, ATTENTION, "TensorFloat-32"),
+        ((8, 512, 12, 64), "float32", None, jax.grad(total(ATTENTION)), "TensorFloat-32"),
+        ((1, 8192, 16, 64), "float32", None, jax.grad(total(ATTENTION)), None),
+    ],
+)
+def test_attention_on_a_gpu_is_chosen_where_it_was_measured_to_win(shape, dtype, precision, function, refusal):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    with zenith.configured(platform="cuda"), jax.default_matmul_precision(precision):
+        report = zenith.explain(function)(x, x, x)
+    assert report.counts().get("attention", 0) == (refusal is None), str(report)
+    if refusal is not None:
+        assert any(refusal in site.reason for site in report.refused), str(report)
 
 
 def test_batch_dimensions_may_be_sharded_and_others_may_not():

@@ -51,6 +51,32 @@ def _cuda_cross_entropy(case: dict[str, Any], differentiated: bool) -> Refusal |
     return refuse("the kernel is not measured on a GPU yet", advice="zenith.configure(use_cost=False) takes it")
 
 
+# Logits below which launching is what a GPU's attention costs: bfloat16 d64, XLA / ours in us, forward and forward with
+# backward: 0.2 M logits (b1 h12 s128) 5.9/6.7, 17/21; 1.6 M 12.3/10.9, 37/27; 3.1 M 13.8/13.2, 49/42; 25 M 93/30,
+# 287/114 (H100, 2026-11-26).
+_CUDA_LOGITS = 2**20
+# float32 is exact in our kernels, by three TensorFloat-32 products for each of XLA's one (errors 1e-6 and 6e-4). d64:
+# 6 M logits 25/74, 80/269; 17 M 111/144, 315/602; 25 M 176/166, 497/833; 268 M 1530/1444, 4473/8075; d128: 25 M
+# 205/358, 601/1892. Where logits take gigabytes, being able to run at all counts more.
+_CUDA_FLOAT32_LOGITS = 24_000_000
+_CUDA_FLOAT32_D = 64
+_CUDA_LARGE_BYTES = 2**32
+
+
+def _cuda_attention(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    logits = case["batch"] * case["t"] * case["s"]
+    if logits < _CUDA_LOGITS:
+        return refuse("XLA is as fast for {n} logits on a GPU", n=logits)
+    if case["dtype"] != "float32" or case["exact"] or 4 * logits >= _CUDA_LARGE_BYTES:
+        return None
+    if differentiated or max(case["d"], case["e"]) > _CUDA_FLOAT32_D or logits < _CUDA_FLOAT32_LOGITS:
+        return refuse(
+            "the kernel's float32 products are exact, and XLA's TensorFloat-32 ones of default precision faster here",
+            advice="compute in bfloat16, or ask for exact products: jax.default_matmul_precision('highest')",
+        )
+    return None
+
+
 # Columns up to which a row stays in registers, by bytes of an element: forward, backward. Past them the kernels read
 # rows twice: layer_norm float32 512x65536 forward 1.45 TB/s, bfloat16 128x4x65536 backward 0.53 (H100, 2026-11-22).
 _ROW_LIMIT = {2: (65536, 16384), 4: (32768, 8192)}
@@ -103,6 +129,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cpu", "rms_norm"): _small_rows,
     ("cpu", "add_layer_norm"): _small_rows,
     ("cpu", "add_rms_norm"): _small_rows,
+    ("cuda", "attention"): _cuda_attention,
     ("cuda", "layer_norm"): _cuda_rows,
     ("cuda", "rms_norm"): _cuda_rows,
     ("cuda", "add_layer_norm"): _cuda_rows,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn
@@ -300,12 +301,19 @@ def _build(
             ("s", s.size),
             ("d", roles.d.size),
             ("e", roles.e.size),
+            ("exact", _is_exact(eqn.params["precision"])),
             ("bias", bool(biases)),
             ("causal", logits.mask.right == 0),
             ("softcap", logits.softcap),
             ("sink", has_sink),
         ),
     )
+
+
+def _is_exact(precision: Any) -> bool:
+    """Whether a product of float32 was asked for as exact as float32: not in TensorFloat-32, as GPUs do by default."""
+    both = precision if isinstance(precision, tuple) else (precision, precision)
+    return any(p in (lax.Precision.HIGH, lax.Precision.HIGHEST) for p in both)
 
 
 @dataclasses.dataclass(frozen=True)
