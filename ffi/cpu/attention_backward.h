@@ -54,7 +54,9 @@ ZENITH_NOINLINE inline void Probabilities(int64_t keys, int64_t rows, const floa
   }
 }
 
-/// delta = sum_e dout * out - dlse
+/// delta = sum_e dout * out - dlse, summed in the order of the product of value and dout: where one
+/// key has all the weight, out is its value, dp - delta is 0 and with it the row's part of dquery
+/// and dkey. Any other order leaves a rounding of dout * out in place of that 0.
 template <typename T>
 void ComputeDelta(const AttentionBackwardArgs& p, const Launch& launch) {
   const int64_t heads = p.kv_heads * p.groups;
@@ -65,9 +67,12 @@ void ComputeDelta(const AttentionBackwardArgs& p, const Launch& launch) {
                          i % p.q_len * p.out_strides.length;
       const T* const out = static_cast<const T*>(p.out) + at;
       const T* const dout = static_cast<const T*>(p.dout) + at;
-      p.delta[i] = SumOver(p.v_dim, [&](int64_t e, auto part) {
-        return Load(out + e, part) * Load(dout + e, part);
+      float sum = 0.0f;
+      ForVectors(p.v_dim, [&](int64_t e, auto part) {
+        const F32 o = Load(out + e, part), d = Load(dout + e, part);  // zeros past the end
+        for (int lane = 0; lane < kLanes; ++lane) sum = o[lane] * d[lane] + sum;
       });
+      p.delta[i] = sum;
       if (p.dlse != nullptr) p.delta[i] -= p.dlse[i];
     }
   });

@@ -82,7 +82,9 @@ def _check(program: Program, tally: Tally) -> None:
     actual, oracle = _compiled(fused, arrays), evaluate(written, arrays)
     samples = [evaluate(written, arrays, np.random.default_rng(i)) for i in range(SAMPLES)]
 
-    attends = any(s.op == "attention" and s.fused for s in sites)
+    # A gradient through a softmax is a difference of what comes from above; its rounding is that of the operands. Where
+    # the difference is zero by a symmetry, the formula as written may round to less by cancelling elsewhere.
+    cancels = any(s.op in ("attention", "softmax") and s.fused for s in sites)
     largest = max((np.max(np.abs(o[np.isfinite(o)]), initial=0.0) for o in oracle if o.dtype == np.float64), default=0)
 
     overflow = any(any(map(_overflows, run, written.out_avals)) for run in (oracle, *samples))
@@ -97,7 +99,7 @@ def _check(program: Program, tally: Tally) -> None:
 
     def compare(unfused: Sequence[Any]) -> None:
         for i, (a, u, o) in enumerate(zip(actual, unfused, oracle, strict=False)):
-            _compare(i, a, u, o, [s[i] for s in samples], written.out_avals[i], largest if attends else 0.0)
+            _compare(i, a, u, o, [s[i] for s in samples], written.out_avals[i], largest if cancels else 0.0)
 
     try:
         compare(oracle)

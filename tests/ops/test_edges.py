@@ -164,6 +164,19 @@ def test_attention_ignores_what_is_masked(bad):
     np.testing.assert_allclose(ops.attention(q, k.at[:, 3].set(bad), v, mask=mask), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="tensor cores add in an order of their own")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("e", [5, 64, 100])
+def test_a_query_with_one_key_has_no_gradient(e, dtype):
+    """Its probability is 1 whatever it is; not a rounding of dout * out."""
+    rng = np.random.default_rng(SEED)
+    query, key = (jnp.asarray(rng.normal(size=(2, 9, 3, 16)), dtype) for _ in range(2))
+    value = jnp.asarray(rng.normal(size=(2, 9, 3, e)) * 100, dtype)
+    loss = lambda q: jnp.sum(jnp.sin(ops.attention(q, key, value, is_causal=True).astype(jnp.float32)))  # noqa: E731
+    gradient = jax.grad(loss)(query)
+    assert not gradient[:, 0].any() and gradient[:, 1:].any()
+
+
 def test_nan_in_one_head_of_attention_stays_there():
     q, k, v = attention_case("").arguments()
     out = ops.attention(q.at[0, 2, 1].set(jnp.nan), k, v)
