@@ -48,6 +48,21 @@ def silu(x):
     return x * lax.logistic(x)
 
 
+LINEAR_ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": lambda x: x * (x > 0),
+    "relu_squared": lambda x: x * x * (x > 0),
+    "tanh": jnp.tanh,
+    "silu": silu,
+    "gelu_tanh": gelu,
+    "gelu_erf": lambda x: gelu(x, approximate=False),
+}
+
+
+def linear(x, w, bias=0.0, residual=0.0, activation="none", transposed=False):
+    return LINEAR_ACTIVATIONS[activation](x @ (w.T if transposed else w) + bias) + residual
+
+
 def attention(
     q,
     k,

@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formulas import add_layer_norm, add_rms_norm, attention, cross_entropy, gelu, layer_norm, rms_norm, silu, softmax
+from formulas import (
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    linear,
+    rms_norm,
+    silu,
+    softmax,
+)
 from numerics import assert_error_ratio, in_float64
 
 from zenith_jax import ops
@@ -82,6 +93,11 @@ def attention_case(name, *more, q=Q, k=K, v=V, shared=(), **options):
     return Case("attention", name, *functions, (q, k, v, *more), shared)
 
 
+def linear_case(name, *more, w=(16, 24), **options):
+    functions = (ft.partial(f, **options) for f in (ops.linear, linear))
+    return Case("linear", name, *functions, ((3, 5, 16), w, *more), shared=(1, 2))
+
+
 CASES = [
     Case("layer_norm", "", ops.layer_norm, layer_norm, (X,)),
     Case("layer_norm", "scale bias", ops.layer_norm, layer_norm, (X, W, W), (1, 2)),
@@ -103,6 +119,10 @@ CASES = [
     Case("gelu", "tanh", ops.gelu, gelu, (X,)),
     Case("gelu", "erf", ft.partial(ops.gelu, approximate=False), ft.partial(gelu, approximate=False), (X,)),
     Case("silu", "", ops.silu, silu, (X,)),
+    linear_case("relu, bias", (24,), activation="relu"),
+    linear_case("relu squared", activation="relu_squared"),
+    linear_case("tanh, bias, transposed", (24,), w=(24, 16), activation="tanh", transposed=True),
+    linear_case("gelu erf, bias, residual", (24,), (3, 5, 24), activation="gelu_erf"),
     attention_case(""),
     attention_case("causal", is_causal=True),
     attention_case("window", local_window_size=(2, 1)),
@@ -140,6 +160,7 @@ MAIN_NAMES = (
     "grouped",
     "smoothing, z-loss",
     "sinks, cap, segments, lengths, mask",
+    "gelu erf, bias, residual",
 )
 MAIN = [c for c in CASES if c.name in MAIN_NAMES or c.op in ("silu", "softmax")]
 

@@ -60,12 +60,16 @@ def unavailable(platform: str) -> Refusal | None:
 # computed from sizes would have no value.
 _SYMBOLIC = Refusal("a dimension is symbolic, a kernel is called with sizes")
 
+_SPLIT = Refusal("XLA splits it over the devices of the program")
+
 
 def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes: tuple) -> Sequence[Any]:
     symbolic = any(not isinstance(n, int) for a in (*ctx.avals_in, *ctx.avals_out) for n in a.shape)
+    partitions = _compat.partition_count(ctx.module_context)
     refusal = (
         unavailable(platform)
         or (_SYMBOLIC if symbolic else None)
+        or (_SPLIT if partitions > 1 and not kernel.partitioned else None)
         or kernel.supports(ctx.avals_in, platform, **dict(attributes))
     )
     if refusal is not None:
@@ -73,7 +77,6 @@ def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes:
         return mlir.lower_fun(_reference, multiple_results=True)(ctx, *operands, kernel=kernel, attributes=attributes)
     if platform == "cpu" or _has_gpu():
         native.ensure_registered(platform)
-    partitions = _compat.partition_count(ctx.module_context)
     adapted = _reshaped(ctx, operands, lambda *xs: list(kernel.adapted(xs, platform, **dict(attributes))))
     full = _reshaped(*adapted, lambda *xs: _broadcast_batches(kernel, xs, partitions))
     attrs = kernel.ffi_attributes(full[0].avals_in, **dict(attributes))

@@ -116,6 +116,9 @@ class Kernel:
     layouts: (batch rank, **attributes) -> per operand and result a major-to-minor order or None for row-major.
     supports: (operand avals, platform, **attributes) -> why the kernel cannot run, or None.
     adapted: (operands, platform, **attributes) -> operands of the same meaning that the platform's kernel takes.
+    saving: (operands, **attributes) -> the kernel that runs in the place of this one where it is differentiated, with
+    the same visible results and more hidden ones, or None.
+    partitioned: whether the call is made in a program for several devices; otherwise its reference, which XLA splits.
     """
 
     name: str
@@ -128,6 +131,8 @@ class Kernel:
     layouts: Callable[..., tuple[list, list]] | None = None
     supports: Callable[..., Refusal | None] = lambda avals, platform, **attributes: None
     adapted: Callable[..., Sequence[Any]] = lambda operands, platform, **attributes: operands
+    saving: Callable[..., Kernel | None] = lambda operands, **attributes: None
+    partitioned: bool = True
 
     def __call__(self, *operands: Any, **attributes: Any) -> list[Any]:
         """All results, hidden ones too."""
@@ -206,8 +211,11 @@ def _call_abstract(*avals: Any, kernel: Kernel, attributes: tuple) -> list[Any]:
 
 
 def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attributes: tuple):
-    results = call_p.bind(*primals, kernel=kernel, attributes=attributes)
     live = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
+    count = len(kernel.signature.results)
+    if live:
+        kernel = kernel.saving(primals, **dict(attributes)) or kernel
+    results = call_p.bind(*primals, kernel=kernel, attributes=attributes)
     if not live:
         return results, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
     live_tangents = [ad.instantiate_zeros(tangents[i]) for i in live]
@@ -220,7 +228,7 @@ def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attribut
         *present, *results, *live_tangents, kernel=kernel, attributes=attributes, live=live, missing=missing
     )
     hidden = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results[kernel.visible :]]
-    return results, [*visible, *hidden]
+    return results[:count], [*visible, *hidden][:count]
 
 
 def _reference_jvp(

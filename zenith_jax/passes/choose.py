@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ops._op import check_kernel_dtype
 from zenith_jax.ops.attention_kernels import unsupported as attention_unsupported
+from zenith_jax.ops.linear import unsupported as linear_unsupported
 from zenith_jax.passes.match import Match
 
 
@@ -77,6 +78,11 @@ def _cuda_attention(case: dict[str, Any], differentiated: bool) -> Refusal | Non
     return None
 
 
+def _cuda_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del case, differentiated
+    return refuse("the kernel is not measured on a GPU yet", advice="zenith.configure(use_cost=False) takes it")
+
+
 # Columns up to which a row stays in registers, by bytes of an element: forward, backward. Past them the kernels read
 # rows twice: layer_norm float32 512x65536 forward 1.45 TB/s, bfloat16 128x4x65536 backward 0.53 (H100, 2026-11-22).
 _ROW_LIMIT = {2: (65536, 16384), 4: (32768, 8192)}
@@ -136,6 +142,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cuda", "add_rms_norm"): _cuda_rows,
     ("cuda", "softmax"): _cuda_softmax,
     ("cuda", "cross_entropy"): _cuda_cross_entropy,
+    ("cuda", "linear"): _cuda_linear,
     ("cuda", "gelu_erf"): _cuda_activation,
     ("cuda", "gelu_tanh"): _cuda_activation,
     ("cuda", "silu"): _cuda_activation,
@@ -175,6 +182,10 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
             lse=case["sink"],
             biased_gradient=differentiated and case["bias"],
         )
+        if unsupported is not None:
+            return unsupported
+    if match.op == "linear":
+        unsupported = linear_unsupported(platform, dtype=case["dtype"], w_dtype=case["dtype"], k=case["k"], n=case["n"])
         if unsupported is not None:
             return unsupported
     rule = RULES.get((platform, match.op))

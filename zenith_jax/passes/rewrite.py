@@ -128,7 +128,8 @@ def plan(graph: Graph, context: Context) -> list[Match]:
             if isinstance(found, Match) and refusal is None and context.choices is not None:
                 refusal = context.choices.declined(site.key)
             sites.append((index, _decided(site, refusal, found, graph, context)))
-            if isinstance(found, Match) and not (found.declined is not None and refusal is not None):
+            yields = refusal is not None and isinstance(found, Match) and (found.yields or found.declined is not None)
+            if isinstance(found, Match) and not yields:
                 claimed.update(id(e) for e in found.inner)
                 if refusal is None:
                     plan.append(found)

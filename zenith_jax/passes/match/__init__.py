@@ -1,12 +1,13 @@
 """Matchers: one file a pattern. Each looks at one equation of a graph and returns a Match, a Refusal, or None.
 
 None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
-`MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it.
+`MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, a linear
+layer before its activation.
 """
 
-from zenith_jax.passes.match import activation, attention, cross_entropy, norm, softmax
+from zenith_jax.passes.match import activation, attention, cross_entropy, linear, norm, softmax
 from zenith_jax.passes.match._match import Match
 
-MATCHERS = (attention.match, cross_entropy.match, norm.match, activation.match, softmax.match)
+MATCHERS = (attention.match, cross_entropy.match, norm.match, linear.match, activation.match, softmax.match)
 
 __all__ = ["MATCHERS", "Match"]

@@ -38,6 +38,8 @@ class Match:
     # its equations are then left to other patterns.
     exact: Callable[..., Sequence[Any]] | None = None
     declined: Callable[[str], Any] | None = None
+    # Whether its equations are left to other matchers where it is declined for any reason.
+    yields: bool = False
 
 
 def narrowed(graph: Graph, match: Match) -> Match:

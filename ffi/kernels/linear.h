@@ -1,0 +1,36 @@
+// Contract of the linear layer: a matrix product with what follows it in its epilogue.
+#pragma once
+
+#include <cstdint>
+
+#include "ffi/kernels/types.h"
+
+namespace zenith {
+
+/// What is applied to the product plus bias. Python's codes are in zenith_jax/ops/linear.py.
+enum class Epilogue : int32_t {
+  kNone = 0,
+  kRelu = 1,         // max(x, 0), NaN stays
+  kReluSquared = 2,  // max(x, 0)^2
+  kTanh = 3,
+  kSilu = 4,      // the last three: ffi/kernels/activation.h
+  kGeluTanh = 5,
+  kGeluErf = 6,
+};
+
+/// y = epilogue(x w + bias) + residual, and pre = x w + bias; float32 inside, each rounded once.
+/// x: (rows, k), y, pre, residual: (rows, n), w: (k, n) or, if `transposed`, (n, k); row-major,
+/// `dtype` (float16 or bfloat16). bias: (n,), `bias_dtype`: `dtype` or float32.
+/// residual and pre may be null. k > 0; k and n are multiples of 8. Results alias no operand.
+/// kGeluErf and kGeluTanh give NaN for -inf, as JAX's formulas do.
+struct LinearForwardArgs {
+  Epilogue epilogue;
+  DType dtype, bias_dtype;
+  bool transposed;
+  int64_t rows, k, n;
+  const void *x, *w, *bias, *residual;
+  void *y, *pre;
+};
+Status LinearForward(const LinearForwardArgs& args, const Launch& launch);
+
+}  // namespace zenith

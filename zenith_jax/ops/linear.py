@@ -1,0 +1,189 @@
+"""A linear layer as one kernel: activation(x @ w + bias) + residual, for GPUs of the Hopper generation.
+
+Canonical shape: x (*b, k), w (k * n,) flat, bias (n,), residual (*b, n) or absent. The contract of the kernels is
+ffi/kernels/linear.h. Differentiated, the forward kernel also writes x @ w + bias, from which the backward pass takes
+the activation's derivative; the two products of the backward pass are XLA's.
+"""
+
+from __future__ import annotations
+
+import functools as ft
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zenith_jax.errors import DTypeError, Refusal, ShapeError
+from zenith_jax.ops._op import absent, as_batches, dense, is_absent, is_zero, kernel, widened
+from zenith_jax.ops.activation import FORMULAS
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": jax.nn.relu,
+    "maximum": lambda x: jnp.maximum(x, 0),  # relu with the derivative 1/2 at 0
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+    "tanh": jnp.tanh,
+    **FORMULAS,  # gelu_erf, gelu_tanh, silu
+}
+_CODES = {  # Epilogue in ffi/kernels/linear.h
+    "none": 0, "relu": 1, "maximum": 1, "relu_squared": 2, "tanh": 3, "silu": 4, "gelu_tanh": 5, "gelu_erf": 6,
+}  # fmt: skip
+
+ALIGNED = 8  # elements of 16 bits: rows start at multiples of 16 bytes, as the copy engine wants
+HOPPER = "9.0"
+
+
+@ft.cache
+def _compute_capability() -> str:
+    """Of the GPU; without one the call is made by name, for a machine that has it (`_lower.unavailable`)."""
+    try:
+        return str(jax.devices("cuda")[0].compute_capability)
+    except RuntimeError:
+        return HOPPER
+
+
+def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int) -> Refusal | None:
+    """Why no kernel computes the layer, or None."""
+    if platform != "cuda":
+        return Refusal("a linear layer has no kernel for {platform}", dict(platform=platform))
+    if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float16)) or dtype != w_dtype:
+        return Refusal(
+            "a linear layer has kernels for bfloat16 and float16, not for {x} x {w}",
+            dict(x=np.dtype(dtype).name, w=np.dtype(w_dtype).name),
+        )
+    if k == 0 or k % ALIGNED or n % ALIGNED:
+        return Refusal(
+            "{k} features to {n}: both must be multiples of {m}", dict(k=k, n=n, m=ALIGNED), "pad the weights"
+        )
+    if _compute_capability() != HOPPER:
+        return Refusal(
+            "the kernel needs compute capability {want}, this GPU has {cc}",
+            dict(want=HOPPER, cc=_compute_capability()),
+        )
+    return None
+
+
+def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
+    x, w, bias, residual = avals
+    if bias.dtype not in (x.dtype, jnp.float32) or (not is_absent(residual) and residual.dtype != x.dtype):
+        return Refusal(
+            "bias must be {dtype} or float32 and residual {dtype}, got {bias} and {residual}",
+            dict(dtype=x.dtype.name, bias=bias.dtype.name, residual=residual.dtype.name),
+        )
+    return unsupported(platform, dtype=x.dtype, w_dtype=w.dtype, k=x.shape[-1], n=bias.shape[0])
+
+
+def _attributes(avals: Any, *, activation: str, transposed: bool) -> dict[str, Any]:
+    del avals
+    return {"activation": np.int32(_CODES[activation]), "transposed": np.int32(transposed)}
+
+
+def _with_full_residual(operands: Any, platform: str, **_: Any) -> list[Any]:
+    """The kernel reads a residual of every row: one that vmap shares is repeated."""
+    del platform
+    x, w, bias, residual = operands
+    if not is_absent(residual):
+        residual = jnp.broadcast_to(residual, (*x.shape[:-1], bias.shape[0]))
+    return [x, w, bias, residual]
+
+
+def _matrix(w: Any, k: int, transposed: bool) -> Any:
+    """w as (k, n)."""
+    return w.reshape(-1, k).T if transposed else w.reshape(k, -1)
+
+
+def _summed_to(x: Any, shape: tuple[int, ...]) -> Any:
+    """x, summed over the axes along which an operand of `shape` was repeated."""
+    return jnp.sum(x, [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True)
+
+
+def _backward(operands, results, cotangents, needed, *, activation, transposed):
+    x, w, bias, residual = operands
+    dy = dense(cotangents)[0]
+    dpre = dy
+    if activation != "none":  # of relu, the result says as much as what it came from
+        _, vjp = jax.vjp(ACTIVATIONS[activation], widened(results[-1]))
+        dpre = vjp(widened(dy))[0].astype(dy.dtype)
+    if len(cotangents) == 2 and not is_zero(cotangents[1]):
+        dpre = dpre + cotangents[1]
+    batch = tuple(range(dpre.ndim - 1))
+    cotangent = {}
+    if 0 in needed:
+        cotangent[0] = (dpre @ _matrix(w, x.shape[-1], transposed).T).astype(x.dtype)
+    if 1 in needed:
+        rows = (dpre, x) if transposed else (x, dpre)
+        cotangent[1] = jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
+    if 2 in needed:
+        cotangent[2] = jnp.sum(widened(dpre), batch).astype(bias.dtype)
+    if 3 in needed:
+        cotangent[3] = _summed_to(dy, residual.shape)
+    return cotangent
+
+
+def _saving(operands, *, activation, transposed):
+    """Which kernel runs where the layer is differentiated."""
+    del transposed
+    enough = activation == "none" or (activation == "relu" and is_absent(operands[3]))
+    return None if enough else linear_pre_fwd
+
+
+_SIGNATURE = "*b k, w, n, ?*b n -> *b n"
+_common = dict(
+    backward=_backward,
+    supports=_supports,
+    ffi_attributes=_attributes,
+    adapted=_with_full_residual,
+    partitioned=False,  # the product's other axes, too, may be what is sharded
+)
+
+
+def _layer(x, w, bias, residual, activation, transposed):
+    """(result, pre-activation), widened. The product is rounded to x's dtype, as XLA's is where no kernel runs: in
+    float32 it would cross memory in twice the bytes."""
+    pre = widened(x @ _matrix(w, x.shape[-1], transposed)) + widened(bias)
+    y = ACTIVATIONS[activation](pre)
+    return (y if is_absent(residual) else y + widened(residual)), pre
+
+
+@kernel("linear_fwd", _SIGNATURE, (0,), saving=_saving, **_common)
+def linear_fwd(x, w, bias, residual, *, activation, transposed):
+    return (_layer(x, w, bias, residual, activation, transposed)[0].astype(x.dtype),)
+
+
+@kernel("linear_pre_fwd", f"{_SIGNATURE}, *b n", (0, 0), visible=2, **_common)
+def linear_pre_fwd(x, w, bias, residual, *, activation, transposed):
+    return tuple(r.astype(x.dtype) for r in _layer(x, w, bias, residual, activation, transposed))
+
+
+def linear(x, w, bias=None, residual=None, *, activation: str = "none", transposed: bool = False):
+    """activation(x @ w + bias) + residual.
+
+    x: (*b, k), w: (k, n), or (n, k) if `transposed`; bias: (n,); residual: (*b, n); all of one dtype, bfloat16 or
+    float16 (others run as XLA code); bias may also be float32. Returns (*b, n) in x's dtype, rounded once: products,
+    activation and sums are float32 inside.
+    activation: "none", "relu", "maximum" (relu with the derivative 1/2 at 0), "relu_squared", "tanh", "silu",
+    "gelu_tanh" or "gelu_erf". On a GPU gelu_erf is a logistic function of a polynomial, less far from the formula than
+    float16 rounds.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"linear: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise DTypeError(f"linear: x must have a real floating dtype, got {x.dtype}; convert it first")
+    if x.ndim == 0 or w.ndim != 2 or w.shape[transposed] != x.shape[-1]:
+        raise ShapeError(
+            f"linear: w must have shape {'(n, k)' if transposed else '(k, n)'} to match x of shape (*b, k), "
+            f"got x {x.shape} and w {w.shape}"
+        )
+    n = w.shape[1 - transposed]
+    if bias is None:
+        bias = jnp.zeros((n,), x.dtype)
+    shape = (*x.shape[:-1], n)
+    if bias.shape != (n,) or (residual is not None and residual.shape != shape):
+        raise ShapeError(
+            f"linear: bias must have shape {(n,)} and residual {shape}, got {bias.shape} and "
+            f"{None if residual is None else residual.shape}"
+        )
+    more = absent(x.dtype) if residual is None else as_batches(residual, 1)
+    y = linear_fwd(as_batches(x, 1), w.reshape(-1), bias, more, activation=activation, transposed=transposed)[0]
+    return y.reshape(shape)
