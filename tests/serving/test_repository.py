@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +47,53 @@ def test_instances_on_gpus(repository, compiled):
     text = (folder.parent / "config.pbtxt").read_text()
     assert "count: 2\n  kind: KIND_GPU\n  gpus: [0, 3]" in text and "dynamic_batching" not in text
     assert '"memory_fraction": 0.45' in (folder / "serving.json").read_text()
+
+
+@pytest.mark.parametrize("gpus", [(), (1, 3)])
+def test_the_configuration_is_what_tritons_protocol_reads(repository, compiled, gpus):
+    """Parsed by the message ModelConfig that NVIDIA's client brings, field by field."""
+    model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    batching = Batching(max_queue_delay_us=100, max_queue_size=7)
+    folder = repository.add(compiled, name="m", instances=2, gpus=gpus, dynamic_batching=batching, **QUICK)
+    text = (folder.parent / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config.ModelConfig())  # raises for a field that it does not know
+    (group,) = config.instance_group
+    kinds = model_config.ModelInstanceGroup
+    assert (group.count, list(group.gpus)) == (2, list(gpus))
+    assert group.kind == (kinds.KIND_GPU if gpus else kinds.KIND_CPU)
+    assert (config.name, config.backend, config.max_batch_size) == ("m", "python", 16)
+    assert config.dynamic_batching.max_queue_delay_microseconds == 100
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == 7
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [("x", model_config.TYPE_FP32, [16])]
+    assert [(t.name, list(t.dims), t.HasField("reshape")) for t in config.output] == [
+        ("largest", [1], True),
+        ("probabilities", [8], False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("GPU", {"CUDA_VISIBLE_DEVICES": "3", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", "JAX_PLATFORMS": None}),
+        ("CPU", {"CUDA_VISIBLE_DEVICES": None, "XLA_PYTHON_CLIENT_MEM_FRACTION": None, "JAX_PLATFORMS": "cpu"}),
+    ],
+)
+def test_an_instance_has_its_device_to_itself(repository, compiled, monkeypatch, kind, expected):
+    """The model.py of a version, told what Triton tells it, sets its process's environment before it imports JAX."""
+    folder = repository.add(compiled, name="m", instances=2, gpus=(0, 3), **QUICK)
+    for name in expected:
+        monkeypatch.setenv(name, "")  # restored behind the test
+        monkeypatch.delenv(name)
+    started = []
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils"))
+    monkeypatch.setattr("zenith_jax.serving.backend.Backend", lambda *args: started.append(args))
+    instance = runpy.run_path(str(folder / "model.py"))["TritonPythonModel"]()
+    device = {"model_instance_kind": kind, "model_instance_device_id": "3"}
+    instance.initialize({"model_repository": str(folder.parent), "model_version": "1", **device})
+    assert {name: os.environ.get(name) for name in expected} == expected
+    assert [args[0] for args in started] == [folder]
 
 
 def test_versions_follow_each_other(repository, compiled, tmp_path):

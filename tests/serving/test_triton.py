@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from serving_models import Client, rows, wrong
 
+import zenith_jax as zenith
+from zenith_jax.errors import ServingError
 from zenith_jax.serving.backend import METRICS
 
 TOLERANCE = 1e-6  # the same program for another size may round differently
@@ -144,6 +146,15 @@ def test_an_input_from_shared_memory(served):
         finally:
             client.client.unregister_system_shared_memory("zenith_test")
             shm.destroy_shared_memory_region(region)
+
+
+def test_a_server_without_a_gpu_refuses_the_group_for_its_gpu_alone(triton, compiled, tmp_path):
+    """Triton reads the instance group, and misses the device."""
+    repository = zenith.serving.TritonModelRepository(tmp_path / "models")
+    repository.add(compiled, name="m", instances=2, gpus=(97, 99), ahead_of_time=False)
+    server = zenith.serving.TritonServer(repository.path, installation=triton, log=tmp_path / "log", exit_seconds=5)
+    with pytest.raises(ServingError, match="m_0 of model m specifies invalid or unsupported gpu id 97"), server:
+        pass
 
 
 def test_it_listens_on_this_machine_only(served):
