@@ -24,8 +24,14 @@ namespace {
 
 nb::dict Targets() {
   nb::dict capsules;
-  for (std::span<const Target> group : {NormTargets(), SoftmaxTargets(), CrossEntropyTargets(),
-                                        ActivationTargets(), AttentionTargets()}) {
+  const std::span<const Target> groups[] = {
+      NormTargets(),       SoftmaxTargets(),   CrossEntropyTargets(),
+      ActivationTargets(), AttentionTargets(),
+#ifndef ZENITH_BACKEND_CUDA
+      LinearTargets(),
+#endif
+  };
+  for (std::span<const Target> group : groups) {
     for (const Target& target : group) {
       const std::string name =
           std::string("zenith_") + target.name + "_v" + std::to_string(ZENITH_KERNEL_VERSION);

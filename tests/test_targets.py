@@ -244,7 +244,27 @@ def attention_cases(structured: bool = False) -> dict[str, Case]:
     }
 
 
+def linear_cases(dtype: Any) -> dict[str, Case]:
+    """Of small integers, whose sums every dtype holds exactly."""
+    k, n = 24, 40
+    x, w, residual = (RNG.integers(-3, 4, size=s).astype(dtype) for s in ((B, R, k), k * n, (B, R, n)))
+    bias = RNG.integers(-3, 4, size=n).astype(F32)
+    full = ((B, R, n), dtype)
+
+    def expected(x, w, bias, residual):
+        pre = x.astype(np.float64) @ w.astype(np.float64).reshape(n, k).T + bias
+        return np.maximum(pre, 0) + residual, pre
+
+    operands = {"x": x, "w": w, "bias": bias, "residual": residual}
+    attributes = {"activation": np.int32(1), "transposed": np.int32(1)}
+    return {
+        "linear_fwd": Case(operands, {"y": full}, lambda *a: expected(*a)[:1], attributes),
+        "linear_pre_fwd": Case(operands, {"y": full, "pre": full}, expected, attributes),
+    }
+
+
 STRUCTURED = attention_cases(structured=True)
+LINEAR = linear_cases(F32)
 CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | attention_cases()
 
 
@@ -278,7 +298,8 @@ def expected(case: Case) -> tuple[np.ndarray | None, ...]:
 
 
 def test_every_target_has_a_case(device):
-    assert {native.target(name) for name in CASES} == set(native.module(device).targets())
+    names = CASES | (LINEAR if device == "cpu" else {})
+    assert {native.target(name) for name in names} == set(native.module(device).targets())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -288,6 +309,22 @@ def test_target_computes_its_formula(name):
         if wanted is not None:
             # Sums of up to 40 products of size 1 to 10 in float32: 2e-5 is 10 times what was seen.
             np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_computes_its_formula_and_refuses_other_operands(on_cpu, name):
+    case = LINEAR[name]
+    actual = call(name, case.operands, case.results, case.attributes)
+    for a, wanted in zip(actual, expected(case), strict=True):
+        np.testing.assert_array_equal(a, wanted)
+    for operand in case.operands:
+        refuse_others(name, case, operand)
+    for attribute, text in (
+        ("activation", "activation must be 0 to 6, got 7"),
+        ("transposed", "must be 0 or 1, got 7"),
+    ):
+        attributes = case.attributes | {attribute: np.int32(7)}
+        assert text in refusal(name, case.operands, case.results, attributes)
 
 
 @pytest.mark.parametrize("name", STRUCTURED)

@@ -19,5 +19,6 @@ std::span<const Target> SoftmaxTargets();
 std::span<const Target> CrossEntropyTargets();
 std::span<const Target> ActivationTargets();
 std::span<const Target> AttentionTargets();
+std::span<const Target> LinearTargets();  // CPU only
 
 }  // namespace zenith

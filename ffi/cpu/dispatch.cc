@@ -70,5 +70,8 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
 Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   return Best().attention_backward(args, launch);
 }
+Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
+  return Best().linear_forward(args, launch);
+}
 
 }  // namespace zenith

@@ -4,6 +4,7 @@
 #include "ffi/kernels/activation.h"
 #include "ffi/kernels/attention.h"
 #include "ffi/kernels/cross_entropy.h"
+#include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
 
@@ -21,6 +22,7 @@ struct CpuKernels {
   Status (*norm_backward)(const NormBackwardArgs&, const Launch&);
   Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);
   Status (*attention_backward)(const AttentionBackwardArgs&, const Launch&);
+  Status (*linear_forward)(const LinearForwardArgs&, const Launch&);
 };
 
 /// The tables this machine can run, best first; null beyond the last. Picked once, thread-safe.

@@ -6,6 +6,7 @@
 #include "ffi/cpu/attention_forward.h"
 #include "ffi/cpu/cross_entropy.h"
 #include "ffi/cpu/dispatch.h"
+#include "ffi/cpu/linear.h"
 #include "ffi/cpu/norm.h"
 #include "ffi/cpu/softmax.h"
 
@@ -27,6 +28,7 @@ const CpuKernels kKernels = {
     NormBackward,
     AttentionForward,
     AttentionBackward,
+    LinearForward,
 };
 
 }  // namespace zenith::ZENITH_ISA

@@ -13,15 +13,15 @@ enum class Epilogue : int32_t {
   kRelu = 1,         // max(x, 0), NaN stays
   kReluSquared = 2,  // max(x, 0)^2
   kTanh = 3,
-  kSilu = 4,      // the last three: ffi/kernels/activation.h
+  kSilu = 4,  // the last three: ffi/kernels/activation.h
   kGeluTanh = 5,
   kGeluErf = 6,
 };
 
 /// y = epilogue(x w + bias) + residual, and pre = x w + bias; float32 inside, each rounded once.
 /// x: (rows, k), y, pre, residual: (rows, n), w: (k, n) or, if `transposed`, (n, k); row-major,
-/// `dtype` (float16 or bfloat16). bias: (n,), `bias_dtype`: `dtype` or float32.
-/// residual and pre may be null. k > 0; k and n are multiples of 8. Results alias no operand.
+/// `dtype`. bias: (n,), `bias_dtype`: `dtype` or float32. residual and pre may be null. k > 0.
+/// Results alias no operand. CUDA: float16 and bfloat16; k and n are multiples of 8. CPU: float32.
 /// kGeluErf and kGeluTanh give NaN for -inf, as JAX's formulas do.
 struct LinearForwardArgs {
   Epilogue epilogue;

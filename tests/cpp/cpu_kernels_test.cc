@@ -1,6 +1,6 @@
 // Every CPU kernel, in every instruction set this machine runs, against naive float64 oracles. How
-// to build: CMakeLists.txt. `--time [activation|softmax|norm|attention]` measures instead. Exits
-// non-zero when an error is above its limit.
+// to build: CMakeLists.txt. `--time [activation|softmax|norm|attention|linear]` measures instead.
+// Exits non-zero when an error is above its limit.
 #include <cstdio>
 #include <cstring>
 #include <thread>
@@ -22,12 +22,14 @@ int main(int argc, char** argv) {
       if (std::strstr("softmax", filter)) test::TimeSoftmax(*kernels, launch, report);
       if (std::strstr("norm", filter)) test::TimeNorm(*kernels, launch, report);
       if (std::strstr("attention", filter)) test::TimeAttention(*kernels, launch, report);
+      if (std::strstr("linear", filter)) test::TimeLinear(*kernels, launch, report);
     } else {
       test::TestActivation(*kernels, report);
       test::TestSoftmax(*kernels, report);
       test::TestCrossEntropy(*kernels, report);
       test::TestNorm(*kernels, report);
       test::TestAttention(*kernels, report);
+      test::TestLinear(*kernels, report);
     }
   }
   std::printf(report.failures() == 0 ? "all right\n" : "%d FAILED\n", report.failures());

@@ -91,10 +91,12 @@ void TestSoftmax(const CpuKernels& kernels, Report& report);
 void TestCrossEntropy(const CpuKernels& kernels, Report& report);
 void TestNorm(const CpuKernels& kernels, Report& report);
 void TestAttention(const CpuKernels& kernels, Report& report);
+void TestLinear(const CpuKernels& kernels, Report& report);
 
 void TimeActivation(const CpuKernels& kernels, const Launch& launch, Report& report);
 void TimeSoftmax(const CpuKernels& kernels, const Launch& launch, Report& report);
 void TimeNorm(const CpuKernels& kernels, const Launch& launch, Report& report);
 void TimeAttention(const CpuKernels& kernels, const Launch& launch, Report& report);
+void TimeLinear(const CpuKernels& kernels, const Launch& launch, Report& report);
 
 }  // namespace zenith::test

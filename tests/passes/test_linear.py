@@ -158,7 +158,9 @@ def test_on_the_cpu_the_activation_is_fused_as_ever_and_the_layer_reported():
     with zenith.configured(use_cost=False):
         report = zenith.explain(function)(X, W, B)
     assert report.counts() == {"gelu_tanh": 1}
-    assert [(s.op, s.reason) for s in report.refused] == [("linear", "a linear layer has no kernel for cpu")]
+    assert [(s.op, s.reason) for s in report.refused] == [
+        ("linear", "on the CPU a linear layer has a kernel for float32, not for bfloat16 x bfloat16")
+    ]
 
 
 def test_what_no_kernel_takes_is_refused():

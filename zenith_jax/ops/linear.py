@@ -1,4 +1,4 @@
-"""A linear layer as one kernel: activation(x @ w + bias) + residual, for GPUs of the Hopper generation.
+"""A linear layer as one kernel: activation(x @ w + bias) + residual, for GPUs of the Hopper generation and the CPU.
 
 Canonical shape: x (*b, k), w (k * n,) flat, bias (n,), residual (*b, n) or absent. The contract of the kernels is
 ffi/kernels/linear.h. Differentiated, the forward kernel also writes x @ w + bias, from which the backward pass takes
@@ -45,6 +45,13 @@ def _compute_capability() -> str:
 
 def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int) -> Refusal | None:
     """Why no kernel computes the layer, or None."""
+    if platform == "cpu":
+        if {np.dtype(dtype), np.dtype(w_dtype)} != {np.dtype(jnp.float32)}:
+            return Refusal(
+                "on the CPU a linear layer has a kernel for float32, not for {x} x {w}",
+                dict(x=np.dtype(dtype).name, w=np.dtype(w_dtype).name),
+            )
+        return None if k else Refusal("there are no features to sum")
     if platform != "cuda":
         return Refusal("a linear layer has no kernel for {platform}", dict(platform=platform))
     if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float16)) or dtype != w_dtype:
@@ -160,8 +167,8 @@ def linear(x, w, bias=None, residual=None, *, activation: str = "none", transpos
     """activation(x @ w + bias) + residual.
 
     x: (*b, k), w: (k, n), or (n, k) if `transposed`; bias: (n,); residual: (*b, n); all of one dtype, bfloat16 or
-    float16 (others run as XLA code); bias may also be float32. Returns (*b, n) in x's dtype, rounded once: products,
-    activation and sums are float32 inside.
+    float16 on a GPU and float32 on the CPU (others run as XLA code); bias may also be float32. Returns (*b, n) in x's
+    dtype, rounded once: products, activation and sums are float32 inside.
     activation: "none", "relu", "maximum" (relu with the derivative 1/2 at 0), "relu_squared", "tanh", "silu",
     "gelu_tanh" or "gelu_erf". On a GPU gelu_erf is a logistic function of a polynomial, less far from the formula than
     float16 rounds.

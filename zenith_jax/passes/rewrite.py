@@ -114,6 +114,8 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                 if isinstance(found, Refusal)
                 else declined(found, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
             )
+            if refusal is not None and isinstance(found, Match) and found.unmentioned:
+                continue
             site = Site(
                 op=op,
                 fused=False,

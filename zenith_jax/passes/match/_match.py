@@ -40,6 +40,8 @@ class Match:
     declined: Callable[[str], Any] | None = None
     # Whether its equations are left to other matchers where it is declined for any reason.
     yields: bool = False
+    # Whether it is no site where it is declined: XLA's code is as good.
+    unmentioned: bool = False
 
 
 def narrowed(graph: Graph, match: Match) -> Match:

@@ -4,7 +4,8 @@
 
 *k and *n may each be several dimensions, which become one. Between product and result are only casts, each value used
 by the next step alone. The kernel rounds once, where the program may round the product, the sum and the activation.
-A product alone is no site: XLA's is as good.
+A product alone is no site: XLA's is as good. In float32, which the CPU's kernel computes, so is a layer of fewer than
+`LEAST_WEIGHTS`, and one that is declined goes unmentioned.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from zenith_jax.ops.linear import linear
 from zenith_jax.passes.match import activation as activations
 from zenith_jax.passes.match._match import Match
 
+LEAST_WEIGHTS = 65536  # of a float32 layer: 256 KiB, whose way from memory is what the kernel hides
 _MAX_CLIMB = 6  # equations from the product's sum to the anchor of its activation
 _RELU = re.compile(r"relu at .*[/\\]jax[/\\]_src[/\\]nn[/\\]functions\.py:")
 _CASTS = ("convert_element_type", "copy", "copy_p")
@@ -58,7 +60,7 @@ class Layer:
 
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     """`eqn` is the product."""
-    if eqn.primitive.name != "dot_general" or not _is_16_bit(eqn.invars[0].aval.dtype):
+    if eqn.primitive.name != "dot_general" or not _is_computed(eqn.invars[0].aval.dtype, eqn.invars[1].aval.size):
         return None
     terms = Terms(graph)
     product = _product(terms, eqn)
@@ -87,8 +89,8 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     return found
 
 
-def _is_16_bit(dtype: Any) -> bool:
-    return dtype in (jnp.bfloat16, jnp.float16)
+def _is_computed(dtype: Any, weights: int) -> bool:
+    return dtype in (jnp.bfloat16, jnp.float16) or (dtype == jnp.float32 and weights >= LEAST_WEIGHTS)
 
 
 def _product(terms: Terms, eqn: JaxprEqn) -> Layer | None:
@@ -306,6 +308,7 @@ def _build(graph: Graph, product: JaxprEqn, layer: Layer, simpler: Match | None)
         ),
         simpler=simpler,
         yields=True,
+        unmentioned=layer.x.aval.dtype == jnp.float32,
     )
 
 

@@ -1,0 +1,284 @@
+// A linear layer in float32: y = epilogue(x @ w + bias) + residual. See ffi/kernels/linear.h.
+//
+// The columns of w are cut into panels of kTileVectors registers, the rows of x into blocks; a
+// panel of a block is a task, which goes down the panel in chunks. The first tile of rows takes a
+// chunk as it lies in w, where its rows are far apart, and leaves a packed copy for the tiles after
+// it, which find that in the second-level cache and fetch the next chunk meanwhile. So weights need
+// no copy ahead of time, and a product with few rows does not wait for their packing.
+#pragma once
+
+#include "ffi/cpu/activation.h"
+#include "ffi/cpu/gemm.h"
+#include "ffi/cpu/parallel.h"
+#include "ffi/cpu/transpose.h"
+#include "ffi/kernels/linear.h"
+
+namespace zenith::ZENITH_ISA {
+
+/// Rows of w that the first tile asks for ahead: its products of 16 of them take 400 cycles.
+inline constexpr int64_t kAhead = 16;
+inline constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of w
+/// Rows of w in a chunk: a chunk of a panel (96 KiB with AVX-512) stays in the second-level cache
+/// beside the one that is fetched meanwhile.
+inline constexpr int64_t kChunk = 384;
+/// Rows of x in a task: enough for the chunk's way from memory to be paid, few enough for all
+/// threads to have tasks.
+inline constexpr int64_t kLinearRows = 32 * kTileRows;
+
+struct LinearOperands {
+  Epilogue epilogue;
+  bool transposed;
+  int64_t k, n;
+  const float *x, *w, *bias, *residual;
+  float *y, *pre;
+};
+
+/// One chunk of one panel, for a block of rows of x.
+struct LinearChunk {
+  const LinearOperands& args;
+  int64_t column, columns;      // of the panel; columns <= kPanel
+  float* packed;                // (depth, kVectors * kLanes)
+  float* values;                // x @ w + bias so far, (rows of the block, kVectors * kLanes)
+  float* activated;             // (kTileRows, kVectors * kLanes)
+  int64_t first_k = 0;          // first row of w
+  int64_t depth = 0;            // rows of w
+  bool is_last = false;         // of its panel
+  const float* w = nullptr;     // the chunk's first element
+  const float* next = nullptr;  // that of the chunk which this thread takes next
+  int64_t next_depth = 0;       // rows of it that are fetched
+};
+
+enum class Source {
+  kWeights,        // reads w, leaves nothing
+  kWeightsToPack,  // reads w, leaves the packed copy
+  kPacked,         // reads the packed copy
+};
+
+/// values += x @ w for kRows rows of x. fetched: which 16 columns of the next chunk are fetched
+/// meanwhile.
+template <Source kSource, int kRows, int kVectors, bool kWhole>
+ZENITH_NOINLINE void LinearProducts(const LinearChunk& chunk, const float* x, float* values,
+                                    int fetched) {
+  const int64_t depth = chunk.depth, w_stride = chunk.args.n, x_stride = chunk.args.k;
+  const float *w = chunk.w, *next = nullptr;
+  float* packed = chunk.packed;
+  int64_t next_depth = 0;
+  if (kSource == Source::kPacked && fetched < kPanel / 16) {
+    next = chunk.next + fetched * 16;
+    next_depth = chunk.next_depth;
+  }
+  F32 acc[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = Load(values + (i * kVectors + j) * kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    F32 b[kVectors];
+    if constexpr (kSource == Source::kPacked) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) b[j] = Load(packed + j * kLanes);
+      if (k < next_depth) __builtin_prefetch(next + k * w_stride, 0, 2);
+    } else {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) {
+        if (kWhole || j < kVectors - 1) {
+          b[j] = Load(w + j * kLanes);
+        } else {
+          b[j] = Load(w + j * kLanes, Part{chunk.columns - j * kLanes});
+        }
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors * kLanes; j += 16) {
+        __builtin_prefetch(w + kAhead * w_stride + j, 0, 2);
+      }
+      w += w_stride;
+    }
+    if constexpr (kSource == Source::kWeightsToPack) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) Store(packed + j * kLanes, b[j]);
+    }
+    if constexpr (kSource != Source::kWeights) packed += kVectors * kLanes;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const F32 a = Splat(x[i * x_stride + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = Fma(a, b[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) Store(values + (i * kVectors + j) * kLanes, acc[i][j]);
+  }
+}
+
+/// y = epilogue(values) + residual, for `rows` rows from `row` of x on.
+template <int kVectors>
+ZENITH_NOINLINE void LinearFinish(const LinearChunk& chunk, int64_t row, int64_t rows,
+                                  const float* values) {
+  const int64_t width = kVectors * kLanes, size = rows * width;
+  float* const out = chunk.activated;
+  const auto each = [=](auto function) {
+    for (int64_t i = 0; i < size; i += kLanes) Store(out + i, function(Load(values + i)));
+  };
+  switch (chunk.args.epilogue) {
+    case Epilogue::kNone:
+      break;
+    case Epilogue::kRelu:
+      each([](F32 v) { return Max(F32{}, v); });
+      break;
+    case Epilogue::kReluSquared:
+      each([](F32 v) { return Max(F32{}, v) * Max(F32{}, v); });
+      break;
+    case Epilogue::kTanh:
+      each([](F32 v) { return Tanh(v); });
+      break;
+    case Epilogue::kSilu:
+      ActivationRange<Activation::kSilu>(size, values, out);
+      break;
+    case Epilogue::kGeluTanh:
+      ActivationRange<Activation::kGeluTanh>(size, values, out);
+      break;
+    case Epilogue::kGeluErf:
+      ActivationRange<Activation::kGeluErf>(size, values, out);
+      break;
+  }
+  const float* const from = chunk.args.epilogue == Epilogue::kNone ? values : out;
+  const LinearOperands& args = chunk.args;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (row + i) * args.n + chunk.column;
+    ForVectors(chunk.columns, [&](int64_t j, auto part) {
+      if (args.pre != nullptr) Store(args.pre + at + j, Load(values + i * width + j), part);
+      F32 v = Load(from + i * width + j);
+      if (args.residual != nullptr) v += Load(args.residual + at + j, part);
+      Store(args.y + at + j, v, part);
+    });
+  }
+}
+
+template <Source kSource, int kVectors, bool kWhole>
+ZENITH_INLINE void LinearTile(const LinearChunk& chunk, int64_t rows, const float* x, float* values,
+                              int fetched) {
+  if (rows == kTileRows) {
+    LinearProducts<kSource, kTileRows, kVectors, kWhole>(chunk, x, values, fetched);
+  } else if (rows == 4) {
+    LinearProducts<kSource, 4, kVectors, kWhole>(chunk, x, values, fetched);
+  } else if (rows == 2) {
+    LinearProducts<kSource, 2, kVectors, kWhole>(chunk, x, values, fetched);
+  } else {
+    LinearProducts<kSource, 1, kVectors, kWhole>(chunk, x, values, fetched);
+  }
+}
+
+/// Rows [first, last) of x.
+template <int kVectors, bool kWhole>
+ZENITH_NOINLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t last) {
+  const int64_t width = kVectors * kLanes;
+  int tiles = 0;  // that the packed copy served
+  bool packed = chunk.args.transposed;
+  if (packed) {
+    GatherLaneTile(chunk.columns, chunk.depth, chunk.packed, width,
+                   [&](int64_t column, int64_t k, auto part) {
+                     return Load(chunk.w + column * chunk.args.k + k, part);
+                   });
+  }
+  for (int64_t row = first, rows; row < last; row += rows) {
+    rows = last - row;
+    rows = rows >= kTileRows ? kTileRows : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    const float* const x = chunk.args.x + row * chunk.args.k + chunk.first_k;
+    float* const values = chunk.values + (row - first) * width;
+    if (chunk.first_k == 0) {
+      for (int64_t i = 0; i < rows; ++i) {
+        ForVectors(chunk.columns, [&](int64_t j, auto part) {
+          const float* const bias = chunk.args.bias;
+          Store(values + i * width + j, bias ? Load(bias + chunk.column + j, part) : F32{});
+        });
+      }
+    }
+    if (packed) {
+      LinearTile<Source::kPacked, kVectors, true>(chunk, rows, x, values, tiles++);
+    } else if (row + rows < last) {
+      LinearTile<Source::kWeightsToPack, kVectors, kWhole>(chunk, rows, x, values, 0);
+      packed = true;
+    } else {
+      LinearTile<Source::kWeights, kVectors, kWhole>(chunk, rows, x, values, 0);
+    }
+    if (chunk.is_last) LinearFinish<kVectors>(chunk, row, rows, values);
+  }
+}
+
+template <int kVectors>
+ZENITH_INLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t last) {
+  if (chunk.columns == kVectors * kLanes) {
+    LinearBlock<kVectors, true>(chunk, first, last);
+  } else {
+    LinearBlock<kVectors, false>(chunk, first, last);
+  }
+}
+
+/// Rows [first, last) of the panel at `column`, chunk by chunk. next_column: of the panel that this
+/// thread takes next. Scratch as in LinearChunk.
+inline void LinearPanel(const LinearOperands& args, int64_t column, int64_t next_column,
+                        int64_t first, int64_t last, float* packed, float* values,
+                        float* activated) {
+  LinearChunk chunk{args, column, Min(kPanel, args.n - column), packed, values, activated};
+  const int64_t column_stride = args.transposed ? args.k : 1,
+                k_stride = args.transposed ? 1 : args.n;
+  for (int64_t k = 0; k == 0 || k < args.k; k += kChunk) {
+    const bool is_last = k + kChunk >= args.k;
+    chunk.first_k = k;
+    chunk.depth = Min(kChunk, args.k - k);
+    chunk.is_last = is_last;
+    chunk.w = args.w + column * column_stride + k * k_stride;
+    chunk.next = is_last ? args.w + next_column : chunk.w + kChunk * k_stride;
+    chunk.next_depth = Min(kChunk, is_last ? args.k : args.k - k - kChunk);
+    if (args.transposed || (is_last && next_column >= args.n)) chunk.next_depth = 0;
+    const int64_t vectors = CeilDiv(chunk.columns, kLanes);
+    if (vectors == kTileVectors) {
+      LinearBlock<kTileVectors>(chunk, first, last);
+    } else if constexpr (kTileVectors > 2) {
+      if (vectors == 3) LinearBlock<3>(chunk, first, last);
+      if (vectors == 2) LinearBlock<2>(chunk, first, last);
+      if (vectors == 1) LinearBlock<1>(chunk, first, last);
+    } else {
+      LinearBlock<1>(chunk, first, last);
+    }
+  }
+}
+
+inline Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
+  if (args.dtype != DType::kF32 || args.bias_dtype != DType::kF32) {
+    return {"the CPU's linear layer computes float32 only"};
+  }
+  if (args.rows == 0 || args.n == 0) return {};
+  const LinearOperands operands{args.epilogue,
+                                args.transposed,
+                                args.k,
+                                args.n,
+                                static_cast<const float*>(args.x),
+                                static_cast<const float*>(args.w),
+                                static_cast<const float*>(args.bias),
+                                static_cast<const float*>(args.residual),
+                                static_cast<float*>(args.y),
+                                static_cast<float*>(args.pre)};
+  const int64_t panels = CeilDiv(args.n, kPanel), blocks = CeilDiv(args.rows, kLinearRows);
+  const int64_t block = RoundUp(CeilDiv(args.rows, blocks), kTileRows);
+  Flag out_of_memory;
+  launch.ParallelFor(panels * blocks, [&](int64_t task) {
+    const int64_t first = task / panels * block, last = Min(first + block, args.rows);
+    if (first >= last) return;
+    const int64_t packed = kChunk * kPanel, values = block * kPanel, tile = kTileRows * kPanel;
+    Scratch scratch(Scratch::Size(packed) + Scratch::Size(values) + Scratch::Size(tile));
+    if (!scratch.ok()) return out_of_memory.Set();
+    const int64_t column = task % panels * kPanel;
+    float* const at = scratch.Take(packed);
+    float* const sums = scratch.Take(values);
+    // Where all threads are equally fast, the others take the panels between this one and the next.
+    LinearPanel(operands, column, column + launch.threads * kPanel, first, last, at, sums,
+                scratch.Take(tile));
+  });
+  return out_of_memory.is_set() ? kOutOfMemory : Status{};
+}
+
+}  // namespace zenith::ZENITH_ISA

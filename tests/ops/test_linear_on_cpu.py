@@ -1,0 +1,76 @@
+"""The linear layer in float32, which the CPU's kernel computes, and where the rewriter takes it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import assert_error_ratio, in_float64
+
+import zenith_jax as zenith
+from zenith_jax import ops
+from zenith_jax.passes.choose import CPU_LINEAR_ROWS
+from zenith_jax.passes.match.linear import LEAST_WEIGHTS
+
+
+def array(*shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape) * shape[-1] ** -0.25, dtype)
+
+
+def layer(x, w, b):
+    return jax.nn.gelu(x @ w + b, approximate=False)
+
+
+X, W, B = array(2, 8, 256), array(256, 320), array(320)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_kernel_is_called_and_right(transposed):
+    x, w, b, r = array(3, 5, 70), array(70, 33), array(33), array(3, 5, 33)
+
+    def kernel(x, w, b, r):
+        return ops.linear(x, w, b, r, activation="silu", transposed=transposed)
+
+    def plain(x, w, b, r):
+        return jax.nn.silu(x @ (w.T if transposed else w) + b) + r
+
+    args = (x, w.T if transposed else w, b, r)
+    assert "zenith_linear_fwd" in jax.jit(kernel).lower(*args).as_text()
+    assert_error_ratio(jax.jit(kernel)(*args), jax.jit(plain)(*args), in_float64(plain)(*args), floor_ulps=8.0)
+
+    def slopes(f):
+        return jax.jit(jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2, 3)))
+
+    assert_error_ratio(slopes(kernel)(*args), slopes(plain)(*args), in_float64(slopes(plain))(*args), floor_ulps=16.0)
+
+
+def test_a_layer_of_few_rows_is_fused():
+    report = zenith.explain(layer)(X, W, B)
+    assert [s.op for s in report.fused] == ["linear"] and report.fused[0].detail == "gelu_erf, bias"
+    expected = in_float64(layer)(X, W, B)
+    assert_error_ratio(zenith.jit(layer)(X, W, B), jax.jit(layer)(X, W, B), expected, floor_ulps=8.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "args"),
+    [
+        ("few weights", (X, W[:, : LEAST_WEIGHTS // 256 - 1], B[: LEAST_WEIGHTS // 256 - 1])),
+        ("many rows", (jnp.zeros((CPU_LINEAR_ROWS + 1, 256)), W, B)),
+    ],
+)
+def test_a_layer_as_good_in_xla_is_no_site_and_its_activation_is_one(case, args):
+    del case
+    report = zenith.explain(layer)(*args)
+    assert {s.op for s in (*report.fused, *report.refused)} == {"gelu_erf"}
+
+
+def test_a_layer_that_is_differentiated_keeps_its_activation_apart():
+    """Whose backward kernel wants the sum before it."""
+
+    def loss(x, w, b):
+        return layer(x, w, b).sum()
+
+    report = zenith.explain(jax.value_and_grad(loss))(X, W, B)
+    assert "gelu_erf" in [s.op for s in report.fused]
+    assert {s.detail for s in report.fused if s.op == "linear"} <= {"bias"}
