@@ -56,6 +56,7 @@ def test_a_layer_of_few_rows_is_fused():
     ("case", "args"),
     [
         ("few weights", (X, W[:, : LEAST_WEIGHTS // 256 - 1], B[: LEAST_WEIGHTS // 256 - 1])),
+        ("one row", (X[:1, :1], W, B)),
         ("many rows", (jnp.zeros((CPU_LINEAR_ROWS + 1, 256)), W, B)),
     ],
 )
