@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import zenith_jax as zenith
@@ -159,6 +160,25 @@ def test_resnet_block_has_no_site(check_fused, rng):
         variables = model.init(jax.random.key(0), x)
         function = lambda v, x, model=model: model.apply(v, x, mutable=["batch_stats"])[0]  # noqa: E731
         assert str(jax.make_jaxpr(zenith.fuse(function))(variables, x)) == str(jax.make_jaxpr(function)(variables, x))
+
+
+class InvertedResidual(nn.Module):
+    """Of MobileNetV2: Sandler et al. 2018, arXiv:1801.04381."""
+
+    @nn.compact
+    def __call__(self, x):
+        norm = lambda: nn.BatchNorm(use_running_average=True)  # noqa: E731
+        y = jnp.minimum(nn.relu(norm()(nn.Conv(16, (1, 1), use_bias=False)(x))), 6)
+        y = nn.Conv(16, (3, 3), feature_group_count=16, use_bias=False)(y)
+        y = norm()(nn.Conv(4, (1, 1), use_bias=False)(jnp.minimum(nn.relu(norm()(y)), 6)))
+        return x + y
+
+
+def test_of_mobilenet_the_depthwise_convolution(rng):
+    model, x = InvertedResidual(), normal(rng, B, 4, 4, 4)
+    variables = model.init(jax.random.key(0), x)
+    assert zenith.explain(model.apply)(variables, x).counts() == {"grouped_conv": 1}
+    np.testing.assert_allclose(zenith.jit(model.apply)(variables, x), model.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
 def mamba(p, x):

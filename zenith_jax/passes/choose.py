@@ -138,6 +138,12 @@ def _cuda_activation(case: dict[str, Any], differentiated: bool) -> Refusal | No
 # 384 x 1536, 1, 2 and 16 rows: 2.1/3.1, 2.8/2.1, 4.6/3.7.
 CPU_LINEAR_ROWS = 512
 
+
+def _cuda_grouped_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del case, differentiated
+    return refuse("a loop of products is faster than XLA's convolution on the CPU; on a GPU that is cuDNN's")
+
+
 RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] = {
     ("cpu", "attention"): _cpu_attention,
     ("cpu", "gelu_erf"): _cpu_activation,
@@ -150,6 +156,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cpu", "add_layer_norm"): _small_rows,
     ("cpu", "add_rms_norm"): _small_rows,
     ("cuda", "attention"): _cuda_attention,
+    ("cuda", "grouped_conv"): _cuda_grouped_conv,
     ("cuda", "layer_norm"): _cuda_rows,
     ("cuda", "rms_norm"): _cuda_rows,
     ("cuda", "add_layer_norm"): _cuda_rows,

@@ -31,6 +31,9 @@ def _flops(eqn: JaxprEqn) -> int:
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * eqn.outvars[0].aval.size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        w, (_, (features, *_), _) = eqn.invars[1].aval, eqn.params["dimension_numbers"]
+        return 2 * eqn.outvars[0].aval.size * (w.size // max(w.shape[features], 1))
     sizes = [getattr(v.aval, "size", 0) for v in (*eqn.outvars, *eqn.invars)]
     return max(sizes, default=0)
 

@@ -5,9 +5,17 @@ None: this is nothing like the pattern. Refusal: it began to look like it; the r
 layer before its activation.
 """
 
-from zenith_jax.passes.match import activation, attention, cross_entropy, linear, norm, softmax
+from zenith_jax.passes.match import activation, attention, cross_entropy, grouped_conv, linear, norm, softmax
 from zenith_jax.passes.match._match import Match
 
-MATCHERS = (attention.match, cross_entropy.match, norm.match, linear.match, activation.match, softmax.match)
+MATCHERS = (
+    attention.match,
+    cross_entropy.match,
+    norm.match,
+    linear.match,
+    activation.match,
+    softmax.match,
+    grouped_conv.match,
+)
 
 __all__ = ["MATCHERS", "Match"]

@@ -9,7 +9,6 @@ import dataclasses
 import functools as ft
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,64 +21,16 @@ from zenith_jax.frontends.onnx.ops._arrays import in_jax
 from zenith_jax.frontends.onnx.ops._windows import Windows, check_fits, per_axis, windows
 from zenith_jax.frontends.onnx.ops.linear import as_int8, requantized
 from zenith_jax.frontends.onnx.registry import operator
-
-# Beyond, XLA's own convolution is at par, and a product for each element of a filter takes long to compile.
-_FEW_CHANNELS = 8
-_FEW_PRODUCTS = 80
+from zenith_jax.ops.grouped_conv import Geometry, grouped_conv, taps
 
 
 def _convolved(x: Any, w: Any, geometry: Windows, group: int) -> Any:
     """x: (n, c, *spatial), w: (m, c/g, *kernel), both of one dtype of floats."""
-    by_xla = ft.partial(_by_xla, geometry=geometry, group=group)
-    is_thin = group > 1 and w.shape[1] <= _FEW_CHANNELS and math.prod(w.shape[1:]) <= _FEW_PRODUCTS
-    if not is_thin or x.dtype not in (np.float32, np.float64):
-        return by_xla(x, w)
-    by_products = ft.partial(_thin_by_products, geometry=geometry, group=group)
-    return lax.platform_dependent(x, w, cpu=by_products, default=by_xla)
+    return grouped_conv(x, w, _geometry(geometry), group)
 
 
-def _by_xla(x: Any, w: Any, *, geometry: Windows, group: int) -> Any:
-    return lax.conv_general_dilated(
-        x,
-        w,
-        window_strides=geometry.stride,
-        padding=geometry.padding,
-        rhs_dilation=geometry.dilation,
-        feature_group_count=group,
-    )
-
-
-def _thin_by_products(x: Any, w: Any, *, geometry: Windows, group: int) -> Any:
-    """Groups of few channels, depthwise ones above all: the sum over the elements of a filter of the shifted image
-    times that element.
-
-    XLA makes one loop of it, over contiguous rows. Its convolution takes several times as long on a CPU. In ms, of
-    channels / groups: 144 / 144 of 56 x 56 by 3 x 3, batch 2, 25.8 against 0.56; 576 / 576 of 14 x 14 by 5 x 5, 9.7
-    against 0.22; 256 / 256 of 500 by 31, 5.0 against 0.16; 128 / 32 of 56 x 56 by 3 x 3, 9.7 against 0.40; 256 / 32 of
-    28 x 28, 3.6 against 1.05. The gradients of depthwise ones take 0.01 to 1.05 times as long (two cores with AVX2,
-    jax 0.10.2, 2026-11).
-    """
-    rank = x.ndim - 2
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * 2 + [(low, high, 0) for low, high in geometry.padding])
-    by_group = x.reshape(x.shape[0], group, 1, -1, *x.shape[2:])
-    w = w.reshape(group, -1, *w.shape[1:])
-    y: Any = 0
-    for tap, window in _taps(x.shape[2:], w.shape[3:], geometry):
-        for channel in range(w.shape[2]):
-            factor = w[(slice(None),) * 2 + (channel, *tap)]
-            y = y + by_group[(slice(None),) * 3 + (channel, *window)] * factor.reshape(*w.shape[:2], *(1,) * rank)
-    return y.reshape(x.shape[0], -1, *y.shape[3:])
-
-
-def _taps(
-    sizes: tuple[int, ...], kernel: tuple[int, ...], geometry: Windows
-) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """The index of each element of a kernel, and what it is multiplied with of an image of these sizes, padded."""
-    for tap in itertools.product(*(range(k) for k in kernel)):
-        seen = []
-        for at, size, k, stride, dilation in zip(tap, sizes, kernel, geometry.stride, geometry.dilation, strict=True):
-            seen.append(slice(at * dilation, size - (k - 1 - at) * dilation, stride))
-        yield tap, tuple(seen)
+def _geometry(w: Windows) -> Geometry:
+    return Geometry(w.stride, tuple(w.padding), w.dilation)
 
 
 def not_constant(w: Any, x: Any) -> Any:
@@ -177,7 +128,7 @@ def _sums_by_taps(x: Any, w: Any, *, geometry: Windows, group: int) -> Any:
     x = x.reshape(x.shape[0], group, -1, *spatial)
     w = w.reshape(group, -1, *w.shape[1:])
     total: Any = 0
-    for tap, window in _taps(spatial, kernel, geometry):
+    for tap, window in taps(spatial, kernel, _geometry(geometry)):
         part = x[(slice(None),) * 3 + window]
         flat = part.reshape(*part.shape[:3], -1)
         of_tap = w[(slice(None),) * 3 + tap]
