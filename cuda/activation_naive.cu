@@ -56,6 +56,29 @@ __global__ void activation_backward_kernel(ActivationBackwardArgs args) {
       FromFloat<T>(static_cast<float>(dy * Evaluate(args.kind, x).derivative));
 }
 
+template <typename T>
+__global__ void gated_forward_kernel(GatedForwardArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= args.rows * args.cols) return;
+  const int64_t at = i / args.cols * args.stride + i % args.cols;
+  const double gate = ToFloat(static_cast<const T*>(args.gate)[at]);
+  const double value = ToFloat(static_cast<const T*>(args.value)[at]);
+  static_cast<T*>(args.y)[i] =
+      FromFloat<T>(static_cast<float>(Evaluate(args.kind, gate).value * value));
+}
+
+template <typename T>
+__global__ void gated_backward_kernel(GatedBackwardArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= args.rows * args.cols) return;
+  const int64_t at = i / args.cols * args.stride + i % args.cols;
+  const Point point = Evaluate(args.kind, ToFloat(static_cast<const T*>(args.gate)[at]));
+  const double value = ToFloat(static_cast<const T*>(args.value)[at]);
+  const double dy = ToFloat(static_cast<const T*>(args.dy)[i]);
+  static_cast<T*>(args.dgate)[at] = FromFloat<T>(static_cast<float>(dy * value * point.derivative));
+  static_cast<T*>(args.dvalue)[at] = FromFloat<T>(static_cast<float>(dy * point.value));
+}
+
 unsigned Blocks(int64_t size) { return static_cast<unsigned>((size + kThreads - 1) / kThreads); }
 
 }  // namespace
@@ -72,6 +95,24 @@ Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& laun
   if (args.size == 0) return {};
   return DispatchDType(args.dtype, [&]<typename T>() {
     activation_backward_kernel<T><<<Blocks(args.size), kThreads, 0, launch.stream>>>(args);
+    return LastLaunch();
+  });
+}
+
+Status GatedForward(const GatedForwardArgs& args, const Launch& launch) {
+  const int64_t size = args.rows * args.cols;
+  if (size == 0) return {};
+  return DispatchDType(args.dtype, [&]<typename T>() {
+    gated_forward_kernel<T><<<Blocks(size), kThreads, 0, launch.stream>>>(args);
+    return LastLaunch();
+  });
+}
+
+Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch) {
+  const int64_t size = args.rows * args.cols;
+  if (size == 0) return {};
+  return DispatchDType(args.dtype, [&]<typename T>() {
+    gated_backward_kernel<T><<<Blocks(size), kThreads, 0, launch.stream>>>(args);
     return LastLaunch();
   });
 }

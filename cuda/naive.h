@@ -4,6 +4,7 @@
 
 #include "ffi/kernels/activation.h"
 #include "ffi/kernels/cross_entropy.h"
+#include "ffi/kernels/gated.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
 
@@ -19,5 +20,7 @@ Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& la
 Status CrossEntropyBackward(const CrossEntropyBackwardArgs& args, const Launch& launch);
 Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch);
 Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch);
+Status GatedForward(const GatedForwardArgs& args, const Launch& launch);
+Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch);
 
 }  // namespace zenith::naive

@@ -25,8 +25,8 @@ namespace {
 nb::dict Targets() {
   nb::dict capsules;
   const std::span<const Target> groups[] = {
-      NormTargets(),       SoftmaxTargets(),   CrossEntropyTargets(),
-      ActivationTargets(), AttentionTargets(),
+      NormTargets(),       SoftmaxTargets(), CrossEntropyTargets(),
+      ActivationTargets(), GatedTargets(),   AttentionTargets(),
 #ifndef ZENITH_BACKEND_CUDA
       LinearTargets(),
 #endif

@@ -63,6 +63,15 @@ def linear(x, w, bias=0.0, residual=0.0, activation="none", transposed=False):
     return LINEAR_ACTIVATIONS[activation](x @ (w.T if transposed else w) + bias) + residual
 
 
+def gated(gate, value):
+    return silu(gate) * value
+
+
+def gated_by_the_second_half(x):
+    value, gate = jnp.split(x, 2, axis=-1)
+    return value * gelu(gate, approximate=False)
+
+
 def attention(
     q,
     k,

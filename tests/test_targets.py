@@ -190,6 +190,37 @@ def activation_cases() -> dict[str, Case]:
     return cases
 
 
+def gated_cases() -> dict[str, Case]:
+    """Halves with the gate behind, then before the value."""
+    gate, value, dy = 3 * normal(B, R, D), normal(B, R, D), normal(B, R, D)
+    full, halves = ((B, R, D), F32), ((B, R, 2, D), F32)
+    cases = {}
+    for half, (name, f) in enumerate((n, f) for n, f in ACTIVATIONS.items()):
+        half = half % 2
+        order = [value, gate] if half else [gate, value]
+
+        def forward(gate, value, f=f):
+            return (f(gate) * value,)
+
+        def backward(gate, value, dy, f=f):
+            return dy * value * derivative(f, gate), dy * f(gate)
+
+        def of_halves(x, *dy, half=half, forward=forward, backward=backward):
+            gate, value = x[..., half, :], x[..., 1 - half, :]
+            if not dy:
+                return forward(gate, value)
+            both = backward(gate, value, *dy)
+            return (np.stack(both[::-1] if half else both, axis=-2),)
+
+        x, attributes = np.stack(order, axis=-2), {"gate_half": np.int64(half)}
+        of_two = {"gate": gate, "value": value}
+        cases[f"gated_{name}_fwd"] = Case(of_two, {"y": full}, forward)
+        cases[f"gated_{name}_bwd"] = Case({**of_two, "dy": dy}, {"dgate": full, "dvalue": full}, backward)
+        cases[f"gated_{name}_halves_fwd"] = Case({"x": x}, {"y": full}, of_halves, attributes)
+        cases[f"gated_{name}_halves_bwd"] = Case({"x": x, "dy": dy}, {"dx": halves}, of_halves, attributes)
+    return cases
+
+
 STRUCTURE = ("interval", "query_segments", "key_segments", "dlse")
 
 
@@ -265,7 +296,7 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
 
 STRUCTURED = attention_cases(structured=True)
 LINEAR = linear_cases(F32)
-CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | attention_cases()
+CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | gated_cases() | attention_cases()
 
 
 @pytest.fixture

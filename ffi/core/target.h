@@ -18,6 +18,7 @@ std::span<const Target> NormTargets();
 std::span<const Target> SoftmaxTargets();
 std::span<const Target> CrossEntropyTargets();
 std::span<const Target> ActivationTargets();
+std::span<const Target> GatedTargets();
 std::span<const Target> AttentionTargets();
 std::span<const Target> LinearTargets();  // CPU only
 

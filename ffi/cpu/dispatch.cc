@@ -46,6 +46,12 @@ Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch
 Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch) {
   return Best().activation_backward(args, launch);
 }
+Status GatedForward(const GatedForwardArgs& args, const Launch& launch) {
+  return Best().gated_forward(args, launch);
+}
+Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch) {
+  return Best().gated_backward(args, launch);
+}
 Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch) {
   return Best().softmax_forward(args, launch);
 }

@@ -4,6 +4,7 @@
 #include "ffi/kernels/activation.h"
 #include "ffi/kernels/attention.h"
 #include "ffi/kernels/cross_entropy.h"
+#include "ffi/kernels/gated.h"
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
@@ -14,6 +15,8 @@ struct CpuKernels {
   const char* isa;
   Status (*activation_forward)(const ActivationForwardArgs&, const Launch&);
   Status (*activation_backward)(const ActivationBackwardArgs&, const Launch&);
+  Status (*gated_forward)(const GatedForwardArgs&, const Launch&);
+  Status (*gated_backward)(const GatedBackwardArgs&, const Launch&);
   Status (*softmax_forward)(const SoftmaxForwardArgs&, const Launch&);
   Status (*softmax_backward)(const SoftmaxBackwardArgs&, const Launch&);
   Status (*cross_entropy_forward)(const CrossEntropyForwardArgs&, const Launch&);

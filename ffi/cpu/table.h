@@ -6,6 +6,7 @@
 #include "ffi/cpu/attention_forward.h"
 #include "ffi/cpu/cross_entropy.h"
 #include "ffi/cpu/dispatch.h"
+#include "ffi/cpu/gated.h"
 #include "ffi/cpu/linear.h"
 #include "ffi/cpu/norm.h"
 #include "ffi/cpu/softmax.h"
@@ -20,6 +21,8 @@ const CpuKernels kKernels = {
     ZENITH_STRING(ZENITH_ISA),
     ActivationForward,
     ActivationBackward,
+    GatedForward,
+    GatedBackward,
     SoftmaxForward,
     SoftmaxBackward,
     CrossEntropyForward,

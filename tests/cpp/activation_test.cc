@@ -47,6 +47,40 @@ std::vector<double> Inputs(std::mt19937_64& random, int64_t size) {
   return x;
 }
 
+/// `halves`: gate and value are those of one array, the value first.
+void TestGated(const CpuKernels& kernels, DType dtype, Activation kind, int64_t rows, int64_t cols,
+               bool halves, Error* forward, Error* backward, Report& report) {
+  Pool pool(4);
+  std::mt19937_64 random(2);
+  const int64_t size = rows * cols, stride = halves ? 2 * cols : cols;
+  const int64_t bytes = dtype == DType::kF32 ? 4 : 2;
+  const Tensor gates(dtype, Inputs(random, rows * stride));
+  const Tensor values(dtype, RandomValues(random, rows * stride, 10.0));
+  const Tensor dy(dtype, RandomValues(random, size, 10.0));
+  Tensor y(dtype, size), dgates(dtype, rows * stride), dvalues(dtype, rows * stride);
+  const int64_t gate_at = halves ? cols : 0;
+  const void* const gate = static_cast<const char*>(gates.data()) + gate_at * bytes;
+  const void* const value = halves ? gates.data() : values.data();
+  void* const dgate = static_cast<char*>(dgates.data()) + gate_at * bytes;
+  void* const dvalue = halves ? dgates.data() : dvalues.data();
+  const Status status = kernels.gated_forward(
+      {kind, dtype, rows, cols, stride, gate, value, y.data()}, pool.launch());
+  report.Require(status.ok(), "gated forward returns ok");
+  (void)kernels.gated_backward(
+      {kind, dtype, rows, cols, stride, gate, value, dy.data(), dgate, dvalue}, pool.launch());
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t at = i / cols * stride + i % cols;
+    const Oracle want = Exact(kind, gates[at + gate_at]);
+    const double v = halves ? gates[at] : values[at];
+    // f and f' may be subnormal before they are multiplied.
+    const double value_magnitude = std::fabs(want.value_magnitude) + 1e-35;
+    forward->Add(y, i, want.value * v, value_magnitude * v);
+    const double magnitude = (want.derivative_magnitude + 1e-35) * dy[i] * v;
+    backward->Add(dgates, at + gate_at, want.derivative * v * dy[i], magnitude);
+    backward->Add(halves ? dgates : dvalues, at, want.value * dy[i], value_magnitude * dy[i]);
+  }
+}
+
 }  // namespace
 
 void TestActivation(const CpuKernels& kernels, Report& report) {
@@ -75,7 +109,18 @@ void TestActivation(const CpuKernels& kernels, Report& report) {
           backward.Add(dx, i, want.derivative * dy[i], magnitude * dy[i]);
         }
       }
+      Error gated, gated_backward;
+      for (const int64_t cols : {1, 7, 16, 33, 2000, 70001}) {
+        for (const bool halves : {false, true}) {
+          TestGated(kernels, dtype, kind, cols > 10000 ? 2 : 5, cols, halves, &gated,
+                    &gated_backward, report);
+        }
+      }
       const double limit = dtype == DType::kF32 ? 6.0 : 0.6;
+      report.Add(std::string("gated ") + Name(kind) + " forward", kernels, dtype, gated.max(),
+                 limit);
+      report.Add(std::string("gated ") + Name(kind) + " backward", kernels, dtype,
+                 gated_backward.max(), limit);
       report.Add(std::string(Name(kind)) + " forward", kernels, dtype, forward.max(), limit);
       report.Add(std::string(Name(kind)) + " backward", kernels, dtype, backward.max(), limit);
     }

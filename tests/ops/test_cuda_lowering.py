@@ -48,6 +48,8 @@ CASES = {
     "gelu_erf": (lambda x: ops.gelu(x, approximate=False), [X]),
     "gelu_tanh": (ops.gelu, [X]),
     "silu": (ops.silu, [X]),
+    "gated_silu": (ops.gated_activation, [X, X]),
+    "gated_silu_halves": (ops.gated_activation_of_halves, [X]),
     "attention": (lambda q, k, v: ops.attention(q, k, v, is_causal=True), QKV),
 }
 

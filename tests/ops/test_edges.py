@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formulas import add_layer_norm, add_rms_norm, gelu, layer_norm, rms_norm, silu, softmax
+from formulas import add_layer_norm, add_rms_norm, gated, gelu, layer_norm, rms_norm, silu, softmax
 from numerics import in_float64
 from op_cases import GRADIENT_ULPS, SEED, VALUE_ULPS, Case, Mask, attention_case, close, gradient_of
 
@@ -26,6 +26,7 @@ ROW_OPS = {
     "softmax": (ops.softmax, softmax, 1),
     "gelu": (ops.gelu, gelu, 1),
     "silu": (ops.silu, silu, 1),
+    "gated_activation": (ops.gated_activation, gated, -2),
 }
 
 

@@ -51,6 +51,21 @@ WRONG = {
     ),
     "softmax: dtype": (DTypeError, lambda: ops.softmax(jnp.zeros((2, 8), bool)), "softmax: x must have a real"),
     "gelu: dtype": (DTypeError, lambda: ops.gelu(jnp.zeros(3, jnp.int8)), "gelu_tanh: x must have a real floating"),
+    "gated_activation: shapes": (
+        ShapeError,
+        lambda: ops.gated_activation(f32((2, 3)), f32((2, 4))),
+        "gate and value must have one shape and dtype, got (2, 3) float32 and (2, 4) float32",
+    ),
+    "gated_activation: name": (
+        ValueError,
+        lambda: ops.gated_activation(f32(3), f32(3), activation="relu"),
+        "activation must be one of gelu_erf, gelu_tanh, silu, got 'relu'",
+    ),
+    "gated_activation_of_halves: odd": (
+        ShapeError,
+        lambda: ops.gated_activation_of_halves(f32((2, 3))),
+        "the last axis of x must be even and gate_half 0 or 1, got (2, 3) and 0",
+    ),
     "silu: dtype": (DTypeError, lambda: ops.silu(jnp.zeros(3, jnp.uint8)), "silu: x must have a real floating"),
     "attention: rank": (
         ShapeError,

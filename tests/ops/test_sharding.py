@@ -16,7 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formulas import add_layer_norm, add_rms_norm, attention, gelu, layer_norm, rms_norm, silu, softmax
+from formulas import (
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    gated,
+    gated_by_the_second_half,
+    gelu,
+    layer_norm,
+    rms_norm,
+    silu,
+    softmax,
+)
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -105,6 +116,13 @@ ROWS = {
     "softmax": (ops.softmax, softmax, 1, 0),
     "gelu": (ops.gelu, gelu, 1, 0),
     "silu": (ops.silu, silu, 1, 0),
+    "gated_activation": (ops.gated_activation, gated, 2, 0),
+    "gated_activation_of_halves": (
+        ft.partial(ops.gated_activation_of_halves, activation="gelu_erf", gate_half=1),
+        gated_by_the_second_half,
+        1,
+        0,
+    ),
 }
 ROW_SPECS = {"batch": P("x"), "sequence": P(None, "x"), "batch and sequence": P("x", "y")}
 

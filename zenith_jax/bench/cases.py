@@ -76,6 +76,15 @@ def gelu_tanh(x: Any) -> Any:
     return jax.nn.gelu(x, approximate=True)
 
 
+def swiglu(gate: Any, value: Any) -> Any:
+    return jax.nn.silu(gate) * value
+
+
+def geglu_of_halves(x: Any) -> Any:
+    gate, value = jnp.split(x, 2, axis=-1)
+    return jax.nn.gelu(gate, approximate=False) * value
+
+
 def layer_norm(x: Any, scale: Any, bias: Any) -> Any:
     wide = x.astype(jnp.float32)
     centred = wide - wide.mean(axis=-1, keepdims=True)
@@ -138,6 +147,14 @@ def rows_case(
     )
 
 
+def gated_case(function: Callable, rows: int, d: int, dtype: str = "float32") -> Case:
+    """Gate and value of (rows, d), apart or as halves of one array. The gradient reads three arrays and writes two."""
+    shapes = ((rows, d),) * 2 if function is swiglu else ((rows, 2 * d),)
+    size = float(rows * d * jnp.dtype(dtype).itemsize)
+    make = lambda: (function, _arrays(shapes, dtype))  # noqa: E731
+    return Case(function.__name__, f"{rows}x{d}", dtype, make, "byte", 3 * size, 5 * size)
+
+
 def encoder_layer_case(b: int, t: int, dtype: str = "float32") -> Case:
     """A layer of the demo's model, stock Flax nnx, with a padding mask."""
     from flax import nnx
@@ -174,6 +191,8 @@ CPU = [
         rows_case("gelu_erf", gelu_erf, 4096, 1024),
         rows_case("gelu_tanh", gelu_tanh, 4096, 1024),
         rows_case("silu", jax.nn.silu, 4096, 1024),
+        gated_case(swiglu, 512, 1024),
+        gated_case(geglu_of_halves, 512, 1024),
         rows_case("layer_norm", layer_norm, 512, 768, parameters=2),
         rows_case("layer_norm", layer_norm, 4096, 1024, parameters=2),
         rows_case("rms_norm", rms_norm, 512, 768, parameters=1),
@@ -191,6 +210,8 @@ CUDA = _with_gradients(
     attention_case(causal_attention, 4, 16, 4096, 128, "bfloat16"),
     attention_case(dot_product_attention, 8, 12, 1024, 64, "float32"),
     rows_case("gelu_erf", gelu_erf, 16384, 3072, "bfloat16"),
+    gated_case(swiglu, 16384, 3072, "bfloat16"),
+    gated_case(geglu_of_halves, 16384, 3072, "bfloat16"),
     rows_case("layer_norm", layer_norm, 32768, 768, "bfloat16", parameters=2),
     rows_case("layer_norm", layer_norm, 8192, 16384, "bfloat16", parameters=2),
     rows_case("rms_norm", rms_norm, 8192, 4096, "bfloat16", parameters=1),

@@ -4,6 +4,7 @@ from zenith_jax.ops import _lower as _lower  # registers the lowerings
 from zenith_jax.ops.activation import gelu, silu
 from zenith_jax.ops.attention import attention
 from zenith_jax.ops.cross_entropy import cross_entropy
+from zenith_jax.ops.gated import gated_activation, gated_activation_of_halves
 from zenith_jax.ops.linear import linear
 from zenith_jax.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from zenith_jax.ops.softmax import softmax
@@ -13,6 +14,8 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "gated_activation",
+    "gated_activation_of_halves",
     "gelu",
     "layer_norm",
     "linear",

@@ -149,6 +149,9 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cpu", "gelu_erf"): _cpu_activation,
     ("cpu", "gelu_tanh"): _cpu_activation,
     ("cpu", "silu"): _cpu_activation,
+    ("cpu", "gated_gelu_erf"): _cpu_activation,
+    ("cpu", "gated_gelu_tanh"): _cpu_activation,
+    ("cpu", "gated_silu"): _cpu_activation,
     ("cpu", "softmax"): _small_rows,
     ("cpu", "cross_entropy"): _cpu_cross_entropy,
     ("cpu", "layer_norm"): _small_rows,
@@ -168,6 +171,9 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cuda", "gelu_erf"): _cuda_activation,
     ("cuda", "gelu_tanh"): _cuda_activation,
     ("cuda", "silu"): _cuda_activation,
+    ("cuda", "gated_gelu_erf"): _cuda_activation,
+    ("cuda", "gated_gelu_tanh"): _cuda_activation,
+    ("cuda", "gated_silu"): _cuda_activation,
 }
 
 

@@ -25,6 +25,7 @@ from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Term, Terms, is_float
 from zenith_jax.ops.activation import FORMULAS, activation
 from zenith_jax.passes.match._match import Match, as_precise
+from zenith_jax.passes.match.gated import gated
 
 ANCHORS = ("erf", "erfc", "tanh", "logistic", "exp")
 
@@ -213,7 +214,7 @@ def _identified(terms: Terms, root_var: Var, anchor: JaxprEqn) -> Match | None:
             if np.all(np.abs(values - expected) <= _RTOL * np.abs(expected) + _ATOL):
                 if terms.graph.escapes(inner.values(), [root_var]) is not None:
                     break
-                return _build(terms, name, root_var, _below_casts(terms, x, inner), inner)
+                return gated(terms.graph, _build(terms, name, root_var, _below_casts(terms, x, inner), inner))
     return None
 
 
