@@ -153,13 +153,18 @@ class ResNetBlock(nn.Module):
         return nn.relu(x + y)
 
 
-def test_resnet_block_has_no_site(check_fused, rng):
+def test_resnet_block_has_no_site_in_training_and_else_its_batch_norms(rng):
     x = normal(rng, B, 4, 4, 3)
     for train in (False, True):
         model = ResNetBlock(train)
         variables = model.init(jax.random.key(0), x)
         function = lambda v, x, model=model: model.apply(v, x, mutable=["batch_stats"])[0]  # noqa: E731
-        assert str(jax.make_jaxpr(zenith.fuse(function))(variables, x)) == str(jax.make_jaxpr(function)(variables, x))
+        if train:
+            jaxprs = (jax.make_jaxpr(f)(variables, x) for f in (zenith.fuse(function), function))
+            assert len(set(map(str, jaxprs))) == 1
+        else:
+            assert zenith.explain(function)(variables, x).counts() == {"batch_norm": 3}
+            np.testing.assert_allclose(zenith.jit(function)(variables, x), function(variables, x), rtol=1e-5, atol=1e-5)
 
 
 class InvertedResidual(nn.Module):
@@ -177,7 +182,8 @@ class InvertedResidual(nn.Module):
 def test_of_mobilenet_the_depthwise_convolution(rng):
     model, x = InvertedResidual(), normal(rng, B, 4, 4, 4)
     variables = model.init(jax.random.key(0), x)
-    assert zenith.explain(model.apply)(variables, x).counts() == {"grouped_conv": 1}
+    with zenith.configured(use_cost=True):  # the batch norm after it is not worth folding on a CPU
+        assert zenith.explain(model.apply)(variables, x).counts() == {"grouped_conv": 1}
     np.testing.assert_allclose(zenith.jit(model.apply)(variables, x), model.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 

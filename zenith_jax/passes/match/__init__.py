@@ -5,7 +5,16 @@ None: this is nothing like the pattern. Refusal: it began to look like it; the r
 layer before its activation.
 """
 
-from zenith_jax.passes.match import activation, attention, cross_entropy, grouped_conv, linear, norm, softmax
+from zenith_jax.passes.match import (
+    activation,
+    attention,
+    batch_norm,
+    cross_entropy,
+    grouped_conv,
+    linear,
+    norm,
+    softmax,
+)
 from zenith_jax.passes.match._match import Match
 
 MATCHERS = (
@@ -15,6 +24,7 @@ MATCHERS = (
     linear.match,
     activation.match,
     softmax.match,
+    batch_norm.match,
     grouped_conv.match,
 )
 

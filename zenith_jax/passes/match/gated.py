@@ -54,7 +54,7 @@ def gated(graph: Graph, alone: Match) -> Match:
         emit=emit if halves is None else emit_of_halves,
         static=tuple(static.items()),
         detail="" if halves is None else "halves of one array",
-        case=(("dtype", gate.aval.dtype.name), ("size", result.aval.size)),
+        case=(("dtype", gate.aval.dtype.name), ("size", result.aval.size), ("halves", halves is not None)),
         simpler=alone,
     )
 

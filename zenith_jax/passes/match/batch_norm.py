@@ -1,0 +1,173 @@
+"""A convolution and what multiplies and shifts its channels after it: batch norm with stored statistics, above all.
+
+    (conv(x, w) - mean) * scale / sqrt(variance + eps) + bias  ->  conv(x, w * a) + b,  a and b of one element a channel
+
+Read upwards from the convolution, along values that are used once, through additions, subtractions, products and
+quotients by anything that has the channels as its only axis. Whatever a and b are made of stays as it is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from zenith_jax.errors import Refusal, refuse
+from zenith_jax.ir._compat import JaxprEqn, Var
+from zenith_jax.ir.graph import Atom, Graph
+from zenith_jax.ir.term import Axis, Term, Terms, is_float
+from zenith_jax.passes.match._match import Match, Order, arranged, order_of
+
+_ARITHMETIC = ("add", "sub", "mul", "div")
+_CONV_PARAMS = (
+    "window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count batch_group_count "
+    "precision preferred_element_type"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """y `primitive` operand, or the operand first: a leaf along the channels, arranged by `order`, or a constant."""
+
+    primitive: str
+    reversed: bool
+    leaf: int | None = None
+    order: Order = ()
+    constant: float = 0.0
+
+
+def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
+    """`eqn` is the convolution."""
+    if eqn.primitive.name != "conv_general_dilated" or not is_float(eqn.outvars[0].aval.dtype):
+        return None
+    terms = Terms(graph)
+    channel = eqn.params["dimension_numbers"][2][1]
+    x, w = eqn.invars
+    leaves: list[Atom] = [x, w]
+    steps: list[_Step] = []
+    inner, pending = [eqn], []
+    result = var = eqn.outvars[0]
+    result_channel = channel
+    while True:
+        users = graph.users_of(var)
+        if len(users) != 1 or graph.is_output(var):
+            break
+        (user,) = users
+        new = user.outvars[0]
+        if user.primitive.name in ("convert_element_type", "copy", "copy_p"):
+            if not is_float(new.aval.dtype):
+                break
+        elif user.primitive.name in ("reshape", "squeeze", "expand_dims"):
+            moved = _same_dimension(var.aval.shape, new.aval.shape, channel)
+            if moved is None:
+                break
+            channel = moved
+        elif user.primitive.name in _ARITHMETIC:
+            step = _step(terms, user, var, channel, leaves)
+            if step is None:
+                break
+            steps.append(step)
+        else:
+            break
+        pending.append(user)
+        var = new
+        if user.primitive.name in _ARITHMETIC:
+            inner, pending, result, result_channel = [*inner, *pending], [], var, channel
+    if not any(s.leaf is not None and s.primitive in ("mul", "div") for s in steps):
+        return None
+    if graph.escapes(inner, [result]) is not None:
+        return refuse("the convolution's result, before its channels are scaled, is used elsewhere", depth=2)
+    if not all(is_float(a.aval.dtype) for a in leaves):
+        return None
+    if w.aval.dtype == jnp.float16:
+        return refuse("weights that are multiplied by 1 / sqrt(variance) can leave the range of float16", depth=2)
+    if any(graph.depends_on([leaf], eqn.outvars[0]) for leaf in leaves):
+        return None
+    return Match(
+        op="batch_norm",
+        root=eqn,
+        results=(result,),
+        inner=tuple(inner),
+        leaves=tuple(leaves),
+        emit=emit,
+        static=(
+            ("channel", result_channel),
+            ("conv", tuple((name, _frozen(eqn.params[name])) for name in _CONV_PARAMS)),
+            ("dtype", result.aval.dtype.name),
+            ("shape", tuple(result.aval.shape)),
+            ("steps", tuple(steps)),
+        ),
+        detail=f"{result.aval.shape[result_channel]} channels, folded into the convolution before it",
+        case=(("dtype", x.aval.dtype.name), ("size", result.aval.size)),
+        yields=True,
+    )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if type(value) in (list, tuple) else value
+
+
+def _step(terms: Terms, eqn: JaxprEqn, var: Var, channel: int, leaves: list[Atom]) -> _Step | None:
+    """The equation as a step of `var`; its other operand joins the leaves."""
+    if eqn.invars[0] is eqn.invars[1] or eqn.outvars[0].aval.shape != var.aval.shape:
+        return None
+    place = 0 if eqn.invars[0] is var else 1
+    is_reversed = place == 1 and eqn.primitive.name in ("sub", "div")
+    if is_reversed and eqn.primitive.name == "div":
+        return None  # a constant over y is no multiple of y
+    whole = terms.of(eqn.outvars[0])
+    other = terms.operands(whole, eqn)[1 - place]
+    constant = terms.constant(other)
+    if constant is not None:
+        return _Step(eqn.primitive.name, is_reversed, constant=constant)
+    other = terms.peel(other)
+    axis: Axis | None = whole.axes[channel]
+    if axis is None or not isinstance(other.atom, Var) or other.axis_set != {axis} or not is_float(other.dtype):
+        return None
+    return _along(other, axis, eqn.primitive.name, is_reversed, leaves)
+
+
+def _along(other: Term, axis: Axis, primitive: str, is_reversed: bool, leaves: list[Atom]) -> _Step | None:
+    order = order_of(other, (axis,))
+    if order is None:
+        return None
+    leaves.append(other.atom)
+    return _Step(primitive, is_reversed, leaf=len(leaves) - 1, order=order)
+
+
+def _same_dimension(old: tuple[int, ...], new: tuple[int, ...], dimension: int) -> int | None:
+    """The dimension of `new`, a reshape of `old` that only adds or removes ones, that `dimension` of old is."""
+    olds, news = ([d for d, n in enumerate(shape) if n != 1] for shape in (old, new))
+    if [old[d] for d in olds] != [new[d] for d in news] or dimension not in olds:
+        return None
+    return news[olds.index(dimension)]
+
+
+def emit(x: Any, w: Any, *vectors: Any, channel: int, conv: tuple, dtype: str, shape: tuple, steps: tuple[_Step, ...]):
+    params = dict(conv)
+    _, (features, *_), _ = params["dimension_numbers"]
+    operands = (x, w, *vectors)
+    wide = jnp.result_type(dtype, jnp.float32, *operands)
+    # y = a * conv + b, after no step.
+    a, b = jnp.ones((w.shape[features],), wide), jnp.zeros((w.shape[features],), wide)
+    for step in steps:
+        v = step.constant if step.leaf is None else arranged(operands[step.leaf], step.order).astype(wide)
+        if step.primitive == "add":
+            b = b + v
+        elif step.primitive == "sub":
+            a, b = (-a, v - b) if step.reversed else (a, b - v)
+        elif step.primitive == "mul":
+            a, b = a * v, b * v
+        else:
+            a, b = a / v, b / v
+    scaled = (w * _along_axis(a, features, w.ndim)).astype(w.dtype)
+    y = lax.conv_general_dilated(x, scaled, **params).reshape(shape)
+    # In the convolution's own dtype, where that is wide enough: cuDNN then adds b in its epilogue.
+    y = y.astype(jnp.result_type(y.dtype, dtype)) if jnp.finfo(dtype).bits > jnp.finfo(y.dtype).bits else y
+    return ((y + _along_axis(b, channel, y.ndim).astype(y.dtype)).astype(dtype),)
+
+
+def _along_axis(v: Any, axis: int, rank: int) -> Any:
+    return v.reshape([-1 if d == axis else 1 for d in range(rank)])
