@@ -64,7 +64,8 @@ def rotation(b: int, t: int, heads: tuple[int, int], d: int, *, pairs: bool) -> 
     both = lambda q, k: (rotated(q), rotated(k))  # noqa: E731
     q, k = (normal(b, t, h, d, seed=h) for h in heads)
     label = f"rotation of {'pairs' if pairs else 'halves'} b{b} t{t} h{heads[0]}+{heads[1]} d{d}"
-    return {label: {"XLA": (both, (q, k))}, f"{label} gradient": {"XLA": (gradient(both), ((q, k), q, k))}}
+    backward = lambda dy: gradient(both)(dy, q, k)  # noqa: E731  which reads neither q nor k
+    return {label: {"XLA": (both, (q, k))}, f"{label} gradient": {"XLA": (backward, ((q, k),))}}
 
 
 def group_norm(*shape: int, groups: int = 32) -> dict[str, Functions]:
