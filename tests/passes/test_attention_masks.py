@@ -35,6 +35,14 @@ def of_example(x):
     return x[:, None, None, None]
 
 
+def square(dtype=bool):
+    return jnp.ones((T, S), dtype)
+
+
+def triangle(k):
+    return jnp.tril(square(), k)
+
+
 LENGTHS = jnp.array([3, S])
 SEGMENTS = jnp.array([[0, 0, 1, 1, 1, 2, 2, 2, 5], [4, 4, 4, 4, 3, 3, 4, 4, 4]])
 
@@ -59,7 +67,27 @@ STRUCTURES = {
     "blocks, negated": ("segments", lambda t, s, n: ~(t // 3 != s // 3)),
     "segments": ("segments", lambda t, s, n: SEGMENTS[:, None, :T, None] == SEGMENTS[:, None, None]),
     "causal segments": ("causal segments", lambda t, s, n: (t // 3 == s // 3) & (s <= t)),
+    "between two triangles": ("band", lambda t, s, n: triangle(1) ^ triangle(-3)),
+    "between two triangles, turned": ("band", lambda t, s, n: jnp.triu(square(), 2) ^ jnp.triu(square(), -2)),
+    "triangles of numbers": ("causal", lambda t, s, n: jnp.tril(square(jnp.int32)) * square(jnp.int32) > 0),
+    "padding multiplied": (
+        "interval",
+        lambda t, s, n: (s < of_example(n)).astype(jnp.int32) * (t < of_example(n)).astype(jnp.int32) != 0,
+    ),
+    "causal and padding multiplied as floats": (
+        "causal interval",
+        lambda t, s, n: jnp.tril(square(jnp.float32)) * (s < of_example(n)).astype(jnp.float32) > 0,
+    ),
     # What is none of these.
+    "triangles of two sides": ("mask", lambda t, s, n: jnp.tril(square()) ^ jnp.triu(square())),
+    "outside of two triangles": ("mask", lambda t, s, n: ~(triangle(1) ^ triangle(-3))),
+    "a band and a triangle": ("mask", lambda t, s, n: (triangle(1) & ~triangle(-3)) ^ triangle(0)),
+    "integers of data multiplied": ("mask", lambda t, s, n: (n + 1)[:, None, None, None] * s * jnp.int32(65536) != 0),
+    "not both": (
+        "mask",
+        lambda t, s, n: (s < of_example(n)).astype(jnp.int32) * (t < of_example(n)).astype(jnp.int32) == 0,
+    ),
+    "more than one": ("mask", lambda t, s, n: jnp.tril(square(jnp.int32)) * (s < of_example(n)) > 1 - s),
     "key positions of data": ("mask", lambda t, s, n: s * n[0] < 9),
     "bound of each key": ("mask", lambda t, s, n: s <= jnp.roll(s, 1) + of_example(n)),
     "positions in floats": ("mask", lambda t, s, n: s.astype(jnp.float32) < of_example(n) - 0.5),

@@ -2,8 +2,9 @@
 
 A comparison of two positions (iota plus a constant) bounds s - t on one side: a band. One of the key position with
 anything else, padding lengths or the position in a cache, bounds s on one side: a half-line; so does a mask of the
-queries, at all keys or none. Conjunctions intersect;
-half-lines that are open on one side unite: causal or in the prefix. Equal integers of queries and keys are segments.
+queries, at all keys or none. Conjunctions intersect, and masks of numbers 0 and 1 that are multiplied are conjunctions;
+half-lines that are open on one side unite: causal or in the prefix; of two triangles the exclusive or is the band
+between. Equal integers of queries and keys are segments.
 What cannot be read so stays a tensor, which the kernel reads, in the shape that the user's program has it before
 broadcasting.
 """
@@ -109,6 +110,14 @@ def mask_form(terms: Terms, mask: Term, key_axis: Axis, negated: bool = False) -
         constant_band = _band_of_constant(np.asarray(array) != negated, mask.axes, key_axis)
         if constant_band is not None:
             return constant_band
+    if eqn is not None and name == "xor":
+        difference = _difference(terms, mask, eqn, key_axis, negated)
+        if difference is not None:
+            return difference
+    if eqn is not None and name in ("ne", "gt") and terms.constant(terms.operands(mask, eqn)[1]) == 0:
+        factors = _truths(terms, terms.operands(mask, eqn)[0])
+        if factors is not None and not (negated and len(factors) > 1):
+            return _all_of(terms, factors, key_axis, negated)
     if eqn is not None and name in _COMPARISONS:
         band = _band(terms, mask, _NEGATED[name] if negated else name, eqn, key_axis)
         if band is not None:
@@ -165,6 +174,61 @@ def _select_form(terms: Terms, mask: Term, eqn: Any, key_axis: Axis, negated: bo
                 return first if isinstance(first, Refusal) else second
             return first & second
     return None
+
+
+def _difference(terms: Terms, mask: Term, eqn: Any, key_axis: Axis, negated: bool) -> MaskForm | Refusal | None:
+    """tril(k) ^ tril(j): the band between two triangles of which one holds the other."""
+    forms = [mask_form(terms, t, key_axis) for t in terms.operands(mask, eqn)]
+    if negated or not all(isinstance(f, MaskForm) and f.is_only_band for f in forms):
+        return None
+    first, second = forms
+    assert isinstance(first, MaskForm) and isinstance(second, MaskForm)
+    if first.query_axis is not second.query_axis:
+        return None
+    if first.left == second.left == UNBOUNDED > max(first.right, second.right):
+        inner, outer = sorted((first.right, second.right))
+        band = dataclasses.replace(first, left=-(inner + 1), right=outer)
+    elif first.right == second.right == UNBOUNDED > max(first.left, second.left):
+        inner, outer = sorted((first.left, second.left))
+        band = dataclasses.replace(first, left=outer, right=-(inner + 1))
+    else:
+        return None
+    return band if inner != outer else refuse("the mask forbids everything")
+
+
+def _truths(terms: Terms, number: Term) -> list[Term | None] | None:
+    """Booleans of which a number is the product, as masks of numbers 0 and 1 are multiplied; None if it may be anything
+    else. A None among them is False. What a user passes as integers may be any: their product may wrap to 0."""
+    number = terms.peel(number)
+    value = terms.constant(number)
+    if value is not None:
+        return [] if value == 1 else [None] if value == 0 else None
+    eqn = terms.producer(number, "convert_element_type", "mul", "select_n")
+    if eqn is None:
+        return None
+    operands = terms.operands(number, eqn)
+    if eqn.primitive.name == "convert_element_type":
+        below = operands[0]
+        return [below] if below.dtype == bool else _truths(terms, below)
+    if eqn.primitive.name == "mul":
+        found = [_truths(terms, t) for t in operands]
+        return None if any(f is None for f in found) else [m for f in found if f is not None for m in f]
+    if len(operands) != 3 or terms.constant(operands[1]) != 0 or operands[0].dtype != bool:
+        return None
+    chosen = _truths(terms, operands[2])  # jnp.tril of numbers
+    return None if chosen is None else [operands[0], *chosen]
+
+
+def _all_of(terms: Terms, masks: list[Term | None], key_axis: Axis, negated: bool) -> MaskForm | Refusal:
+    form: MaskForm | Refusal = MaskForm()
+    for mask in masks:
+        if mask is None:
+            return MaskForm() if negated else refuse("the mask forbids everything")
+        found = mask_form(terms, mask, key_axis, negated)
+        form = found if isinstance(found, Refusal) else form & found
+        if isinstance(form, Refusal):
+            return form
+    return form if masks or not negated else refuse("the mask forbids everything")
 
 
 def _band(terms: Terms, mask: Term, comparison: str, eqn: Any, key_axis: Axis) -> MaskForm | None:
