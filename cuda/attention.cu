@@ -9,14 +9,6 @@
 namespace zenith {
 namespace {
 
-/// What the contract has and no kernel here computes; Python's `supports` says so first.
-Status Unsupported(const AttentionProblem& p) {
-  if (p.softcap > 0) return {"attention: softcap has no CUDA kernel"};
-  if (p.interval || p.query_segments || p.key_segments)
-    return {"attention: intervals and segments have no CUDA kernel; give them as a mask"};
-  return {};
-}
-
 int64_t ElementBytes(const AttentionProblem& p) { return p.dtype == DType::kF32 ? 4 : 2; }
 
 int64_t HeadDim(const AttentionProblem& p) { return std::max(p.qk_dim, p.v_dim); }
@@ -52,21 +44,25 @@ bool FitsTensorCores(const AttentionBackwardArgs& a) {
 }
 
 #ifdef ZENITH_HOPPER  // the module holds code for sm_90a
-/// Whether the kernels for Hopper take a problem that FitsTensorCores. ZENITH_HOPPER=0 in the
-/// environment keeps them from it, for tests and comparisons.
-bool FitsHopper(const AttentionProblem& p) {
+/// Whether this is a Hopper GPU. ZENITH_HOPPER=0 in the environment keeps its kernels from being
+/// chosen, for tests and comparisons.
+bool IsHopper() {
   static const bool allowed = [] {
     const char* value = std::getenv("ZENITH_HOPPER");
     return value == nullptr || std::string_view(value) != "0";
   }();
-  if (!allowed || p.dtype == DType::kF32 || p.mask || p.bias || !(p.scale > 0) ||
-      attention::MayHaveDeadRows(p))
-    return false;
+  if (!allowed) return false;
   int device = 0, major = 0, minor = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
          major == 9 && minor == 0;
+}
+
+/// Whether the kernels for Hopper take a problem that FitsTensorCores.
+bool FitsHopper(const AttentionProblem& p) {
+  return p.dtype != DType::kF32 && !attention::IsModified(p) && !attention::MayHaveDeadRows(p) &&
+         IsHopper();
 }
 
 /// Short problems are a tile or less of the kernels for Hopper, and the older ones' tiles are
@@ -115,7 +111,6 @@ Kernel* Pick(const AttentionProblem& p, Kernel* d64, Kernel* d128, Kernel* d256,
 
 Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) {
   using namespace attention;
-  if (const Status status = Unsupported(args); !status.ok()) return status;
   if (args.batch * args.kv_heads * args.groups * args.q_len == 0) return {};
   if (!FitsTensorCores(args, args.out)) return NaiveForward(args, launch);
 #ifdef ZENITH_HOPPER
@@ -126,10 +121,7 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
 
 Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   using namespace attention;
-  Status status = Unsupported(args);
-  if (!status.ok()) return status;
-  if (args.dlse) return {"attention: the cotangent of lse has no CUDA kernel"};
-  status = RowDelta(args, launch);
+  Status status = RowDelta(args, launch);
   if (!status.ok()) return status;
   if (args.batch * args.kv_heads * args.groups == 0 || !FitsTensorCores(args))
     return NaiveBackward(args, launch);
@@ -137,7 +129,13 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
   if (FitsHopper(args) && (Length(args) > 128 || HeadDim(args) > 128))
     return HopperBackward(args, launch);
 #endif
-  status = Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32)(args, launch);
+  const auto dquery = Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32);
+  status = dquery(args, launch);
+  if (status.ok() && args.dbias && args.softcap > 0) {  // that was dbias alone
+    AttentionBackwardArgs without_dbias = args;
+    without_dbias.dbias = nullptr;
+    status = dquery(without_dbias, launch);
+  }
   if (!status.ok()) return status;
   return Pick(args, DkeyDvalueD64, DkeyDvalueD128, DkeyDvalueD256, DkeyDvalueF32)(args, launch);
 }

@@ -225,7 +225,8 @@ AttentionProblem Problem(const Inputs& in) {
 
 ffi::Error Forward(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
                    Buffer bias, Buffer interval, Buffer query_segments, Buffer key_segments,
-                   Result out_buffer, Result lse_buffer, AttentionAttributes attributes) {
+                   Result out_buffer, Result lse_buffer, Result lse_rest_buffer,
+                   AttentionAttributes attributes) {
   const Inputs in{.query = {"query", query},
                   .key = {"key", key},
                   .value = {"value", value},
@@ -236,13 +237,16 @@ ffi::Error Forward(Context context, Buffer query, Buffer key, Buffer value, Buff
                   .key_segments = {"key_segments", key_segments},
                   .attributes = attributes};
   const Operand out("out", out_buffer), lse("lse", lse_buffer);
+  const Operand lse_rest("lse_rest", lse_rest_buffer);
   Check check("attention_fwd");
   CheckInputs(check, in);
   CheckOut(check, out, in);
   CheckRows(check, lse, in);
+  CheckRows(check, lse_rest, in);
   if (check.failed()) return check.error();
 
-  const AttentionForwardArgs args{Problem(in), out.data(), lse.data<float>()};
+  const AttentionForwardArgs args{Problem(in), out.data(), lse.data<float>(),
+                                  lse_rest.data<float>()};
   return Run("attention_fwd", context,
              [&](const Launch& launch) { return AttentionForward(args, launch); });
 }
@@ -260,13 +264,14 @@ XLA_FFI_DEFINE_HANDLER(kForward, Forward,
                            .Arg<Buffer>()  // key segments, likewise
                            .Ret<Buffer>()  // out [*b k g t e]
                            .Ret<Buffer>()  // lse [*b k g t], float32
+                           .Ret<Buffer>()  // lse_rest [*b k g t], float32
                            .Attrs<AttentionAttributes>(),
                        kTraits);
 
 struct BackwardCall {
   const char* target;
   Inputs in;
-  Operand out, lse, dout, dlse;
+  Operand out, lse, lse_rest, dout, dlse;
   Operand dquery, dkey, dvalue, delta;
   std::optional<Operand> dbias = {};
 };
@@ -277,6 +282,7 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
   CheckInputs(check, in);
   CheckOut(check, call.out, in);
   CheckRows(check, call.lse, in);
+  if (call.lse_rest.size() > 0) CheckRows(check, call.lse_rest, in);
   CheckOut(check, call.dout, in);
   if (call.dlse.size() > 0) CheckRows(check, call.dlse, in);
   check.Same(call.dquery, in.query);
@@ -289,11 +295,13 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
   }
   if (check.failed()) return check.error();
 
+  const auto rows = [](const Operand& x) { return x.size() > 0 ? x.data<const float>() : nullptr; };
   const AttentionBackwardArgs args{Problem(in),
                                    call.out.data(),
                                    call.dout.data(),
                                    call.lse.data<const float>(),
-                                   call.dlse.size() > 0 ? call.dlse.data<const float>() : nullptr,
+                                   rows(call.lse_rest),
+                                   rows(call.dlse),
                                    call.delta.data<float>(),
                                    call.dquery.data(),
                                    call.dkey.data(),
@@ -305,9 +313,9 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
 
 ffi::Error BackwardWithoutBias(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
                                Buffer bias, Buffer interval, Buffer query_segments,
-                               Buffer key_segments, Buffer out, Buffer lse, Buffer dout,
-                               Buffer dlse, Result dquery, Result dkey, Result dvalue, Result delta,
-                               AttentionAttributes attributes) {
+                               Buffer key_segments, Buffer out, Buffer lse, Buffer lse_rest,
+                               Buffer dout, Buffer dlse, Result dquery, Result dkey, Result dvalue,
+                               Result delta, AttentionAttributes attributes) {
   return Backward(context, {.target = "attention_bwd",
                             .in = {.query = {"query", query},
                                    .key = {"key", key},
@@ -320,6 +328,7 @@ ffi::Error BackwardWithoutBias(Context context, Buffer query, Buffer key, Buffer
                                    .attributes = attributes},
                             .out = {"out", out},
                             .lse = {"lse", lse},
+                            .lse_rest = {"lse_rest", lse_rest},
                             .dout = {"dout", dout},
                             .dlse = {"dlse", dlse},
                             .dquery = {"dquery", dquery},
@@ -341,6 +350,7 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardWithoutBias,
                            .Arg<Buffer>()  // key segments, likewise
                            .Arg<Buffer>()  // out [*b k g t e]
                            .Arg<Buffer>()  // lse [*b k g t], float32
+                           .Arg<Buffer>()  // lse_rest [*b k g t], float32; empty for 0
                            .Arg<Buffer>()  // dout [*b k g t e]
                            .Arg<Buffer>()  // dlse [*b k g t], float32; empty for 0
                            .Ret<Buffer>()  // dquery [*b k g t d]
@@ -352,9 +362,9 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardWithoutBias,
 
 ffi::Error BackwardWithBias(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
                             Buffer bias, Buffer interval, Buffer query_segments,
-                            Buffer key_segments, Buffer out, Buffer lse, Buffer dout, Buffer dlse,
-                            Result dquery, Result dkey, Result dvalue, Result delta, Result dbias,
-                            AttentionAttributes attributes) {
+                            Buffer key_segments, Buffer out, Buffer lse, Buffer lse_rest,
+                            Buffer dout, Buffer dlse, Result dquery, Result dkey, Result dvalue,
+                            Result delta, Result dbias, AttentionAttributes attributes) {
   return Backward(context, {.target = "attention_bias_bwd",
                             .in = {.query = {"query", query},
                                    .key = {"key", key},
@@ -367,6 +377,7 @@ ffi::Error BackwardWithBias(Context context, Buffer query, Buffer key, Buffer va
                                    .attributes = attributes},
                             .out = {"out", out},
                             .lse = {"lse", lse},
+                            .lse_rest = {"lse_rest", lse_rest},
                             .dout = {"dout", dout},
                             .dlse = {"dlse", dlse},
                             .dquery = {"dquery", dquery},
@@ -389,6 +400,7 @@ XLA_FFI_DEFINE_HANDLER(kBiasBackward, BackwardWithBias,
                            .Arg<Buffer>()  // key segments, likewise
                            .Arg<Buffer>()  // out [*b k g t e]
                            .Arg<Buffer>()  // lse [*b k g t], float32
+                           .Arg<Buffer>()  // lse_rest [*b k g t], float32; empty for 0
                            .Arg<Buffer>()  // dout [*b k g t e]
                            .Arg<Buffer>()  // dlse [*b k g t], float32; empty for 0
                            .Ret<Buffer>()  // dquery [*b k g t d]

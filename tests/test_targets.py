@@ -94,7 +94,7 @@ def attention(query, key, value, mask, bias, interval, query_segments, key_segme
 
 
 def attention_backward(query, key, value, mask, bias, *rest, scale, **band):
-    *structure, out, _, dout, dlse = rest
+    *structure, out, _, _, dout, dlse = rest
     _, _, p, slope = attention(query, key, value, mask, bias, *structure, scale=scale, **band)
     dp = np.einsum("bkgte,bkse->bkgts", dout, value)
     delta = (dout * out).sum(-1) - (dlse if dlse.size else 0)
@@ -225,7 +225,7 @@ STRUCTURE = ("interval", "query_segments", "key_segments", "dlse")
 
 
 def attention_cases(structured: bool = False) -> dict[str, Case]:
-    """structured: with what only the CPU's kernels compute: a cap, intervals, segments, the cotangent of lse."""
+    """structured: with a cap, intervals, segments and the cotangent of lse."""
     b, k, g, t, s, d, e = 2, 3, 2, 11, 13, 8, 12
     query, key, value = normal(b, k, g, t, d), normal(b, k, s, d), normal(b, k, s, e)
     mask = RNG.random((1, k, 1, t, s)) < 0.8  # kv_head, query and key: bits 2, 8 and 16
@@ -258,14 +258,15 @@ def attention_cases(structured: bool = False) -> dict[str, Case]:
     operands |= {"interval": interval, "query_segments": query_segments, "key_segments": key_segments}
     out, lse, *_ = attention(*operands.values(), **band)
     rows = ((b, k, g, t), F32)
-    backward_operands = operands | {"out": F32(out), "lse": F32(lse), "dout": normal(b, k, g, t, e), "dlse": dlse}
+    residuals = {"out": F32(out), "lse": F32(lse), "lse_rest": np.zeros(lse.shape, F32)}
+    backward_operands = operands | residuals | {"dout": normal(b, k, g, t, e), "dlse": dlse}
     cotangents = {"dquery": (query.shape, F32), "dkey": (key.shape, F32), "dvalue": (value.shape, F32), "delta": rows}
     scores = {"dbias": ((b, k, g, t, s), F32)}
     return {
         "attention_fwd": Case(
             operands,
-            {"out": (out.shape, F32), "lse": rows},
-            lambda *a: attention(*a, **band)[:2],
+            {"out": (out.shape, F32), "lse": rows, "lse_rest": rows},
+            lambda *a: (*attention(*a, **band)[:2], None),
             attributes,
         ),
         "attention_bwd": Case(backward_operands, cotangents, lambda *a: attention_backward(*a, **band)[:4], attributes),
@@ -297,12 +298,6 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
 STRUCTURED = attention_cases(structured=True)
 LINEAR = linear_cases(F32)
 CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | gated_cases() | attention_cases()
-
-
-@pytest.fixture
-def on_cpu(device):
-    if device != "cpu":
-        pytest.skip("only the CPU's kernels compute this")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -359,7 +354,7 @@ def test_linear_computes_its_formula_and_refuses_other_operands(on_cpu, name):
 
 
 @pytest.mark.parametrize("name", STRUCTURED)
-def test_attention_computes_caps_intervals_segments_and_takes_a_cotangent_of_lse(on_cpu, name):
+def test_attention_computes_caps_intervals_segments_and_takes_a_cotangent_of_lse(name):
     case = STRUCTURED[name]
     for actual, wanted in zip(call(name, case.operands, case.results, case.attributes), expected(case), strict=True):
         if wanted is not None:
@@ -372,7 +367,7 @@ LENGTH_MAJOR = {5: (0, 3, 1, 2, 4), 4: (0, 2, 1, 3)}  # query, out: b t k g d; k
 @pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd", "attention_bias_bwd"])
 def test_attention_reads_and_writes_length_major_arrays(name):
     case = CASES[name]
-    dense = {"mask", "bias", *STRUCTURE, "lse", "delta", "dbias"}
+    dense = {"mask", "bias", *STRUCTURE, "lse", "lse_rest", "delta", "dbias"}
     attributes = case.attributes | {"layout": np.int32(1)}
     actual = call(
         name,
@@ -397,6 +392,7 @@ def test_attention_without_mask_and_bias(name):
     if name != "attention_fwd":
         plain = dataclasses.replace(plain, operands=plain.operands | {"out": F32(out), "lse": F32(lse)})
     absent = {"mask": np.zeros((0,), bool), "bias": np.zeros((0,), F32)}
+    absent |= {"lse_rest": np.zeros((0,), F32)} if name != "attention_fwd" else {}
     attributes = case.attributes | {"mask_axes": np.int64(-1), "bias_axes": np.int64(-1)}
     actual = call(name, plain.operands | absent, case.results, attributes)
     for a, wanted in zip(actual, expected(plain), strict=True):
@@ -432,7 +428,7 @@ def test_operand_of_another_size_rank_or_dtype_is_refused(name, operand):
 @pytest.mark.parametrize(
     ("name", "operand"), [(n, o) for n, case in STRUCTURED.items() for o in STRUCTURE if o in case.operands]
 )
-def test_structure_of_another_size_rank_or_dtype_is_refused(on_cpu, name, operand):
+def test_structure_of_another_size_rank_or_dtype_is_refused(name, operand):
     refuse_others(name, STRUCTURED[name], operand)
 
 

@@ -1,12 +1,13 @@
 // Attention backward on tensor cores, deterministic: one kernel template that
 // walks the score matrix by rows (dquery) or by columns (dkey, dvalue), recomputing it each time.
+// dproducts, below, are dlogits times the slope of the cap.
 //
 // A block owns a stationary tile of rows and streams over the other axis:
 //               rows  stationary     streamed       results
-//   kQuery      t     query, dout    key, value     dquery = scale * dlogits . key, dbias
-//   kKeyValue   s     key, value     query, dout    dkey = scale * dlogits^T . query, dvalue = p^T
-//   . dout kKey        s     key, value     query, dout    dkey alone    } where the registers do
-//   not kValue      s     key            query, dout    dvalue alone  } hold both accumulators
+//   kQuery      t     query, dout    key, value     dquery = scale * dproducts . key, dbias
+//   kKeyValue   s     key, value     query, dout    dkey = scale * dproducts^T . query, dvalue =
+//   p^T . dout kKey        s     key, value     query, dout    dkey alone    } where the registers
+//   do not kValue      s     key            query, dout    dvalue alone  } hold both accumulators
 // Both products of scores are taken with the stationary rows as M, so p and dlogits, packed, are
 // the A operand of the products that follow: nothing but the streamed tiles goes through shared
 // memory. Seven products instead of the five with atomics: the price of bit-reproducible gradients.
@@ -40,17 +41,22 @@ struct BackwardConfig {
   static constexpr int kStreamedBytes = kCols * kDim * sizeof(T);
   static constexpr int kTilesBytes =
       (kLogits ? 2 : 1) * kStationaryBytes + kStages * 2 * kStreamedBytes;
-  static constexpr int kSharedBytes = kTilesBytes + kStages * kCols * int{sizeof(float2)};
+  static constexpr int kSharedBytes =
+      kTilesBytes + kStages * kCols * int{sizeof(float2) + sizeof(float)};
 };
 
 /// lse in T's unit of logits, and delta. A query without an allowed key, or past the end, gets
 /// +inf: then p = 2^-inf = 0 for every key.
-template <typename T>
+template <typename T, bool kModified>
 __device__ __forceinline__ float2 QueryStatistics(const float* lse, const float* delta, int t,
                                                   int q_len) {
   if (t >= q_len) return {INFINITY, 0};
   const float x = lse[t];
-  return {x == -INFINITY ? INFINITY : kLogitsPerUnit<T> * x, delta[t]};
+  return {x == -INFINITY ? INFINITY : kLogitsPerUnit<T, kModified> * x, delta[t]};
+}
+/// lse_rest in units of log2; `rest`: null for 0.
+__device__ __forceinline__ float QueryRest(const float* rest, int t, int q_len) {
+  return rest && t < q_len ? kLog2E * rest[t] : 0.f;
 }
 
 /// What the queries without an allowed key give to every key of the head, allowed or not: the mean
@@ -81,7 +87,7 @@ __device__ bool DeadRows(const AttentionBackwardArgs& args, const HeadIndex& fir
   return true;
 }
 
-/// kModified: there is a mask, a bias or a wanted dbias, or scale <= 0.
+/// kModified: as IsModified, or dbias is wanted.
 template <typename Config, bool kModified>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attention_backward_kernel(const __grid_constant__ AttentionBackwardArgs args,
@@ -119,25 +125,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       RowPointer(static_cast<const T*>(args.key), args.key_strides, head.batch, head.kv_head, 0);
   const T* value = RowPointer(static_cast<const T*>(args.value), args.value_strides, head.batch,
                               head.kv_head, 0);
-  const int64_t first_row = (head.batch * args.kv_heads * args.groups + head.head) * args.q_len;
+  const int64_t first_row = FirstRow(args, head);
   const float *lse = args.lse + first_row, *delta = args.delta + first_row;
-  int64_t mask_offset = ScoreOffset(args.mask_strides, head);
-  int64_t bias_offset = ScoreOffset(args.bias_strides, head);
+  const float* rest = kModified && args.lse_rest ? args.lse_rest + first_row : nullptr;
+  ScoreOffsets offsets(args, head);
 
   const uint32_t shared_address = SharedAddress(shared);
   const uint32_t stages = shared_address + (Config::kLogits ? 2 : 1) * Config::kStationaryBytes;
   float2* statistics = reinterpret_cast<float2*>(shared + Config::kTilesBytes);
+  float* rests = reinterpret_cast<float*>(statistics + Config::kStages * kCols);
 
   // Streamed rows: `cols_begin` to `cols_end`, for each query head of the group when walking by
-  // keys. A dense dbias has zeros outside the band to be written: then nothing is skipped.
+  // keys. A dense dbias has zeros to be written where nothing is allowed: then none is skipped.
   const Band band(args);
   const int row_count = min(kRows, rows - row0);
   const bool whole_range = kModified && kByQuery && args.dbias;
-  const int cols_begin =
-      whole_range ? 0 : (kByQuery ? band.KeysBegin(row0) : band.QueriesBegin(row0)) / kCols * kCols;
-  const int cols_end = whole_range ? cols
-                       : kByQuery  ? band.KeysEnd(row0, row_count, kv_len)
-                                   : band.QueriesEnd(row0, row_count, q_len);
+  const int2 range = whole_range ? int2{0, cols}
+                     : kByQuery  ? KeysSeen(args, band, offsets, row0, row_count)
+                                 : QueriesSeeing(args, band, offsets, row0, row_count);
+  const int cols_begin = range.x / kCols * kCols, cols_end = range.y;
   const int col_tiles = cols_end > cols_begin ? (cols_end - cols_begin + kCols - 1) / kCols : 0;
   const int64_t iterations = col_tiles * (kByQuery ? int64_t{1} : args.groups);
 
@@ -153,8 +159,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                                     second_stride, cols - col0, v_dim);
   };
   const auto column_statistics = [&](int col0, int64_t group) {
-    return QueryStatistics<T>(lse + group * args.q_len, delta + group * args.q_len,
-                              col0 + static_cast<int>(threadIdx.x), q_len);
+    return QueryStatistics<T, kModified>(lse + group * args.q_len, delta + group * args.q_len,
+                                         col0 + static_cast<int>(threadIdx.x), q_len);
+  };
+  const auto column_rest = [&](int col0, int64_t group) {
+    return QueryRest(rest ? rest + group * args.q_len : nullptr,
+                     col0 + static_cast<int>(threadIdx.x), q_len);
   };
 
   const int64_t first_stride = kByQuery ? args.query_strides.length : args.key_strides.length;
@@ -168,22 +178,30 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   if (iterations > 0) load_streamed(cols_begin, 0, 0);
   CpAsyncCommit();
   float2 row_statistics[kRowTiles][2];
+  [[maybe_unused]] float row_rest[kRowTiles][2];
   if constexpr (kByQuery) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        row_statistics[r][half] =
-            QueryStatistics<T>(lse, delta, warp_row0 + 16 * r + 8 * half + lane / 4, q_len);
+      for (int half = 0; half < 2; ++half) {
+        const int t = warp_row0 + 16 * r + 8 * half + lane / 4;
+        row_statistics[r][half] = QueryStatistics<T, kModified>(lse, delta, t, q_len);
+        if constexpr (kModified) row_rest[r][half] = QueryRest(rest, t, q_len);
+      }
   } else if (iterations > 0 && threadIdx.x < kCols) {
     statistics[threadIdx.x] = column_statistics(cols_begin, 0);
+    if constexpr (kModified) rests[threadIdx.x] = column_rest(cols_begin, 0);
   }
 
   const uint32_t lane_row =
       shared_address + warp_row * Layout::kRowBytes + Layout::LaneOffset(lane);
-  const float factor = kModified ? 1.f : args.scale * kLogitsPerUnit<T>;  // to T's unit
-  float acc[Config::kLogits ? kRowTiles : 1][kDim / 8][4] = {};           // dquery or dkey
-  float acc_value[Config::kWeights ? kRowTiles : 1][kDim / 8][4] = {};    // dvalue
+  // To T's unit, once the maximum is subtracted to that of log2.
+  const float factor = kModified ? 1.f : args.scale * kLogitsPerUnit<T, kModified>;
+  constexpr float kPerUnit = kLog2E / kLogitsPerUnit<T, kModified>;
+  // A tile has room for dbias or for what is behind the cap's slope (kernels.h).
+  [[maybe_unused]] const bool behind_cap = !(kByQuery && args.dbias);
+  float acc[Config::kLogits ? kRowTiles : 1][kDim / 8][4] = {};         // dquery or dkey
+  float acc_value[Config::kWeights ? kRowTiles : 1][kDim / 8][4] = {};  // dvalue
 
   int col0 = cols_begin, stage = 0;
   int64_t group = 0;
@@ -194,10 +212,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const int next_col0 = last_of_group ? cols_begin : col0 + kCols;
     const int64_t next_group = group + last_of_group;
     float2 next_statistics;
+    [[maybe_unused]] float next_rest;
     if (iteration + 1 < iterations) {
       load_streamed(next_col0, next_group, stage ^ 1);
-      if (!kByQuery && threadIdx.x < kCols)
+      if (!kByQuery && threadIdx.x < kCols) {
         next_statistics = column_statistics(next_col0, next_group);
+        if constexpr (kModified) next_rest = column_rest(next_col0, next_group);
+      }
     }
     CpAsyncCommit();
 
@@ -217,26 +238,51 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       const bool whole =
           kByQuery ? col0 + kCols <= kv_len && band.HoldsAll(warp_row0, 16 * kRowTiles, col0, kCols)
                    : band.HoldsAll(col0, kCols, warp_row0, 16 * kRowTiles);
-      ApplyBandMaskBias<T, kByQuery, kModified>(p, args, band, mask_offset, bias_offset, warp_row0,
-                                                col0, whole);
+      // dp, in `dlogits`, less delta, which stands before the slope of the cap.
+      const auto pair_at = [&](int n) {
+        return kByQuery ? float4{}
+                        : *reinterpret_cast<const float4*>(
+                              &statistics[stage * kCols + 8 * n + lane % 4 * 2]);
+      };
+      const auto statistic_of = [&](const float4& pair, int r, int i) {
+        return kByQuery     ? row_statistics[r][i / 2]
+               : i % 2 == 0 ? float2{pair.x, pair.y}
+                            : float2{pair.z, pair.w};
+      };
+      if constexpr (Config::kLogits)
+#pragma unroll
+        for (int n = 0; n < kCols / 8; ++n) {
+          const float4 pair = pair_at(n);
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dlogits[r][n][i] -= statistic_of(pair, r, i).y;
+        }
+      ApplyBandMaskBias<T, kByQuery, kModified>(p, args, band, offsets, warp_row0, col0, whole,
+                                                [&](int r, int n, int i, float slope) {
+                                                  if constexpr (Config::kLogits)
+                                                    if (behind_cap) dlogits[r][n][i] *= slope;
+                                                });
 #pragma unroll
       for (int n = 0; n < kCols / 8; ++n) {
         const int col = 8 * n + lane % 4 * 2;
-        float4 pair = {};
-        if constexpr (!kByQuery)
-          pair = *reinterpret_cast<const float4*>(&statistics[stage * kCols + col]);
+        const float4 pair = pair_at(n);
+        float2 rest_pair = {};
+        if constexpr (kModified && !kByQuery)
+          rest_pair = *reinterpret_cast<const float2*>(&rests[stage * kCols + col]);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float2 statistic = kByQuery     ? row_statistics[r][i / 2]
-                                     : i % 2 == 0 ? float2{pair.x, pair.y}
-                                                  : float2{pair.z, pair.w};
+            const float2 statistic = statistic_of(pair, r, i);
             const float logit = p[r][n][i];
-            p[r][n][i] = Exp2((logit * factor - statistic.x) * (kLog2E / kLogitsPerUnit<T>));
+            float exponent = (logit * factor - statistic.x) * kPerUnit;
+            if constexpr (kModified)
+              exponent -= kByQuery ? row_rest[r][i / 2] : i % 2 == 0 ? rest_pair.x : rest_pair.y;
+            p[r][n][i] = Exp2(exponent);
             if constexpr (Config::kLogits) {
               float& dlogit = dlogits[r][n][i];
-              dlogit = logit == -INFINITY ? 0.f : p[r][n][i] * (dlogit - statistic.y);
+              dlogit = logit == -INFINITY ? 0.f : p[r][n][i] * dlogit;
               if constexpr (kModified && kByQuery) {
                 const int t = warp_row0 + 16 * r + lane / 4 + i / 2 * 8, s = col0 + col + i % 2;
                 if (args.dbias && t < q_len && s < kv_len)
@@ -252,12 +298,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         AccumulateWeighted<T, kDim, kRowTiles, kCols>(acc, dlogits,
                                                       first + Layout::LaneOffsetOfB(lane));
     }
-    if (!kByQuery && iteration + 1 < iterations && threadIdx.x < kCols)
+    if (!kByQuery && iteration + 1 < iterations && threadIdx.x < kCols) {
       statistics[(stage ^ 1) * kCols + threadIdx.x] = next_statistics;
-    if (next_group != group) {
-      mask_offset += args.mask_strides.group;
-      bias_offset += args.bias_strides.group;
+      if constexpr (kModified) rests[(stage ^ 1) * kCols + threadIdx.x] = next_rest;
     }
+    if (next_group != group) offsets.NextOfGroup(args);
     col0 = next_col0;
     group = next_group;
   }
@@ -327,7 +372,7 @@ Status LaunchBackward(const AttentionBackwardArgs& args, const Launch& launch) {
 
 template <typename Config>
 Status LaunchBackward(const AttentionBackwardArgs& args, const Launch& launch) {
-  return args.mask || args.bias || (Config::kByQuery && args.dbias) || !(args.scale > 0)
+  return IsModified(args) || (Config::kByQuery && args.dbias)
              ? LaunchBackward<Config, true>(args, launch)
              : LaunchBackward<Config, false>(args, launch);
 }

@@ -1,4 +1,4 @@
-// delta[b,h,t] = sum_e dout * out, which every backward kernel starts from.
+// delta[b,h,t] = sum_e dout * out - dlse, which every backward kernel starts from.
 #include "cuda/attention/kernels.h"
 #include "cuda/attention/problem.cuh"
 #include "cuda/core/vector.cuh"
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   sum = WarpAllReduce<Add>(sum, kLanes);
-  if (row < rows && lane == 0) args.delta[row] = sum;
+  if (row < rows && lane == 0) args.delta[row] = args.dlse ? sum - args.dlse[row] : sum;
 }
 
 template <typename T, int kLanes, int kElements>

@@ -40,8 +40,7 @@ __device__ void MeanOfValues(const AttentionForwardArgs& args, const T* value, f
   }
 }
 
-/// kModified: there is a mask or a bias, or scale <= 0, so that scores are brought to their final
-/// value before the maximum is taken. Otherwise scale is folded into the exponent.
+/// kModified: as IsModified.
 template <typename Config, bool kModified>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     attention_forward_kernel(const __grid_constant__ AttentionForwardArgs args) {
@@ -66,8 +65,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const T* value = RowPointer(static_cast<const T*>(args.value), args.value_strides, head.batch,
                               head.kv_head, 0);
   const int qk_dim = static_cast<int>(args.qk_dim), v_dim = static_cast<int>(args.v_dim);
-  const int64_t mask_offset = ScoreOffset(args.mask_strides, head);
-  const int64_t bias_offset = ScoreOffset(args.bias_strides, head);
+  const ScoreOffsets offsets(args, head);
 
   const uint32_t query_tile = SharedAddress(shared);
   const uint32_t stages = query_tile + Config::kQueryBytes;
@@ -81,15 +79,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   };
 
   const Band band(args);
-  const int s_begin = band.KeysBegin(t0) / kCols * kCols;
-  const int s_end = band.KeysEnd(t0, min(kRows, q_len - t0), kv_len);
+  const int2 seen = KeysSeen(args, band, offsets, t0, min(kRows, q_len - t0));
+  const int s_begin = seen.x / kCols * kCols, s_end = seen.y;
   LoadTile<kRows, kDim, kThreads>(query_tile, query, args.query_strides.length, q_len - t0, qk_dim);
   if (s_begin < s_end) load_keys(s_begin, 0);
   CpAsyncCommit();
 
   const uint32_t lane_query = query_tile + warp_row * Layout::kRowBytes + Layout::LaneOffset(lane);
   // What takes a score, as the loop below leaves it, to units of log2.
-  const float factor = kModified ? kLog2E / kLogitsPerUnit<T> : args.scale * kLog2E;
+  const float factor = kModified ? kLog2E : args.scale * kLog2E;
   float acc[kRowTiles][kDim / 8][4] = {};
   float max[kRowTiles][2], sum[kRowTiles][2] = {};  // of this lane's rows; sum over its columns
 #pragma unroll
@@ -107,8 +105,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     MultiplyByRows<T, kDim, kRowTiles, kCols>(scores, lane_query,
                                               key_tile + Layout::LaneOffsetByColumn(lane));
     const bool whole = s0 + kCols <= kv_len && band.HoldsAll(warp_t0, 16 * kRowTiles, s0, kCols);
-    ApplyBandMaskBias<T, true, kModified>(scores, args, band, mask_offset, bias_offset, warp_t0, s0,
-                                          whole);
+    ApplyBandMaskBias<T, true, kModified>(scores, args, band, offsets, warp_t0, s0, whole,
+                                          [](auto...) {});
 
     // Online softmax: scores become weights 2^(score - max); what was summed before decays.
 #pragma unroll
@@ -123,8 +121,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 2));
         const float shift = row_max == -INFINITY ? 0.f : row_max;  // no -inf - -inf
         const auto weight = [&](float score) {
-          return Exp2(kSubtractFirst<T> ? (score - shift) * factor
-                                        : score * factor - shift * factor);
+          return Exp2(kSubtractFirst<T, kModified> ? (score - shift) * factor
+                                                   : score * factor - shift * factor);
         };
         const float decay = weight(max[r][half]);
         max[r][half] = row_max;
@@ -167,10 +165,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       dead = dead || row_sum == 0;
       if (lane % 4 == 0) {
         const float row_max = max[r][half];  // shifted as above, so that its rounding cancels
-        args.lse[(head.batch * args.kv_heads * args.groups + head.head) * args.q_len + t] =
-            row_sum == 0        ? -INFINITY
-            : kSubtractFirst<T> ? row_max * (kModified ? 1.f : args.scale) + logf(row_sum)
-                                : kLn2 * (row_max * factor + log2f(row_sum));
+        const int64_t row = FirstRow(args, head) + t;
+        if constexpr (kSubtractFirst<T, kModified>) {
+          WriteLse(args, row, row_sum == 0, row_max * (kModified ? 1.f : args.scale),
+                   logf(row_sum));
+        } else {
+          args.lse[row] = row_sum == 0 ? -INFINITY : kLn2 * (row_max * factor + log2f(row_sum));
+          args.lse_rest[row] = 0;
+        }
       }
     }
 
@@ -208,8 +210,8 @@ Status LaunchForward(const AttentionForwardArgs& args, const Launch& launch) {
 
 template <typename Config>
 Status LaunchForward(const AttentionForwardArgs& args, const Launch& launch) {
-  return args.mask || args.bias || !(args.scale > 0) ? LaunchForward<Config, true>(args, launch)
-                                                     : LaunchForward<Config, false>(args, launch);
+  return IsModified(args) ? LaunchForward<Config, true>(args, launch)
+                          : LaunchForward<Config, false>(args, launch);
 }
 
 }  // namespace zenith::attention

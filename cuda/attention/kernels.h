@@ -11,7 +11,7 @@ Status NaiveForward(const AttentionForwardArgs& args, const Launch& launch);
 /// Expects `delta` filled.
 Status NaiveBackward(const AttentionBackwardArgs& args, const Launch& launch);
 
-/// delta[b,h,t] = sum_e dout * out, any dtype.
+/// delta[b,h,t] = sum_e dout * out - dlse, any dtype.
 Status RowDelta(const AttentionBackwardArgs& args, const Launch& launch);
 
 /// Tensor cores, for the problems that FitsTensorCores (cuda/attention.cu) admits. The name says
@@ -21,7 +21,8 @@ Status ForwardD64(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD128(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD256(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardF32(const AttentionForwardArgs& args, const Launch& launch);
-/// dquery, and dbias if wanted. These and the following expect `delta` filled.
+/// dquery, and dbias if wanted; where there is a softcap too, dbias alone. These and the following
+/// expect `delta` filled.
 Status DqueryD64(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD128(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD256(const AttentionBackwardArgs& args, const Launch& launch);

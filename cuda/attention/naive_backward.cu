@@ -14,17 +14,19 @@ constexpr int kFeaturesPerPass = kFeaturesPerLane * kWarpSize;
 template <typename T>
 struct Head {
   const T *query, *key, *value, *dout;
-  const float *lse, *delta;
-  int64_t mask_offset, bias_offset;
+  const float *lse, *lse_rest, *delta;  // lse_rest: null for 0
+  HeadIndex index;
+  int64_t bias_offset;
 
   __device__ Head(const AttentionBackwardArgs& a, const HeadIndex& i)
       : query(RowPointer(static_cast<const T*>(a.query), a.query_strides, i.batch, i.head, 0)),
         key(RowPointer(static_cast<const T*>(a.key), a.key_strides, i.batch, i.kv_head, 0)),
         value(RowPointer(static_cast<const T*>(a.value), a.value_strides, i.batch, i.kv_head, 0)),
         dout(RowPointer(static_cast<const T*>(a.dout), a.out_strides, i.batch, i.head, 0)),
-        lse(a.lse + (i.batch * a.kv_heads * a.groups + i.head) * a.q_len),
-        delta(a.delta + (i.batch * a.kv_heads * a.groups + i.head) * a.q_len),
-        mask_offset(ScoreOffset(a.mask_strides, i)),
+        lse(a.lse + FirstRow(a, i)),
+        lse_rest(a.lse_rest ? a.lse_rest + FirstRow(a, i) : nullptr),
+        delta(a.delta + FirstRow(a, i)),
+        index(i),
         bias_offset(ScoreOffset(a.bias_strides, i)) {}
 };
 
@@ -36,25 +38,26 @@ __device__ float Dot(const T* a, const T* b, int64_t size) {
 }
 
 struct Weights {
-  float p, dlogit;
+  float p, dlogit, dproduct;  // the last without the scale
 };
 
-/// p and dlogits of score (t, s), which must lie in the band; zeros where the mask forbids it.
+/// The weights of score (t, s), which must lie in the band; zeros where it is forbidden.
 template <typename T>
 __device__ Weights WeightsAt(const AttentionBackwardArgs& a, const Head<T>& h, int64_t t,
                              int64_t s) {
-  if (a.mask && !a.mask[h.mask_offset + t * a.mask_strides.query + s * a.mask_strides.key])
-    return {0, 0};
+  if (!IsAllowed(a, h.index, t, s)) return {0, 0, 0};
   const float lse = h.lse[t];
-  if (lse == -INFINITY && a.masked_row == MaskedRow::kMean) return {0, 0};  // see dead rows below
-  float logit = a.scale * Dot(h.query + t * a.query_strides.length,
-                              h.key + s * a.key_strides.length, a.qk_dim);
+  if (lse == -INFINITY && a.masked_row == MaskedRow::kMean) return {0, 0, 0};  // dead rows: below
+  const Capped capped = Cap(a, a.scale * Dot(h.query + t * a.query_strides.length,
+                                             h.key + s * a.key_strides.length, a.qk_dim));
+  float logit = capped.logit;
   if (a.bias)
     logit += LoadBias(a, h.bias_offset + t * a.bias_strides.query + s * a.bias_strides.key);
-  const float p = expf(logit - lse);
+  const float p = expf(logit - lse - (h.lse_rest ? h.lse_rest[t] : 0.f));
   const float dp =
       Dot(h.dout + t * a.out_strides.length, h.value + s * a.value_strides.length, a.v_dim);
-  return {p, p * (dp - h.delta[t])};
+  const float dlogit = p * (dp - h.delta[t]);
+  return {p, dlogit, dlogit * capped.slope};
 }
 
 /// acc[i] += weight * row[first + 32 i + lane]
@@ -76,7 +79,7 @@ __device__ void Store(T* row, const float (&acc)[kFeaturesPerLane], float factor
   }
 }
 
-/// dquery[t] = scale * sum_s dlogits[t, s] * key[s], and dbias[t, :] = dlogits[t, :].
+/// dquery[t] = scale * sum_s dproducts[t, s] * key[s], and dbias[t, :] = dlogits[t, :].
 template <typename T>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     attention_naive_dquery_kernel(const __grid_constant__ AttentionBackwardArgs args) {
@@ -96,11 +99,11 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     float acc[kFeaturesPerLane] = {};
     for (int64_t s0 = keys.begin; s0 < keys.end; s0 += kWarpSize) {
       const int64_t s = s0 + lane;
-      const float dlogit =
-          s >= band.begin && s < band.end ? WeightsAt(args, head, t, s).dlogit : 0.f;
-      if (dbias && first_feature == 0 && s < args.kv_len) dbias[s] = dlogit;
+      Weights weights{0, 0, 0};
+      if (s >= band.begin && s < band.end) weights = WeightsAt(args, head, t, s);
+      if (dbias && first_feature == 0 && s < args.kv_len) dbias[s] = weights.dlogit;
       for (int j = 0; j < kWarpSize; ++j) {
-        const float w = __shfl_sync(kAllLanes, dlogit, j);
+        const float w = __shfl_sync(kAllLanes, weights.dproduct, j);
         if (w == 0) continue;  // not allowed or no key at all
         Accumulate(acc, w, head.key + (s0 + j) * args.key_strides.length, first_feature,
                    args.qk_dim);
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   } while (first_feature < args.qk_dim);
 }
 
-/// dvalue[s] = sum_{group, t} p[t, s] * dout[t];  dkey[s] = scale * sum dlogits[t, s] * query[t].
+/// dvalue[s] = sum_{group, t} p[t, s] * dout[t];  dkey[s] = scale * sum dproducts[t, s] * query[t].
 /// A dead row (lse == -inf) weighs on every key, allowed or not: 1/kv_len in dvalue under kMean,
 /// NaN in both under kNan. So the walk goes over all queries, not only those in the band.
 template <typename T>
@@ -137,19 +140,20 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
       const Head<T> head(args, {batch, kv_head * args.groups + group, kv_head, group});
       for (int64_t t0 = 0; t0 < args.q_len; t0 += kWarpSize) {
         const int64_t t = t0 + lane;
-        Weights weights{0, 0};
+        Weights weights{0, 0, 0};
         if (t < args.q_len && head.lse[t] == -INFINITY)
-          weights = mean ? Weights{1.f / static_cast<float>(args.kv_len), 0} : Weights{NAN, NAN};
+          weights =
+              mean ? Weights{1.f / static_cast<float>(args.kv_len), 0, 0} : Weights{NAN, NAN, NAN};
         else if (t >= band.begin && t < band.end)
           weights = WeightsAt(args, head, t, s);
         for (int j = 0; j < kWarpSize; ++j) {
           const float p = __shfl_sync(kAllLanes, weights.p, j);
-          const float dlogit = __shfl_sync(kAllLanes, weights.dlogit, j);
+          const float dproduct = __shfl_sync(kAllLanes, weights.dproduct, j);
           if (p != 0)
             Accumulate(acc_value, p, head.dout + (t0 + j) * args.out_strides.length, first,
                        args.v_dim);
-          if (dlogit != 0)
-            Accumulate(acc_key, dlogit, head.query + (t0 + j) * args.query_strides.length, first,
+          if (dproduct != 0)
+            Accumulate(acc_key, dproduct, head.query + (t0 + j) * args.query_strides.length, first,
                        args.qk_dim);
         }
       }

@@ -40,7 +40,6 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   const T* value = RowPointer(static_cast<const T*>(args.value), args.value_strides, head.batch,
                               head.kv_head, 0);
   T* out = RowPointer(static_cast<T*>(args.out), args.out_strides, head.batch, head.head, t);
-  const int64_t mask_row = ScoreOffset(args.mask_strides, head) + t * args.mask_strides.query;
   const int64_t bias_row = ScoreOffset(args.bias_strides, head) + t * args.bias_strides.query;
   const Range keys = KeysInBand(args, t, t);
 
@@ -52,11 +51,11 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     for (int64_t s0 = keys.begin; s0 < keys.end; s0 += kWarpSize) {
       const int64_t s = s0 + lane;
       float logit = -INFINITY;
-      if (s < keys.end && (!args.mask || args.mask[mask_row + s * args.mask_strides.key])) {
+      if (s < keys.end && IsAllowed(args, head, t, s)) {
         float dot = 0;
         const T* key_row = key + s * args.key_strides.length;
         for (int64_t d = 0; d < args.qk_dim; ++d) dot += ToFloat(query[d]) * ToFloat(key_row[d]);
-        logit = args.scale * dot;
+        logit = Cap(args, args.scale * dot).logit;
         if (args.bias) logit += LoadBias(args, bias_row + s * args.bias_strides.key);
       }
       const float new_max = fmaxf(max, WarpAllReduce<Max>(logit));
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
 
   const bool dead = sum == 0;  // else sum >= 1, the weight of the largest logit, or NaN
   if (dead && args.masked_row == MaskedRow::kMean) WriteMean(args, value, out, lane);
-  if (lane == 0) args.lse[row] = dead ? -INFINITY : max + logf(sum);
+  if (lane == 0) WriteLse(args, row, dead, max, logf(sum));
 }
 
 }  // namespace

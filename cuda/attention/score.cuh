@@ -1,9 +1,12 @@
-// From the products of query and key to logits: scale, bias, mask and band, on a warp's tile of
-// scores as mma.sync leaves it. The same for both directions of walking: rows may be queries and
-// columns keys, or the other way round.
+// From the products of query and key to logits: scale, cap, bias, mask, interval, segments and
+// band, on a warp's tile of scores as mma.sync leaves it. The same for both directions of walking:
+// rows may be queries and columns keys, or the other way round.
 #pragma once
 
+#include <climits>
+
 #include "cuda/attention/tile.cuh"
+#include "cuda/core/math.cuh"
 
 namespace zenith::attention {
 
@@ -39,6 +42,65 @@ struct Band {
     return static_cast<int>(x < -bound ? -bound : x > bound ? bound : x);
   }
 };
+
+/// Where the scores of one head start in the tensors that are broadcast to them.
+struct ScoreOffsets {
+  int64_t mask, bias, interval, query_segments, key_segments;
+
+  __device__ ScoreOffsets(const AttentionProblem& p, const HeadIndex& head)
+      : mask(ScoreOffset(p.mask_strides, head)),
+        bias(ScoreOffset(p.bias_strides, head)),
+        interval(ScoreOffset(p.interval_strides, head)),
+        query_segments(ScoreOffset(p.query_segments_strides, head)),
+        key_segments(ScoreOffset(p.key_segments_strides, head)) {}
+
+  __device__ void NextOfGroup(const AttentionProblem& p) {
+    mask += p.mask_strides.group;
+    bias += p.bias_strides.group;
+    interval += p.interval_strides.group;
+  }
+};
+
+/// Keys that band and interval allow to at least one of queries [t, t + queries); empty if y <= x.
+/// The whole warp.
+__device__ inline int2 KeysSeen(const AttentionProblem& p, const Band& band,
+                                const ScoreOffsets& offsets, int t, int queries) {
+  int2 keys{band.KeysBegin(t), band.KeysEnd(t, queries, static_cast<int>(p.kv_len))};
+  if (!p.interval) return keys;
+  int begin = INT_MAX, end = 0;
+  const int count = p.interval_strides.query == 0 ? 1 : queries;
+  for (int i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
+    const int2 interval = LoadInterval(p, offsets.interval, t + i);
+    if (interval.x >= interval.y) continue;
+    begin = min(begin, interval.x), end = max(end, interval.y);
+  }
+  return {max(keys.x, __reduce_min_sync(kAllLanes, begin)),
+          min(keys.y, __reduce_max_sync(kAllLanes, end))};
+}
+
+/// Queries, of any head of the group that starts at `offsets`, to which band and interval allow at
+/// least one of keys [s, s + keys), and perhaps others between them; empty if y <= x. The whole
+/// warp.
+__device__ inline int2 QueriesSeeing(const AttentionProblem& p, const Band& band,
+                                     const ScoreOffsets& offsets, int s, int keys) {
+  const int2 queries{band.QueriesBegin(s), band.QueriesEnd(s, keys, static_cast<int>(p.q_len))};
+  if (!p.interval) return queries;
+  int begin = INT_MAX, end = 0;
+  const int groups = p.interval_strides.group == 0 ? 1 : static_cast<int>(p.groups);
+  const bool all_alike = p.interval_strides.query == 0;
+  for (int group = 0; group < groups; ++group) {
+    const int64_t offset = offsets.interval + group * p.interval_strides.group;
+#pragma unroll 4
+    for (int t = queries.x + static_cast<int>(threadIdx.x) % kWarpSize; t < queries.y;
+         t += all_alike ? queries.y : kWarpSize) {
+      const int2 interval = LoadInterval(p, offset, t);
+      if (max(interval.x, s) >= min(interval.y, s + keys)) continue;
+      begin = min(begin, t), end = max(end, t + 1);
+    }
+  }
+  begin = __reduce_min_sync(kAllLanes, begin), end = __reduce_max_sync(kAllLanes, end);
+  return all_alike && begin < end ? queries : int2{begin, end};
+}
 
 /// A broadcast (query, key) tensor of one head, seen as rows and columns of the score tile.
 struct ScoreTensor {
@@ -121,20 +183,21 @@ __device__ __forceinline__ void ForEachScore(float (&scores)[kRowTiles][kColTile
 /// The unit of a logit once scale and bias are applied. For 16-bit types log2, so that 2^x follows
 /// with nothing between. float32 keeps the natural logarithm and multiplies after the maximum or
 /// lse is subtracted: at logits of 100, rounding before costs 1e-5 of p, ten times float32's rest.
-template <typename T>
-inline constexpr bool kSubtractFirst = sizeof(T) == 4;
-template <typename T>
-inline constexpr float kLogitsPerUnit = kSubtractFirst<T> ? 1.f : kLog2E;
+/// So does kModified: a bias of -1e9 or the lowest float32 has no counterpart in units of log2.
+template <typename T, bool kModified>
+inline constexpr bool kSubtractFirst = kModified || sizeof(T) == 4;
+template <typename T, bool kModified>
+inline constexpr float kLogitsPerUnit = kSubtractFirst<T, kModified> ? 1.f : kLog2E;
 
-/// Scores become logits in T's unit, -inf where not allowed. Without kModified (no mask, no
-/// bias, scale > 0) the scale is left to the caller's exponent, and only the band is applied.
-/// `row0`, `col0`: of the warp's tile. `whole`: every score of the tile is inside the band and the
-/// tensors. `mask_offset`, `bias_offset`: of the head.
-template <typename T, bool kByQuery, bool kModified, int kRowTiles, int kColTiles>
+/// Scores become logits in T's unit, -inf where not allowed. Without kModified the scale is left to
+/// the caller's exponent, and only the band is applied. `row0`, `col0`: of the warp's tile.
+/// `whole`: every score of the tile is inside the band and the tensors. `on_slope(r, n, i, slope)`
+/// is told the derivative of each logit that is capped.
+template <typename T, bool kByQuery, bool kModified, int kRowTiles, int kColTiles, typename OnSlope>
 __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kColTiles][4],
                                                   const AttentionProblem& p, const Band& band,
-                                                  int64_t mask_offset, int64_t bias_offset,
-                                                  int row0, int col0, bool whole) {
+                                                  const ScoreOffsets& offsets, int row0, int col0,
+                                                  bool whole, OnSlope on_slope) {
   const int lane = threadIdx.x % kWarpSize;
   const LaneOrigin origin{row0 + lane / 4, col0 + lane % 4 * 2};
   const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
@@ -143,17 +206,29 @@ __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kCo
       return kByQuery ? ScoreTensor{strides.query, strides.key, q_len, kv_len}
                       : ScoreTensor{strides.key, strides.query, kv_len, q_len};
     };
-    const float scale = p.scale * kLogitsPerUnit<T>;
+    const bool capped = p.softcap > 0;
+    const float scale = capped ? p.scale / p.softcap : p.scale;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
       for (int n = 0; n < kColTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[r][n][i] *= scale;
+    if (capped)
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < kColTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float tanh = Tanh<T>(scores[r][n][i]);
+            scores[r][n][i] = p.softcap * tanh;
+            on_slope(r, n, i, 1.f - tanh * tanh);
+          }
     if (p.bias) {
       const auto add = [&]<typename E>(const E* bias) {
-        ForEachScore(scores, bias + bias_offset, tensor(p.bias_strides), origin,
-                     [](float& score, E value) { score += kLogitsPerUnit<T> * ToFloat(value); });
+        ForEachScore(scores, bias + offsets.bias, tensor(p.bias_strides), origin,
+                     [](float& score, E value) { score += ToFloat(value); });
       };
       if (p.bias_dtype == DType::kF16)
         add(static_cast<const __half*>(p.bias));
@@ -163,9 +238,54 @@ __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kCo
         add(static_cast<const float*>(p.bias));
     }
     if (p.mask)
-      ForEachScore(scores, reinterpret_cast<const uint8_t*>(p.mask) + mask_offset,
+      ForEachScore(scores, reinterpret_cast<const uint8_t*>(p.mask) + offsets.mask,
                    tensor(p.mask_strides), origin,
                    [](float& score, uint8_t allowed) { score = allowed ? score : -INFINITY; });
+    // Calls f(score, row of the tile, column) for each of the lane's scores.
+    const auto for_each = [&](auto f) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < kColTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) f(scores[r][n][i], 2 * r + i / 2, 2 * n + i % 2);
+    };
+    constexpr int kRowsOfLane = 2 * kRowTiles, kColsOfLane = 2 * kColTiles;
+    constexpr int kQueriesOfLane = kByQuery ? kRowsOfLane : kColsOfLane;
+    const auto row_at = [&](int i) { return origin.row + 8 * i; };
+    const auto col_at = [&](int i) { return origin.col + 8 * (i / 2) + i % 2; };
+    if (p.interval) {
+      int2 keys[kQueriesOfLane];
+#pragma unroll
+      for (int i = 0; i < kQueriesOfLane; ++i)
+        keys[i] =
+            LoadInterval(p, offsets.interval, min(kByQuery ? row_at(i) : col_at(i), q_len - 1));
+      for_each([&](float& score, int row, int col) {
+        const int2 allowed = keys[kByQuery ? row : col];
+        const int s = kByQuery ? col_at(col) : row_at(row);
+        score = s >= allowed.x && s < allowed.y ? score : -INFINITY;
+      });
+    }
+    if (p.query_segments) {
+      const auto query_segment = [&](int t) {
+        return p.query_segments[offsets.query_segments +
+                                min(t, q_len - 1) * p.query_segments_strides.query];
+      };
+      const auto key_segment = [&](int s) {
+        return p
+            .key_segments[offsets.key_segments + min(s, kv_len - 1) * p.key_segments_strides.key];
+      };
+      int rows[kRowsOfLane], cols[kColsOfLane];
+#pragma unroll
+      for (int i = 0; i < kRowsOfLane; ++i)
+        rows[i] = kByQuery ? query_segment(row_at(i)) : key_segment(row_at(i));
+#pragma unroll
+      for (int i = 0; i < kColsOfLane; ++i)
+        cols[i] = kByQuery ? key_segment(col_at(i)) : query_segment(col_at(i));
+      for_each([&](float& score, int row, int col) {
+        score = rows[row] == cols[col] ? score : -INFINITY;
+      });
+    }
   }
   if (whole) return;
 #pragma unroll

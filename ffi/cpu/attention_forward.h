@@ -142,6 +142,7 @@ class ForwardRows {
       // Allowed logits that are all -inf: 0 / 0 here, and NaN in lse, which tells the backward
       // pass.
       factor[r] = sum_[r] == 0.0f ? kNaN : 1.0f / sum_[r];
+      p.lse_rest[block_.flat(p, r)] = 0.0f;
       p.lse[block_.flat(p, r)] = masked[r]         ? -kInfinity
                                  : sum_[r] == 0.0f ? kNaN
                                                    : (max_[r] + __builtin_log2f(sum_[r])) * kLn2;

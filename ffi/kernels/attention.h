@@ -66,17 +66,22 @@ struct AttentionProblem {
 /// Softmax and products accumulate in float32 whatever `dtype`.
 /// out: `out_strides`, dtype. lse: dense (batch, head, t), float32: log-sum-exp of the allowed
 /// logits (natural logarithm), -inf for a row without an allowed key, whatever `masked_row`. kv_len
-/// == 0 counts as rows without an allowed key; kMean is then NaN too. Fully overwrites out and lse.
+/// == 0 counts as rows without an allowed key; kMean is then NaN too. Fully overwrites its results.
 /// Bit-reproducible.
+///
+/// lse_rest: what lse lacks of the log-sum-exp, dense (batch, head, t), float32. A finite bias that
+/// masks all keys of a row moves their logits to -1e9, say, where float32 has no digits left for
+/// the logarithm of their number: it is here. Kernels that take no bias write 0, and so do the
+/// CPU's, whose backward pass sums such rows again.
 struct AttentionForwardArgs : AttentionProblem {
   void* out;
-  float* lse;
+  float *lse, *lse_rest;
 };
 Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch);
 
 /// Cotangents of the above. dout and out use `out_strides`, dquery `query_strides`, and so on; lse
-/// as above.
-///   delta[b,h,t] = sum_e dout * out - dlse;  p = exp(logits - lse);  dp = dout . value
+/// and lse_rest as above.
+///   delta[b,h,t] = sum_e dout * out - dlse;  p = exp(logits - lse - lse_rest);  dp = dout . value
 ///   dlogits = p * (dp - delta);  dbias = dlogits;  dproducts = scale * dlogits * cap'
 ///   dquery = dproducts . key;  dkey = dproducts^T . query;  dvalue = p^T . dout, the last two
 ///   summed over the group of query heads that share a kv head
@@ -86,8 +91,8 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch);
 /// Deterministic: no atomics.
 struct AttentionBackwardArgs : AttentionProblem {
   const void *out, *dout;
-  const float* lse;
-  const float* dlse;  // dense (batch, head, t); null for 0. Finite
+  const float *lse, *lse_rest;  // null for a rest of 0
+  const float* dlse;            // dense (batch, head, t); null for 0. Finite
   float* delta;
   void *dquery, *dkey, *dvalue;
   float* dbias = nullptr;

@@ -13,6 +13,7 @@
 //   |want| counts as at least a tenth of the tensor's root mean square of rows: a row whose terms
 //     cancel by chance, or that 16-bit p underflows in, is not held to its own size.
 #include <algorithm>
+#include <limits>
 
 #include "cuda/attention/kernels.h"
 #include "tests/cuda/harness.cuh"
@@ -29,6 +30,11 @@ struct Problem {
   /// third query is allowed no key; 't': the key axis is not the innermost in memory.
   std::string mask = "", bias = "";
   DType bias_dtype = DType::kF32;
+  float fill = 0;             // if not 0: the bias of all keys of every third query
+  float softcap = 0;          // 0: none
+  bool lse_used = false;      // lse has a cotangent
+  std::string interval = "";  // a digit per axis of (batch, kv_head, group, query)
+  bool segments = false;
   bool length_first = false;  // (batch, length, head, feature) in memory, else head before length
   float scale = NAN;          // NaN: 1 / sqrt(qk_dim)
   double amplitude = 1;       // of query, key and value
@@ -50,6 +56,11 @@ struct Problem {
     }
     if (!mask.empty()) s += " mask " + mask;
     if (!bias.empty()) s += " bias " + bias + " " + Name(bias_dtype);
+    if (fill != 0) s += " fill " + std::to_string(fill);
+    if (softcap != 0) s += " cap " + std::to_string(softcap);
+    if (lse_used) s += " dlse";
+    if (!interval.empty()) s += " interval " + interval;
+    if (segments) s += " segments";
     if (masked_row == MaskedRow::kNan) s += " nan";
     if (length_first) s += " bthd";
     if (!std::isnan(scale)) s += " scale " + std::to_string(scale);
@@ -93,6 +104,33 @@ std::vector<char> RandomMask(Random& random, const Problem& p, const ScoreLayout
   return mask;
 }
 
+Array Integers(const std::vector<int32_t>& values) {
+  std::vector<char> bytes(values.size() * sizeof(int32_t));
+  std::memcpy(bytes.data(), values.data(), bytes.size());
+  return Array(bytes);
+}
+
+/// Bounds in any place, some behind the keys, some intervals empty.
+Array RandomIntervals(Random& random, const Problem& p, int64_t size) {
+  std::vector<int32_t> bounds;
+  const auto up_to = [&](int64_t end) {
+    return static_cast<int32_t>(std::fabs(random.Normals(1, static_cast<double>(end) / 2)[0]));
+  };
+  for (int64_t i = 0; i < size / 2; ++i) {
+    bounds.push_back(up_to(p.kv_len) / 2 - 3);
+    bounds.push_back(bounds.back() + up_to(p.kv_len) - 2);
+  }
+  return Integers(bounds);
+}
+
+/// Three runs of a number each over `length` positions, and at times another between them.
+Array RandomSegments(Random& random, int64_t batch, int64_t length) {
+  std::vector<int32_t> segments;
+  for (int64_t i = 0; i < batch * length; ++i)
+    segments.push_back(random.Chance(0.02) ? -1 : static_cast<int32_t>(i % length * 3 / length));
+  return Integers(segments);
+}
+
 std::vector<double> RowNorms(const std::vector<float>& values, int64_t cols) {
   std::vector<double> norms;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -131,9 +169,9 @@ void CompareRows(Report& report, const char* family, const char* what, const Arr
   report.Add(family, what, worst);
 }
 
-/// delta[b,h,t] = sum_e dout * out in float64.
-std::vector<float> Delta(const Problem& p, const Array& out, const Array& dout) {
-  const std::vector<float> o = out.Values(), d = dout.Values();
+/// delta[b,h,t] = sum_e dout * out - dlse in float64.
+std::vector<float> Delta(const Problem& p, const Array& out, const Array& dout, const Array& dlse) {
+  const std::vector<float> o = out.Values(), d = dout.Values(), l = dlse.Values();
   const HeadStrides strides = StridesOf(p, p.heads(), p.q_len, p.v_dim);
   std::vector<float> delta;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -144,6 +182,7 @@ std::vector<float> Delta(const Problem& p, const Array& out, const Array& dout) 
         for (int64_t i = row; i < row + p.v_dim; ++i) {
           sum += double{o[static_cast<size_t>(i)]} * d[static_cast<size_t>(i)];
         }
+        if (!l.empty()) sum -= l[delta.size()];
         delta.push_back(static_cast<float>(sum));
       }
     }
@@ -171,6 +210,7 @@ void Test(Report& report, const Problem& p) {
                    ? 1 / std::sqrt(static_cast<float>(std::max<int64_t>(p.qk_dim, 1)))
                    : p.scale;
   args.left = p.left, args.right = p.right, args.masked_row = p.masked_row;
+  args.softcap = p.softcap;
   args.query_strides = StridesOf(p, p.heads(), p.q_len, p.qk_dim);
   args.key_strides = StridesOf(p, p.kv_heads, p.kv_len, p.qk_dim);
   args.value_strides = StridesOf(p, p.kv_heads, p.kv_len, p.v_dim);
@@ -182,11 +222,31 @@ void Test(Report& report, const Problem& p) {
     args.mask = mask.data<bool>();
     args.mask_strides = layout.strides;
   }
+  Array interval, query_segments, key_segments;
+  if (!p.interval.empty()) {
+    Problem bounds = p;
+    bounds.kv_len = 2;
+    const ScoreLayout layout(bounds, p.interval + "1");
+    interval = RandomIntervals(random, p, layout.size);
+    args.interval = interval.data<int32_t>();
+    args.interval_strides = layout.strides;
+  }
+  if (p.segments) {
+    query_segments = RandomSegments(random, p.batch, p.q_len);
+    key_segments = RandomSegments(random, p.batch, p.kv_len);
+    args.query_segments = query_segments.data<int32_t>();
+    args.key_segments = key_segments.data<int32_t>();
+    args.query_segments_strides = {.batch = p.q_len, .query = 1};
+    args.key_segments_strides = {.batch = p.kv_len, .key = 1};
+  }
   double largest_bias = 0;
   if (!p.bias.empty()) {
     const ScoreLayout layout(p, p.bias);
-    bias = Array(p.bias_dtype, random.Normals(layout.size, 1, 5));
-    for (const float term : bias.Values()) largest_bias = std::fmax(largest_bias, std::fabs(term));
+    std::vector<float> terms = random.Normals(layout.size, 1, 5);
+    for (const float term : terms) largest_bias = std::fmax(largest_bias, std::fabs(term));
+    for (size_t i = 0; p.fill != 0 && i < terms.size(); ++i)
+      if (static_cast<int64_t>(i) / layout.strides.query % p.q_len % 3 == 0) terms[i] = p.fill;
+    bias = Array(p.bias_dtype, terms);
     args.bias = bias.data();
     args.bias_dtype = p.bias_dtype;
     args.bias_strides = layout.strides;
@@ -205,28 +265,42 @@ void Test(Report& report, const Problem& p) {
                           2 * kFloatRoundoff * (16 + 2 * std::sqrt(terms) + 4 * logit);
   const double noise = 2 * kFloatRoundoff * 16 * dy * v;  // of dlogits
 
-  Array out(p.dtype, queries * p.v_dim, p.offset), lse(DType::kF32, queries);
-  Array want_out(p.dtype, queries * p.v_dim, p.offset), want_lse(DType::kF32, queries);
+  Array out(p.dtype, queries * p.v_dim, p.offset), want_out(p.dtype, queries * p.v_dim, p.offset);
+  Array lse(DType::kF32, queries), want_lse(DType::kF32, queries);
+  Array rest(DType::kF32, queries), want_rest(DType::kF32, queries);
   AttentionForwardArgs forward{}, naive{};
   static_cast<AttentionProblem&>(forward) = args;
   naive = forward;
   forward.out = out.data(), forward.lse = lse.data<float>();
+  forward.lse_rest = rest.data<float>();
   naive.out = want_out.data(), naive.lse = want_lse.data<float>();
-  RunOracle(report, "forward", {&want_out, &want_lse},
+  naive.lse_rest = want_rest.data<float>();
+  RunOracle(report, "forward", {&want_out, &want_lse, &want_rest},
             [&](Launch l) { return attention::NaiveForward(naive, l); });
-  RunTwice(report, "forward", {&out, &lse}, [&](Launch l) { return AttentionForward(forward, l); });
+  RunTwice(report, "forward", {&out, &lse, &rest},
+           [&](Launch l) { return AttentionForward(forward, l); });
   CompareRows(report, "attention forward", "out", out, want_out, p.v_dim, relative, 0);
-  report.Compare("attention forward", "lse", lse, want_lse,
-                 [&](int64_t) { return 2 * kFloatRoundoff * (16 + 4 * logit); });
+  const std::vector<float> lse_values = want_lse.Values();
+  report.Compare("attention forward", "lse", lse, want_lse, [&](int64_t i) {
+    return 2 * kFloatRoundoff *
+           (16 + 4 * logit + std::fabs(double{lse_values[static_cast<size_t>(i)]}));
+  });
+  if (p.fill != 0)
+    report.Compare("attention forward", "lse_rest", rest, want_rest,
+                   [&](int64_t) { return 2 * kFloatRoundoff * (32 + 4 * logit); });
 
   // Both kernels get the naive out and lse. Each has its own delta: the naive ones' is float64's.
+  Array dlse;
+  if (p.lse_used) dlse = Array(DType::kF32, random.Normals(queries));
   Array delta(DType::kF32, queries);
-  Array want_delta(DType::kF32, Delta(p, want_out, dout));
+  Array want_delta(DType::kF32, Delta(p, want_out, dout, dlse));
   Array dquery(p.dtype, query.size(), p.offset), want_dquery(p.dtype, query.size(), p.offset);
   Array dkey(p.dtype, key.size(), p.offset), want_dkey(p.dtype, key.size(), p.offset);
   Array dvalue(p.dtype, value.size(), p.offset), want_dvalue(p.dtype, value.size(), p.offset);
   args.out = want_out.data(), args.dout = dout.data(), args.lse = want_lse.data<float>();
-  args.delta = delta.data<float>(), args.dbias = dbias.data<float>();
+  if (!p.bias.empty()) args.lse_rest = want_rest.data<float>();
+  args.dlse = dlse.data<float>(), args.delta = delta.data<float>(),
+  args.dbias = dbias.data<float>();
   args.dquery = dquery.data(), args.dkey = dkey.data(), args.dvalue = dvalue.data();
   AttentionBackwardArgs oracle = args;
   oracle.delta = want_delta.data<float>(), oracle.dbias = want_dbias.data<float>();
@@ -411,6 +485,52 @@ void AddScores(std::vector<Problem>& problems, DType dtype, int64_t d) {
                           .length_first = true});
     }
   }
+  for (const char* interval : {"1000", "0001", "1111", "0010"}) {
+    for (const MaskedRow row : kMaskedRows) {
+      problems.push_back({.dtype = dtype,
+                          .batch = 2,
+                          .kv_heads = 2,
+                          .groups = 2,
+                          .q_len = 150,
+                          .kv_len = 300,
+                          .qk_dim = d,
+                          .v_dim = d,
+                          .right = 200,
+                          .masked_row = row,
+                          .bias = *interval == '0' ? "" : "00011",
+                          .interval = interval,
+                          .segments = row == MaskedRow::kNan});
+    }
+  }
+  for (const float fill : {-1e9f, std::numeric_limits<float>::lowest()}) {
+    for (const char* bias : {"00011", "11111"}) {
+      problems.push_back({.dtype = dtype,
+                          .batch = 2,
+                          .groups = 2,
+                          .q_len = 133,
+                          .kv_len = 150,
+                          .qk_dim = d,
+                          .v_dim = d,
+                          .bias = bias,
+                          .fill = fill});
+    }
+  }
+  for (const char* bias : {"", "00011"}) {
+    problems.push_back({.dtype = dtype,
+                        .kv_heads = 2,
+                        .groups = 2,
+                        .q_len = 200,
+                        .kv_len = 210,
+                        .qk_dim = d,
+                        .v_dim = d,
+                        .right = 10,
+                        .mask = *bias ? "" : "10001",
+                        .bias = bias,
+                        .softcap = 2,
+                        .lse_used = true});
+  }
+  problems.push_back(
+      {.dtype = dtype, .q_len = 300, .kv_len = 200, .qk_dim = d, .v_dim = d, .lse_used = true});
   for (const float scale : {-0.2f, 0.f, 3.f}) {
     problems.push_back(
         {.dtype = dtype, .q_len = 100, .kv_len = 130, .qk_dim = d, .v_dim = d, .scale = scale});
@@ -441,6 +561,25 @@ void AddSmall(std::vector<Problem>& problems, DType dtype) {
                         .mask = "00111d",
                         .bias = "01011",
                         .bias_dtype = dtype,
+                        .softcap = 3,
+                        .lse_used = true,
+                        .length_first = true});
+    problems.push_back({.dtype = dtype,
+                        .groups = 2,
+                        .q_len = 66,
+                        .kv_len = 131,
+                        .qk_dim = d,
+                        .v_dim = d,
+                        .interval = "0001",
+                        .segments = true});
+    problems.push_back({.dtype = dtype,
+                        .groups = 3,
+                        .q_len = 2,
+                        .kv_len = 525,
+                        .qk_dim = d,
+                        .v_dim = d - 8,
+                        .mask = "00001",
+                        .interval = "1001",
                         .length_first = true});
   }
   problems.push_back({.dtype = dtype, .qk_dim = 8, .v_dim = 8});
@@ -461,7 +600,9 @@ int Main(bool small) {
       AddSmall(problems, dtype);
     } else {
       AddSizes(problems, dtype);
-      for (const int64_t d : {64, 128, 256}) AddScores(problems, dtype, d);
+      for (const int64_t d : {64, 128, 256}) {
+        AddScores(problems, dtype, d);
+      }
     }
     for (const Problem& problem : problems) Test(report, problem);
   }

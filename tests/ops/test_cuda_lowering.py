@@ -91,16 +91,28 @@ def test_causal_mask_is_passed_as_a_band_and_not_as_a_tensor():
     assert "right = 0 : i64" in text
 
 
-def test_lengths_and_segments_are_a_mask_where_kernels_take_no_other():
+def test_lengths_are_numbers_and_segments_give_an_interval_for_each_query():
     lengths, segments = jnp.array([3, 64]), jnp.arange(128).reshape(2, 64) // 5
     structure = dict(key_lengths=lengths, query_segments=segments, key_segments=segments)
     text = stablehlo(jax.grad(total(lambda q: ops.attention(q, *QKV[1:], **structure))), QKV[0])
     assert calls(text) == ["attention_fwd", "attention_bwd"]
-    assert "mask_axes = 25 : i64" in text  # batch, query and key
-    assert "interval_axes = -1 : i64" in text and "key_segments_axes = -1 : i64" in text
+    assert "mask_axes = -1 : i64" in text
+    assert "interval_axes = 25 : i64" in text  # batch, query, and the bounds along the key's bit
+    assert "key_segments_axes = 17 : i64" in text  # batch and key
+    padded = stablehlo(lambda q: ops.attention(q, *QKV[1:], key_lengths=lengths), QKV[0])
+    assert "interval_axes = 17 : i64" in padded and "mask_axes = -1 : i64" in padded
 
 
-def test_caps_and_sinks_are_refused_with_their_reason():
+def test_caps_sinks_and_biases_are_custom_calls_with_their_gradients():
+    bias = jnp.zeros((64, 64))
+    for options in (dict(softcap=5.0), dict(sinks=jnp.ones(4)), dict(bias=bias), dict(bias=bias, softcap=5.0)):
+        function = lambda *x, options=options: ops.attention(*x, **options)  # noqa: E731
+        assert calls(stablehlo(jax.grad(total(function)), *QKV)) == ["attention_fwd", "attention_bwd"]
+    with_dbias = jax.grad(total(lambda bias: ops.attention(*QKV, bias=bias)))
+    assert calls(stablehlo(with_dbias, bias)) == ["attention_fwd", "attention_bias_bwd"]
+
+
+def test_caps_and_sinks_by_hand_are_fused():
     capped = lambda q, k, v: jax.nn.softmax(5 * jnp.tanh(q @ k.swapaxes(-1, -2) / 5)) @ v  # noqa: E731
 
     def beside_sink(q, k, v):
@@ -108,24 +120,10 @@ def test_caps_and_sinks_are_refused_with_their_reason():
         column = jnp.ones((*logits.shape[:-1], 1), logits.dtype)
         return jax.nn.softmax(jnp.concatenate([logits, column], -1))[..., :-1] @ v
 
+    biased = lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(-1, -2) + jnp.sin(q[..., :1])) @ v  # noqa: E731
     with zenith.configured(platform="cuda", use_cost=False):
-        for function, reason in ((capped, "caps the logits"), (beside_sink, "which a sink needs")):
-            assert any(reason in s.reason for s in zenith.explain(function)(*QKV).refused)
-    assert calls(stablehlo(lambda *x: ops.attention(*x, softcap=5.0), *QKV)) == []
-    # The forward pass of a sink is arithmetic on what kernels return; the gradient is XLA's.
-    with_sinks = lambda *x: ops.attention(*x, sinks=jnp.ones(4))  # noqa: E731
-    assert calls(stablehlo(jax.grad(total(with_sinks)), *QKV)) == ["attention_fwd"]
-
-
-def test_a_gradient_with_a_bias_is_xla_code_and_says_so():
-    biased = lambda q, k, v: ops.attention(q, k, v, bias=jnp.zeros((64, 64)))  # noqa: E731
-    assert calls(stablehlo(biased, *QKV)) == ["attention_fwd"]
-    assert calls(stablehlo(jax.grad(total(biased)), *QKV)) == ["attention_fwd"]
-    by_hand = lambda q, k, v: jax.nn.softmax(q @ k.swapaxes(-1, -2) + jnp.sin(q[..., :1])) @ v  # noqa: E731
-    with zenith.configured(platform="cuda", use_cost=False):
-        assert "attention" in zenith.explain(by_hand)(*QKV).counts()
-        report = zenith.explain(jax.grad(total(by_hand)))(*QKV)
-    assert any("with a bias is not exact" in s.reason for s in report.refused), str(report)
+        for function in (capped, beside_sink, biased):
+            assert "attention" in zenith.explain(jax.grad(total(function)))(*QKV).counts()
 
 
 ATTENTION = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)  # noqa: E731

@@ -7,6 +7,9 @@ d query/key features, e value features.
   allowed = (-left <= s - t <= right) and mask and first <= s < last and query_segments == key_segments
   out     = softmax(logits where allowed) . value;  lse = log(sum(exp(logits where allowed)))
 
+The forward kernel has a hidden result, lse_rest: what float32 rounds off lse in rows that a bias moves far from 0, for
+the backward kernels.
+
 `interval` holds (first, last) of each query. An attention sink, one more logit without a value, is arithmetic on out
 and lse: out * sigmoid(lse - sink).
 
@@ -87,50 +90,35 @@ def _lse(query, key, mask, bias, *structure, **attributes):
     return jax.nn.logsumexp(logits, axis=-1) if key.shape[-2] else jnp.full(logits.shape[:-1], -jnp.inf)
 
 
-def unsupported(
-    platform: str, *, head_size: int, softcap: float = 0.0, lse: bool = False, biased_gradient: bool = False
-) -> Refusal | None:
-    """What no kernel of the platform computes. lse: the log-sum-exp has a cotangent. biased_gradient: of logits with a
-    bias."""
-    if platform != "cuda":
-        return None
-    if head_size > 256:
+def unsupported(platform: str, *, head_size: int) -> Refusal | None:
+    """What no kernel of the platform computes."""
+    if platform == "cuda" and head_size > 256:
         return Refusal("the head size {d} is over 256", dict(d=head_size))
-    if softcap:
-        return Refusal("no kernel for cuda caps the logits yet")
-    if lse:
-        return Refusal("no kernel for cuda has a gradient through the log-sum-exp, which a sink needs, yet")
-    if biased_gradient:
-        # Of a row whose keys all have a bias of -1e9 the saved lse lacks log(number of keys): docs/matching.md.
-        return Refusal(
-            "the gradient with a bias is not exact in the kernels for cuda yet where a finite one masks a whole row",
-            advice="mask with a boolean",
-        )
     return None
 
 
-def _supports(avals: Any, platform: str, *, softcap: float, **_: Any) -> Refusal | None:
+def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
     query, key, value = avals[:3]
     if not query.dtype == key.dtype == value.dtype:
         return Refusal("query, key and value have different dtypes")
-    is_backward = len(avals) > len(_OPERANDS.split(","))
     return check_kernel_dtype("attention", query.dtype) or unsupported(
-        platform,
-        head_size=max(query.shape[-1], value.shape[-1]),
-        softcap=softcap,
-        lse=is_backward and not is_absent(avals[-1]),
-        biased_gradient=is_backward and not is_absent(avals[4]),
+        platform, head_size=max(query.shape[-1], value.shape[-1])
     )
 
 
 def _adapted(operands: Any, platform: str, **_: Any) -> list[Any]:
-    """On cuda, interval and segments as a mask."""
-    query, key, value, mask, bias, *structure = operands[:8]
-    if platform != "cuda" or all(map(is_absent, structure)):
+    """On cuda, segments as an interval too, from the first key of a query's segment to the last: the kernels skip what
+    is outside of intervals. The CPU's look at the segments of each block."""
+    interval, query_segments, key_segments = operands[5:8]
+    if platform != "cuda" or is_absent(query_segments):
         return list(operands)
-    allowed = _structure_mask(structure, key.shape[-2])
-    mask = allowed if is_absent(mask) else mask & allowed
-    return [query, key, value, mask, bias, *[absent(jnp.int32)] * 3, *operands[8:]]
+    same = query_segments[..., :, None] == key_segments[..., None, :]  # never an array: reduced as it is computed
+    position = jnp.arange(same.shape[-1], dtype=jnp.int32)
+    first = jnp.min(jnp.where(same, position, same.shape[-1]), axis=-1)[..., None, :]
+    last = jnp.max(jnp.where(same, position + 1, 0), axis=-1)[..., None, :]
+    if not is_absent(interval):
+        first, last = jnp.maximum(first, interval[..., 0]), jnp.minimum(last, interval[..., 1])
+    return [*operands[:5], jnp.stack([first, last], axis=-1), *operands[6:]]
 
 
 _BATCH, _KV_HEAD, _GROUP, _QUERY, _KEY = 1, 2, 4, 8, 16  # ScoreAxis of ffi/attention.cc
@@ -172,12 +160,12 @@ def _orders(rank: int, layout: int) -> tuple[tuple[int, ...] | None, tuple[int, 
 
 def _forward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, list]:
     q, k = _orders(rank, layout)
-    return [q, k, k, *[None] * 5], [q, None]
+    return [q, k, k, *[None] * 5], [q, None, None]
 
 
 def _backward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, list]:
     q, k = _orders(rank, layout)
-    return [q, k, k, *[None] * 5, q, None, q, None], [q, k, k, None]
+    return [q, k, k, *[None] * 5, q, None, None, q, None], [q, k, k, None]
 
 
 def _bias_backward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, list]:
@@ -189,23 +177,23 @@ def _bias_backward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, l
 
 _F32 = jnp.float32
 _OPERANDS = "*b g t d, *b s d, *b s e, ?*b g t s, ?*b g t s, ?*b g t i, ?*b t, ?*b s"
-_BACKWARD_OPERANDS = f"{_OPERANDS}, *b g t e, *b g t, *b g t e, ?*b g t"
+_BACKWARD_OPERANDS = f"{_OPERANDS}, *b g t e, *b g t, ?*b g t, *b g t e, ?*b g t"
 _NATIVE = dict(supports=_supports, adapted=_adapted, ffi_attributes=_ffi)
 
 
 def _forward_reference(*operands, masked_row, **attributes):
     lse = _lse(*operands[:2], *operands[3:], **attributes)
-    return _out(*operands, masked_row=masked_row, **attributes), lse
+    return _out(*operands, masked_row=masked_row, **attributes), lse, jnp.zeros(lse.shape, _F32)
 
 
 def _backward_reference(query, key, value, mask, bias, *rest, with_bias, layout, **attributes):
     del layout
-    *structure, out, _, dout, dlse = rest
+    *structure, out, _, _, dout, dlse = rest
     delta = jnp.sum(widened(dout) * widened(out), axis=-1)
 
     def function(query, key, value, bias):
         operands = (query, key, value, mask, bias, *structure)
-        return _out(*operands, **attributes) if is_absent(dlse) else _forward_reference(*operands, **attributes)
+        return _out(*operands, **attributes) if is_absent(dlse) else _forward_reference(*operands, **attributes)[:2]
 
     if not is_absent(dlse):
         delta, dout = delta - dlse, (dout, dlse.astype(delta.dtype))
@@ -241,13 +229,17 @@ def attention_bias_bwd(*operands, **attributes):
 
 def _backward(operands, results, cotangents, needed, **attributes):
     bias = operands[4]
+    out, lse, lse_rest = results
     dout, dlse = dense(cotangents)
     if is_zero(cotangents[1]):
         dlse = absent()
+    if is_absent(bias):
+        lse_rest = absent()
+    operands = (*operands, out, lse, lse_rest, dout, dlse)
     if 4 not in needed:
-        dquery, dkey, dvalue, _ = attention_bwd(*operands, *results, dout, dlse, **attributes)
+        dquery, dkey, dvalue, _ = attention_bwd(*operands, **attributes)
         return {0: dquery, 1: dkey, 2: dvalue}
-    dquery, dkey, dvalue, _, dbias = attention_bias_bwd(*operands, *results, dout, dlse, **attributes)
+    dquery, dkey, dvalue, _, dbias = attention_bias_bwd(*operands, **attributes)
     broadcast = tuple(i for i, n in enumerate(bias.shape) if n == 1 and dbias.shape[i] != 1)
     dbias = jnp.sum(dbias, axis=broadcast, keepdims=True).astype(bias.dtype)
     return {0: dquery, 1: dkey, 2: dvalue, 4: dbias}
@@ -255,8 +247,8 @@ def _backward(operands, results, cotangents, needed, **attributes):
 
 @kernel(
     "attention_fwd",
-    f"{_OPERANDS} -> *b g t e, *b g t",
-    (0, WIDENED),
+    f"{_OPERANDS} -> *b g t e, *b g t, *b g t",
+    (0, WIDENED, _F32),
     visible=2,
     backward=_backward,
     layouts=_forward_layouts,
@@ -295,7 +287,7 @@ def attention_canonical(
     def optional(x: Any, dtype: Any) -> Any:
         return absent(dtype) if x is None else x
 
-    return attention_fwd(
+    out, lse, _ = attention_fwd(
         query,
         key,
         value,
@@ -309,6 +301,7 @@ def attention_canonical(
         masked_row=masked_row,
         layout=layout,
     )
+    return out, lse
 
 
 def value_share(lse, sink=None, masked_row: int = MASKED_ROW_MEAN):

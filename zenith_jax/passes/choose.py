@@ -254,13 +254,7 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
     if any(n == 0 for v in match.leaves for n in v.aval.shape):
         return refuse("an operand is empty")
     if match.op == "attention":
-        unsupported = attention_unsupported(
-            platform,
-            head_size=max(case["d"], case["e"]),
-            softcap=case["softcap"],
-            lse=case["sink"],
-            biased_gradient=differentiated and case["bias"],
-        )
+        unsupported = attention_unsupported(platform, head_size=max(case["d"], case["e"]))
         if unsupported is not None:
             return unsupported
     if match.op == "linear":

@@ -211,10 +211,12 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
       const float sum = QuadReduce<Add>(softmax.sum[half]);
       inverse[half] = 1.f / sum;
       const int row = t + lane / 4 + 8 * half;
-      if (row < q_len && lane % 4 == 0)
-        p.args
-            .lse[(tile.batch * p.args.kv_heads * p.args.groups + tile.head) * p.args.q_len + row] =
-            kLn2 * (softmax.max[half] * factor + log2f(sum));
+      if (row < q_len && lane % 4 == 0) {
+        const int64_t index =
+            (tile.batch * p.args.kv_heads * p.args.groups + tile.head) * p.args.q_len + row;
+        p.args.lse[index] = kLn2 * (softmax.max[half] * factor + log2f(sum));
+        p.args.lse_rest[index] = 0;
+      }
     }
     WgmmaWait<0>();
     FenceRegisters(acc);
