@@ -65,6 +65,13 @@ bool FitsHopper(const AttentionProblem& p) {
          IsHopper();
 }
 
+/// Decoding: so few queries that the time is that of reading keys and values.
+bool FitsDecode(const AttentionProblem& p) {
+  constexpr int64_t kMaxQueries = 16, kMaxRows = 64;  // rows: of the heads that share keys
+  return p.dtype != DType::kF32 && p.q_len <= kMaxQueries && p.q_len * p.groups <= kMaxRows &&
+         IsHopper();
+}
+
 /// Short problems are a tile or less of the kernels for Hopper, and the older ones' tiles are
 /// smaller: b64 h12 d64 takes 19.5 us forward and 49 backward against 18.1 and 22.6 at length 32;
 /// b32 h12 11.1 and 44 against 16.0 and 38 at 128 (H200, bfloat16, 11/2026).
@@ -114,6 +121,7 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
   if (args.batch * args.kv_heads * args.groups * args.q_len == 0) return {};
   if (!FitsTensorCores(args, args.out)) return NaiveForward(args, launch);
 #ifdef ZENITH_HOPPER
+  if (FitsDecode(args)) return hopper::Decode(args, launch);
   if (FitsHopper(args) && Length(args) >= 64) return HopperForward(args, launch);
 #endif
   return Pick(args, ForwardD64, ForwardD128, ForwardD256, ForwardF32)(args, launch);

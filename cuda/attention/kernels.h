@@ -36,6 +36,8 @@ Status DkeyDvalueF32(const AttentionBackwardArgs& args, const Launch& launch);
 /// bfloat16, no mask and no bias, scale > 0, every query with an allowed key. The name says the
 /// largest head size, of query and key and, where it is another, of value.
 namespace hopper {
+/// Few queries, of any problem of those types: masks, biases, rows without a key and all.
+Status Decode(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD64(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD96(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD128(const AttentionForwardArgs& args, const Launch& launch);

@@ -544,6 +544,30 @@ void AddScores(std::vector<Problem>& problems, DType dtype, int64_t d) {
                       .amplitude = 4});
 }
 
+/// Few queries and many keys: clusters of all sizes, and more rows than a tile has.
+void AddDecoding(std::vector<Problem>& problems, DType dtype, int64_t d) {
+  for (const auto& [t, groups] : {std::pair{1, 1}, {1, 8}, {3, 4}, {16, 1}, {16, 3}}) {
+    for (const int64_t s : {1, 70, 1000, 9000}) {
+      Problem p{.dtype = dtype,
+                .batch = 2,
+                .kv_heads = 3,
+                .groups = groups,
+                .q_len = t,
+                .kv_len = s,
+                .qk_dim = d - 8,
+                .v_dim = d};
+      problems.push_back(p);
+      if (s == 9000) continue;
+      p.right = s - t, p.length_first = true, p.interval = "1001", p.mask = "10001d";
+      problems.push_back(p);
+      p.right = kOpen, p.interval = "", p.mask = "", p.masked_row = MaskedRow::kNan;
+      p.segments = true, p.bias = "00111", p.softcap = 5;
+      problems.push_back(p);
+    }
+  }
+  problems.push_back({.dtype = dtype, .batch = 40, .kv_heads = 4, .kv_len = 600});
+}
+
 /// Every kernel with partial tiles, a band, a mask and a bias, for compute-sanitizer.
 void AddSmall(std::vector<Problem>& problems, DType dtype) {
   for (const int64_t d : {64, 128, 256}) {
@@ -602,6 +626,7 @@ int Main(bool small) {
       AddSizes(problems, dtype);
       for (const int64_t d : {64, 128, 256}) {
         AddScores(problems, dtype, d);
+        AddDecoding(problems, dtype, d);
       }
     }
     for (const Problem& problem : problems) Test(report, problem);

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import zenith_jax as zenith
 from zenith_jax import ops
 
 pytestmark = pytest.mark.gpu
@@ -116,3 +117,13 @@ def test_lengths_and_segments(dtype):
         dout,
         dtype,
     )
+
+
+@pytest.mark.parametrize("t", [1, 3, 16])
+def test_decoding_with_a_cache_is_as_exact_as_the_formula(t):
+    q, k, v, _ = arrays(jnp.bfloat16, t=t, s=3000, k=2)
+    lengths = jnp.array([2900, 17])
+    found = jax.jit(zenith.fuse(lambda *a: ops.attention(*a, key_lengths=lengths)))(q, k, v)
+    allowed = (jnp.arange(3000) < lengths[:, None])[:, None, None]
+    want = formula(*(x.astype(jnp.float32) for x in (q, k, v)), allowed=allowed)
+    assert np.linalg.norm(found.astype(jnp.float32) - want) < 4 * 2**-8 * np.linalg.norm(want)
