@@ -64,6 +64,10 @@ bool FitsHopper(const AttentionProblem& p) {
   return p.dtype != DType::kF32 && !attention::IsModified(p) && !attention::MayHaveDeadRows(p) &&
          IsHopper();
 }
+/// And those that look at each score.
+bool FitsHopperModified(const AttentionProblem& p) {
+  return p.dtype != DType::kF32 && !(p.softcap > 0) && HeadDim(p) <= 128 && IsHopper();
+}
 
 /// Decoding: so few queries that the time is that of reading keys and values.
 bool FitsDecode(const AttentionProblem& p) {
@@ -123,6 +127,10 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
 #ifdef ZENITH_HOPPER
   if (FitsDecode(args)) return hopper::Decode(args, launch);
   if (FitsHopper(args) && Length(args) >= 64) return HopperForward(args, launch);
+  if (FitsHopperModified(args) && Length(args) > 128) {
+    const Status status = hopper::ForwardModified(args, launch);
+    return status.ok() && MayHaveDeadRows(args) ? ForwardDeadRows(args, launch) : status;
+  }
 #endif
   return Pick(args, ForwardD64, ForwardD128, ForwardD256, ForwardF32)(args, launch);
 }
@@ -136,6 +144,14 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
 #ifdef ZENITH_HOPPER
   if (FitsHopper(args) && (Length(args) > 128 || HeadDim(args) > 128))
     return HopperBackward(args, launch);
+  if (FitsHopperModified(args) && Length(args) > 128) {
+    const auto dquery = args.dbias ? Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32)
+                                   : hopper::DqueryModified;
+    status = dquery(args, launch);
+    if (status.ok()) status = hopper::DkeyDvalueModified(args, launch);
+    return status.ok() && MayHaveDeadRows(args) ? BackwardDeadRows(args, !args.dbias, launch)
+                                                : status;
+  }
 #endif
   const auto dquery = Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32);
   status = dquery(args, launch);

@@ -45,20 +45,6 @@ struct BackwardConfig {
       kTilesBytes + kStages * kCols * int{sizeof(float2) + sizeof(float)};
 };
 
-/// lse in T's unit of logits, and delta. A query without an allowed key, or past the end, gets
-/// +inf: then p = 2^-inf = 0 for every key.
-template <typename T, bool kModified>
-__device__ __forceinline__ float2 QueryStatistics(const float* lse, const float* delta, int t,
-                                                  int q_len) {
-  if (t >= q_len) return {INFINITY, 0};
-  const float x = lse[t];
-  return {x == -INFINITY ? INFINITY : kLogitsPerUnit<T, kModified> * x, delta[t]};
-}
-/// lse_rest in units of log2; `rest`: null for 0.
-__device__ __forceinline__ float QueryRest(const float* rest, int t, int q_len) {
-  return rest && t < q_len ? kLog2E * rest[t] : 0.f;
-}
-
 /// What the queries without an allowed key give to every key of the head, allowed or not: the mean
 /// (or NaN) of dout over them, in `sum[e]`. False if there is none. The whole block.
 template <typename T>

@@ -14,6 +14,11 @@ Status NaiveBackward(const AttentionBackwardArgs& args, const Launch& launch);
 /// delta[b,h,t] = sum_e dout * out - dlse, any dtype.
 Status RowDelta(const AttentionBackwardArgs& args, const Launch& launch);
 
+/// What rows without an allowed key give, after kernels that leave them out; head sizes up to 256.
+Status ForwardDeadRows(const AttentionForwardArgs& args, const Launch& launch);
+/// with_dquery: dquery too comes from such a kernel.
+Status BackwardDeadRows(const AttentionBackwardArgs& args, bool with_dquery, const Launch& launch);
+
 /// Tensor cores, for the problems that FitsTensorCores (cuda/attention.cu) admits. The name says
 /// the largest of qk_dim and v_dim that the tile takes, for float16 and bfloat16; F32 takes all, in
 /// three tf32 products for one of float32.
@@ -33,11 +38,16 @@ Status DkeyDvalueD256(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueF32(const AttentionBackwardArgs& args, const Launch& launch);
 
 /// wgmma and TMA: compute capability 9.0 alone, in a module with code for sm_90a. Float16 and
-/// bfloat16, no mask and no bias, scale > 0, every query with an allowed key. The name says the
-/// largest head size, of query and key and, where it is another, of value.
+/// bfloat16. The name says the largest head size, of query and key and, where it is another, of
+/// value; these take problems that are not IsModified and have a key for every query.
 namespace hopper {
 /// Few queries, of any problem of those types: masks, biases, rows without a key and all.
 Status Decode(const AttentionForwardArgs& args, const Launch& launch);
+/// Head sizes up to 128 and what the following do not take, but for a softcap and dbias. Rows
+/// without an allowed key are left to DeadRows.
+Status ForwardModified(const AttentionForwardArgs& args, const Launch& launch);
+Status DqueryModified(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueModified(const AttentionBackwardArgs& args, const Launch& launch);
 Status ForwardD64(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD96(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD128(const AttentionForwardArgs& args, const Launch& launch);

@@ -189,6 +189,20 @@ inline constexpr bool kSubtractFirst = kModified || sizeof(T) == 4;
 template <typename T, bool kModified>
 inline constexpr float kLogitsPerUnit = kSubtractFirst<T, kModified> ? 1.f : kLog2E;
 
+/// lse in T's unit of logits, and delta. A query without an allowed key, or past the end, gets
+/// +inf: then p = 2^-inf = 0 for every key.
+template <typename T, bool kModified>
+__device__ __forceinline__ float2 QueryStatistics(const float* lse, const float* delta, int t,
+                                                  int q_len) {
+  if (t >= q_len) return {INFINITY, 0};
+  const float x = lse[t];
+  return {x == -INFINITY ? INFINITY : kLogitsPerUnit<T, kModified> * x, delta[t]};
+}
+/// lse_rest in units of log2; `rest`: null for 0.
+__device__ __forceinline__ float QueryRest(const float* rest, int t, int q_len) {
+  return rest && t < q_len ? kLog2E * rest[t] : 0.f;
+}
+
 /// Scores become logits in T's unit, -inf where not allowed. Without kModified the scale is left to
 /// the caller's exponent, and only the band is applied. `row0`, `col0`: of the warp's tile.
 /// `whole`: every score of the tile is inside the band and the tensors. `on_slope(r, n, i, slope)`

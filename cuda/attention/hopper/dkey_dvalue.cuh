@@ -17,10 +17,12 @@ namespace zenith::attention::hopper {
 
 enum class Wanted { kBoth, kDkey, kDvalue };
 
+/// kModified: as in forward.cuh.
 template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_, int kStages_,
-          Wanted kWanted = Wanted::kBoth>
+          Wanted kWanted = Wanted::kBoth, bool kModified_ = false>
 struct DkeyDvalueConfig {
   using T = T_;
+  static constexpr bool kModified = kModified_;
   static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
   static constexpr int kConsumers = kConsumers_;          // warpgroups
   static constexpr int kCols = kCols_;                    // queries per tile, a multiple of 32
@@ -33,8 +35,10 @@ struct DkeyDvalueConfig {
   static constexpr int kDoutBytes = TileBytes(kCols, kVDim);
   static constexpr int kTilesBytes = kKeyBytes + kValueBytes + kStages * (kQueryBytes + kDoutBytes);
   static constexpr int kStatisticsBytes = kStages * kCols * int{sizeof(float2)};
-  static constexpr int kSharedBytes = kTilesBytes + kStatisticsBytes + BarrierPair::kBytes +
-                                      BarrierRing<kStages>::kBytes + kTileAlignment;
+  static constexpr int kRestsBytes = kModified ? kStages * kCols * int{sizeof(float)} : 0;
+  static constexpr int kSharedBytes = kTilesBytes + kStatisticsBytes + kRestsBytes +
+                                      BarrierPair::kBytes + BarrierRing<kStages>::kBytes +
+                                      kTileAlignment;
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
@@ -48,7 +52,8 @@ struct DkeyDvalueParams {
 template <typename Config>
 struct DkeyDvalueShared {
   uint32_t key, value, query, dout;
-  uint32_t statistics;  // (lse in units of log2, delta) of each query
+  uint32_t statistics;  // of each query lse, natural in kModified, else in units of log2; and delta
+  uint32_t rests;       // lse_rest of each query in units of log2
   BarrierPair rows;
   BarrierRing<Config::kStages> cols;
 
@@ -58,7 +63,8 @@ struct DkeyDvalueShared {
         query(value + Config::kValueBytes),
         dout(query + Config::kStages * Config::kQueryBytes),
         statistics(key + Config::kTilesBytes),
-        rows{statistics + Config::kStatisticsBytes},
+        rests(statistics + Config::kStatisticsBytes),
+        rows{rests + Config::kRestsBytes},
         cols{rows.end()} {}
 };
 
@@ -76,7 +82,8 @@ __device__ __forceinline__ void ProduceDkeyDvalue(const DkeyDvalueParams& p,
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const KeyTile<Config::kRows, kCols> tile(p.args, band, item);
+    const auto tile =
+        KeyTile<Config::kRows, kCols>::template Of<Config::kModified>(p.args, band, item);
     BarrierWait(shared.rows.empty(), row_parity ^ 1);
     row_parity ^= 1;
     if (lane == 0) {
@@ -93,12 +100,19 @@ __device__ __forceinline__ void ProduceDkeyDvalue(const DkeyDvalueParams& p,
           (tile.batch * p.args.kv_heads * p.args.groups + head) * p.args.q_len;
       for (int n = tile.first; n < tile.first + tile.count; ++n, ring.Advance()) {
         float2 statistics[kPerLane];  // on their way while the buffer is waited for
+        [[maybe_unused]] float rests[kPerLane];
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i) {
           const int t = n * kCols + i * kWarpSize + lane;
-          statistics[i] =
-              t < q_len ? float2{p.args.lse[first_row + t] * kLog2E, p.args.delta[first_row + t]}
-                        : float2{INFINITY, 0};  // p = 0
+          if constexpr (Config::kModified) {
+            statistics[i] = QueryStatistics<typename Config::T, true>(
+                p.args.lse + first_row, p.args.delta + first_row, t, q_len);
+            rests[i] = QueryRest(p.args.lse_rest ? p.args.lse_rest + first_row : nullptr, t, q_len);
+          } else {
+            statistics[i] =
+                t < q_len ? float2{p.args.lse[first_row + t] * kLog2E, p.args.delta[first_row + t]}
+                          : float2{INFINITY, 0};  // p = 0
+          }
         }
         const uint32_t full = shared.cols.full(ring.stage);
         BarrierWait(shared.cols.empty(ring.stage), ring.parity ^ 1);
@@ -107,6 +121,12 @@ __device__ __forceinline__ void ProduceDkeyDvalue(const DkeyDvalueParams& p,
           StoreShared(
               shared.statistics + (ring.stage * kCols + i * kWarpSize + lane) * int{sizeof(float2)},
               statistics[i]);
+        if constexpr (Config::kModified)
+#pragma unroll
+          for (int i = 0; i < kPerLane; ++i)
+            StoreShared(
+                shared.rests + (ring.stage * kCols + i * kWarpSize + lane) * int{sizeof(float)},
+                rests[i]);
         if (lane == 0) {
           BarrierExpect(full, Config::kQueryBytes + Config::kDoutBytes);
           LoadTile<kCols, Config::kQkDim>(shared.query + ring.stage * Config::kQueryBytes, p.query,
@@ -139,6 +159,7 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
   const uint64_t queries_by_column = MatrixDescriptor(shared.query, kCols * kBlockRowBytes);
   const uint64_t douts_by_column = MatrixDescriptor(shared.dout, kCols * kBlockRowBytes);
   const uint32_t lane_statistics = shared.statistics + lane % 4 * 2 * int{sizeof(float2)};
+  const uint32_t lane_rests = shared.rests + lane % 4 * 2 * int{sizeof(float)};
   float scores[kCols / 2], dp[kCols / 2], dkey[kQkDim / 2], dvalue[kVDim / 2];
   uint32_t weights[kCols / 16][4], dlogits[kCols / 16][4];
 
@@ -148,7 +169,9 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const KeyTile<Config::kRows, kCols> tile(p.args, band, item);
+    const auto tile =
+        KeyTile<Config::kRows, kCols>::template Of<Config::kModified>(p.args, band, item);
+    ScoreOffsets offsets(p.args, tile.first_head(p.args));
     const int s = tile.s0 + group * 64 + warp * 16;
     const int steps = tile.count * static_cast<int>(p.args.groups);
 #pragma unroll
@@ -177,12 +200,26 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
       WgmmaWait<Config::kDkey ? 1 : 0>();
       FenceRegisters(scores);
       // Rows past the last key may stay: they are not stored.
-      if (!band.HoldsAll(n * kCols, kCols, s, 16))
-        ApplyBand<false>(scores, band, s, n * kCols, q_len);
+      const bool whole = band.HoldsAll(n * kCols, kCols, s, 16);
+      if constexpr (Config::kModified) {
+        ApplyAll<T, false>(scores, p.args, band, offsets, s, n * kCols, whole);
 #pragma unroll
-      for (int i = 0; i < kCols / 2; ++i)
-        scores[i] =
-            Exp2(scores[i] * factor - (i % 2 == 0 ? statistics[i / 4].x : statistics[i / 4].z));
+        for (int j = 0; j < kCols / 8; ++j) {
+          const float2 rest =
+              LoadShared2(lane_rests + (stage * kCols + 8 * j) * int{sizeof(float)});
+#pragma unroll
+          for (int i = 4 * j; i < 4 * j + 4; ++i)
+            scores[i] =
+                Exp2((scores[i] - (i % 2 == 0 ? statistics[j].x : statistics[j].z)) * kLog2E -
+                     (i % 2 == 0 ? rest.x : rest.y));
+        }
+      } else {
+        if (!whole) ApplyBand<false>(scores, band, s, n * kCols, q_len);
+#pragma unroll
+        for (int i = 0; i < kCols / 2; ++i)
+          scores[i] =
+              Exp2(scores[i] * factor - (i % 2 == 0 ? statistics[i / 4].x : statistics[i / 4].z));
+      }
       if constexpr (Config::kDvalue) Pack<T>(scores, weights);
       if constexpr (Config::kDkey) {
         WgmmaWait<0>();
@@ -196,8 +233,11 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
       }
       if constexpr (Config::kDkey) {
 #pragma unroll
-        for (int i = 0; i < kCols / 2; ++i)
-          scores[i] *= dp[i] - (i % 2 == 0 ? statistics[i / 4].y : statistics[i / 4].w);
+        for (int i = 0; i < kCols / 2; ++i) {
+          const float dlogit =
+              scores[i] * (dp[i] - (i % 2 == 0 ? statistics[i / 4].y : statistics[i / 4].w));
+          scores[i] = Config::kModified && scores[i] == 0 ? 0.f : dlogit;  // NaN behind a mask
+        }
         Pack<T>(scores, dlogits);
         FenceRegisters(dkey);
         WgmmaFence();
@@ -210,7 +250,10 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
       __syncwarp();  // the arrival speaks for all lanes, which have read the statistics
       if (lane == 0) BarrierArrive(shared.cols.empty(stage));
       ring.Advance();
-      if (++n == tile.first + tile.count) n = tile.first;  // the next head of the group
+      if (++n == tile.first + tile.count) {  // the next head of the group
+        n = tile.first;
+        if constexpr (Config::kModified) offsets.NextOfGroup(p.args);
+      }
     }
     if (lane == 0) BarrierArrive(shared.rows.empty());
     const float scale[2] = {p.args.scale, p.args.scale}, one[2] = {1, 1};

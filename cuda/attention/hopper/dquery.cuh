@@ -14,9 +14,12 @@
 
 namespace zenith::attention::hopper {
 
-template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_>
+/// kModified: as in forward.cuh.
+template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_,
+          bool kModified_ = false>
 struct DqueryConfig {
   using T = T_;
+  static constexpr bool kModified = kModified_;
   static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
   static constexpr int kConsumers = kConsumers_;          // warpgroups
   static constexpr int kCols = kCols_;                    // keys per tile
@@ -55,6 +58,7 @@ struct DqueryShared {
         value{key.end()} {}
 };
 
+/// One warp, whose first lane issues the copies.
 template <typename Config>
 __device__ __forceinline__ void ProduceDquery(const DqueryParams& p,
                                               const DqueryShared<Config>& shared,
@@ -65,7 +69,9 @@ __device__ __forceinline__ void ProduceDquery(const DqueryParams& p,
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const QueryTile<Config::kRows, Config::kCols> tile(p.args, p.schedule, band, item);
+    const auto tile = QueryTile<Config::kRows, Config::kCols>::template Of<Config::kModified>(
+        p.args, p.schedule, band, item);
+    if (threadIdx.x != 0) continue;
     BarrierWait(shared.rows.empty(), row_parity ^ 1);
     row_parity ^= 1;
     BarrierExpect(shared.rows.full(), Config::kQueryBytes + Config::kDoutBytes);
@@ -113,20 +119,37 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const QueryTile<Config::kRows, kCols> tile(p.args, p.schedule, band, item);
+    const auto tile = QueryTile<Config::kRows, kCols>::template Of<Config::kModified>(
+        p.args, p.schedule, band, item);
+    const ScoreOffsets offsets(p.args, tile.head_index(p.args));
     const int t = tile.t0 + group * 64 + warp * 16;
-    float lse[2], delta[2];  // lse in units of log2; +inf past the end: p = 0
+    // lse in units of log2, or natural and its rest in units of log2 in kModified; +inf past the
+    // end and without an allowed key: p = 0.
+    float lse[2], delta[2];
+    [[maybe_unused]] float rest[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = t + lane / 4 + 8 * half;
       const int64_t index =
           (tile.batch * p.args.kv_heads * p.args.groups + tile.head) * p.args.q_len + row;
-      lse[half] = row < q_len ? p.args.lse[index] * kLog2E : INFINITY;
-      delta[half] = row < q_len ? p.args.delta[index] : 0.f;
+      if constexpr (Config::kModified) {
+        const float2 statistics = QueryStatistics<T, true>(p.args.lse + index - row,
+                                                           p.args.delta + index - row, row, q_len);
+        lse[half] = statistics.x, delta[half] = statistics.y;
+        rest[half] =
+            QueryRest(p.args.lse_rest ? p.args.lse_rest + index - row : nullptr, row, q_len);
+      } else {
+        lse[half] = row < q_len ? p.args.lse[index] * kLog2E : INFINITY;
+        delta[half] = row < q_len ? p.args.delta[index] : 0.f;
+      }
     }
 
     BarrierWait(shared.rows.full(), row_parity);
     row_parity ^= 1;
+    if constexpr (Config::kModified)
+      if (tile.count == 0)
+#pragma unroll
+        for (float& x : acc) x = 0;
     for (int n = tile.first + tile.count - 1, i = 0; i < tile.count; --n, ++i) {
       const uint32_t stage = ring.stage;
       BarrierWait(shared.key.full(stage), ring.parity);
@@ -140,15 +163,23 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
                                                    values + stage * (Config::kValueBytes / 16));
       WgmmaWait<1>();
       FenceRegisters(scores);
-      if ((n + 1) * kCols > kv_len || !band.HoldsAll(t, 16, n * kCols, kCols))
+      const bool whole = (n + 1) * kCols <= kv_len && band.HoldsAll(t, 16, n * kCols, kCols);
+      if constexpr (Config::kModified)
+        ApplyAll<T, true>(scores, p.args, band, offsets, t, n * kCols, whole);
+      else if (!whole)
         ApplyBand<true>(scores, band, t, n * kCols, kv_len);
 #pragma unroll
-      for (int j = 0; j < kCols / 2; ++j) scores[j] = Exp2(scores[j] * factor - lse[j / 2 % 2]);
+      for (int j = 0; j < kCols / 2; ++j)
+        scores[j] = Exp2(Config::kModified ? (scores[j] - lse[j / 2 % 2]) * kLog2E - rest[j / 2 % 2]
+                                           : scores[j] * factor - lse[j / 2 % 2]);
       WgmmaWait<0>();
       FenceRegisters(dp);
       if (lane == 0) BarrierArrive(shared.value.empty(stage));
 #pragma unroll
-      for (int j = 0; j < kCols / 2; ++j) scores[j] *= dp[j] - delta[j / 2 % 2];
+      for (int j = 0; j < kCols / 2; ++j) {
+        const float dlogit = scores[j] * (dp[j] - delta[j / 2 % 2]);
+        scores[j] = Config::kModified && scores[j] == 0 ? 0.f : dlogit;  // NaN behind a mask
+      }
       Pack<T>(scores, dlogits);
       FenceRegisters(acc);
       WgmmaFence();
@@ -182,7 +213,7 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
   const Band band(p.args);
   if (threadIdx.x < kWarpgroupSize) {
     LowerRegisters<ProducerRegisters(Config::kConsumers)>();
-    if (threadIdx.x == 0) ProduceDquery<Config>(p, shared, band);
+    if (threadIdx.x < kWarpSize) ProduceDquery<Config>(p, shared, band);
   } else {
     RaiseRegisters<ConsumerRegisters(Config::kConsumers)>();
     ConsumeDquery<Config>(p, shared, band);

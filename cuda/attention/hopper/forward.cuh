@@ -1,5 +1,5 @@
 // Attention forward for Hopper (FlashAttention-3: Shah et al. 2024, arXiv:2407.08608), 16-bit
-// types, no mask and no bias. A persistent block works on tiles of 64 queries a consumer warpgroup.
+// types. A persistent block works on tiles of 64 queries a consumer warpgroup.
 // One thread of the producer warpgroup has TMA fill the query tile and a ring of key and value
 // tiles; consumers multiply with wgmma, straight from there.
 //
@@ -16,9 +16,12 @@
 
 namespace zenith::attention::hopper {
 
-template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_>
+/// kModified: as IsModified, and rows without an allowed key; but no softcap.
+template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_,
+          bool kModified_ = false>
 struct ForwardConfig {
   using T = T_;
+  static constexpr bool kModified = kModified_;
   static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
   static constexpr int kConsumers = kConsumers_;          // warpgroups
   static constexpr int kCols = kCols_;                    // keys per tile
@@ -56,6 +59,7 @@ struct ForwardShared {
         value{key.end()} {}
 };
 
+/// One warp, whose first lane issues the copies.
 template <typename Config>
 __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
                                                const ForwardShared<Config>& shared,
@@ -66,7 +70,9 @@ __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const QueryTile<Config::kRows, Config::kCols> tile(p.args, p.schedule, band, item);
+    const auto tile = QueryTile<Config::kRows, Config::kCols>::template Of<Config::kModified>(
+        p.args, p.schedule, band, item);
+    if (threadIdx.x != 0) continue;
     BarrierWait(shared.rows.empty(), row_parity ^ 1);
     row_parity ^= 1;
     BarrierExpect(shared.rows.full(), Config::kQueryBytes);
@@ -92,7 +98,8 @@ struct OnlineSoftmax {
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
   /// Scores become weights 2^(factor * (score - max)); `decay`: of what was summed before.
-  template <int N>
+  /// kSubtractFirst: for scores so large that factor * max has no digits left.
+  template <bool kSubtractFirst, int N>
   __device__ __forceinline__ void Update(float (&scores)[N], float (&decay)[2], float factor) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -103,8 +110,12 @@ struct OnlineSoftmax {
         high[1] = fmaxf(high[1], scores[j + 2 * half + 1]);
       }
       const float row_max = fmaxf(max[half], QuadReduce<Max>(fmaxf(high[0], high[1])));
-      const float shift = row_max == -INFINITY ? 0.f : row_max * factor;  // no -inf - -inf
-      decay[half] = Exp2(max[half] * factor - shift);
+      const float finite_max = row_max == -INFINITY ? 0.f : row_max;  // no -inf - -inf
+      const float shift = finite_max * factor;
+      const auto weight = [&](float score) {
+        return Exp2(kSubtractFirst ? (score - finite_max) * factor : score * factor - shift);
+      };
+      decay[half] = weight(max[half]);
       max[half] = row_max;
       float low[2] = {sum[half] * decay[half], 0};
 #pragma unroll
@@ -112,7 +123,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& score = scores[j + 2 * half + i];
-          score = Exp2(score * factor - shift);
+          score = weight(score);
           low[i] += score;
         }
       sum[half] = low[0] + low[1];
@@ -129,7 +140,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
   const int group = ConsumerIndex();
   const int warp = threadIdx.x % kWarpgroupSize / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int q_len = static_cast<int>(p.args.q_len), kv_len = static_cast<int>(p.args.kv_len);
-  const float factor = p.args.scale * kLog2E;
+  const float factor = Config::kModified ? kLog2E : p.args.scale * kLog2E;
 
   const uint64_t query = MatrixDescriptor(shared.query + group * 64 * kBlockRowBytes);
   const uint64_t keys = MatrixDescriptor(shared.keys);
@@ -154,10 +165,15 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const QueryTile<Config::kRows, Config::kCols> tile(p.args, p.schedule, band, item);
+    const auto tile = QueryTile<Config::kRows, Config::kCols>::template Of<Config::kModified>(
+        p.args, p.schedule, band, item);
+    const ScoreOffsets offsets(p.args, tile.head_index(p.args));
     const int t = tile.t0 + group * 64 + warp * 16;
     const auto apply_band = [&](int n) {
-      if ((n + 1) * kCols > kv_len || !band.HoldsAll(t, 16, n * kCols, kCols))
+      if constexpr (Config::kModified)
+        ApplyAll<T, true>(scores, p.args, band, offsets, t, n * kCols,
+                          (n + 1) * kCols <= kv_len && band.HoldsAll(t, 16, n * kCols, kCols));
+      else if ((n + 1) * kCols > kv_len || !band.HoldsAll(t, 16, n * kCols, kCols))
         ApplyBand<true>(scores, band, t, n * kCols, kv_len);
     };
     OnlineSoftmax softmax;
@@ -166,6 +182,21 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
 
     BarrierWait(shared.rows.full(), row_parity);
     row_parity ^= 1;
+    if constexpr (Config::kModified) {
+      if (tile.count == 0) {  // no query of the tile has a key
+        release(shared.rows.empty());
+#pragma unroll
+        for (float& x : acc) x = NAN;
+        const float one[2] = {1, 1};
+        for (int row = t + lane; row < min(t + 16, q_len); row += kWarpSize)
+          WriteLse(p.args, FirstRow(p.args, tile.head_index(p.args)) + row, true, 0, 0);
+        StoreFragment(
+            acc, one,
+            RowPointer(static_cast<T*>(p.args.out), p.args.out_strides, tile.batch, tile.head, t),
+            p.args.out_strides.length, q_len - t, static_cast<int>(p.args.v_dim));
+        continue;
+      }
+    }
     BarrierWait(shared.key.full(ring.stage), ring.parity);
     FenceRegisters(scores);
     WgmmaFence();
@@ -174,7 +205,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
     FenceRegisters(scores);
     release(shared.key.empty(ring.stage));
     apply_band(n);
-    softmax.Update(scores, decay, factor);
+    softmax.Update<Config::kModified>(scores, decay, factor);
     Pack<T>(scores, weights);
     bool accumulate = false;
     for (--n; n >= tile.first; --n) {
@@ -192,7 +223,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
       FenceRegisters(scores);
       release(shared.key.empty(ring.stage));
       apply_band(n);
-      softmax.Update(scores, decay, factor);
+      softmax.Update<Config::kModified>(scores, decay, factor);
       WgmmaWait<0>();
       FenceRegisters(acc);
       release(shared.value.empty(last.stage));
@@ -214,8 +245,12 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
       if (row < q_len && lane % 4 == 0) {
         const int64_t index =
             (tile.batch * p.args.kv_heads * p.args.groups + tile.head) * p.args.q_len + row;
-        p.args.lse[index] = kLn2 * (softmax.max[half] * factor + log2f(sum));
-        p.args.lse_rest[index] = 0;
+        if constexpr (Config::kModified) {
+          WriteLse(p.args, index, sum == 0, softmax.max[half], logf(sum));
+        } else {
+          p.args.lse[index] = kLn2 * (softmax.max[half] * factor + log2f(sum));
+          p.args.lse_rest[index] = 0;
+        }
       }
     }
     WgmmaWait<0>();
@@ -244,7 +279,7 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
   const Band band(p.args);
   if (threadIdx.x < kWarpgroupSize) {
     LowerRegisters<ProducerRegisters(Config::kConsumers)>();
-    if (threadIdx.x == 0) ProduceForward<Config>(p, shared, band);
+    if (threadIdx.x < kWarpSize) ProduceForward<Config>(p, shared, band);
   } else {
     RaiseRegisters<ConsumerRegisters(Config::kConsumers)>();
     ConsumeForward<Config>(p, shared, band);

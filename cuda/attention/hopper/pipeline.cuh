@@ -52,6 +52,25 @@ struct QueryTile {
   int t0, head, batch, kv_head;
   int first, count;  // tiles of keys
 
+  /// kIntervals: the problem may have some. Then the whole warp, and there may be no key.
+  template <bool kIntervals>
+  __device__ __forceinline__ static QueryTile Of(const AttentionProblem& p,
+                                                 const Schedule& schedule, const Band& band,
+                                                 const Schedule::Item& item) {
+    QueryTile tile(p, schedule, band, item);
+    if constexpr (kIntervals) {
+      const int2 keys = KeysSeen(p, band, ScoreOffsets(p, tile.head_index(p)), tile.t0,
+                                 min(kRows, static_cast<int>(p.q_len) - tile.t0));
+      tile.first = keys.x / kCols;
+      tile.count = keys.x < keys.y ? (keys.y + kCols - 1) / kCols - tile.first : 0;
+    }
+    return tile;
+  }
+  __device__ __forceinline__ HeadIndex head_index(const AttentionProblem& p) const {
+    return {batch, head, kv_head, head - kv_head * p.groups};
+  }
+
+ private:
   __device__ __forceinline__ QueryTile(const AttentionProblem& p, const Schedule& schedule,
                                        const Band& band, const Schedule::Item& item) {
     const int heads = static_cast<int>(p.kv_heads * p.groups);
@@ -71,6 +90,25 @@ struct KeyTile {
   int s0, batch, kv_head;
   int first, count;  // tiles of queries
 
+  /// kIntervals: as in QueryTile.
+  template <bool kIntervals>
+  __device__ __forceinline__ static KeyTile Of(const AttentionProblem& p, const Band& band,
+                                               const Schedule::Item& item) {
+    KeyTile tile(p, band, item);
+    if constexpr (kIntervals) {
+      const int2 queries = QueriesSeeing(p, band, ScoreOffsets(p, tile.first_head(p)), tile.s0,
+                                         min(kRows, static_cast<int>(p.kv_len) - tile.s0));
+      tile.first = queries.x / kCols;
+      tile.count = queries.x < queries.y ? (queries.y + kCols - 1) / kCols - tile.first : 0;
+    }
+    return tile;
+  }
+  /// Of the group.
+  __device__ __forceinline__ HeadIndex first_head(const AttentionProblem& p) const {
+    return {batch, kv_head * p.groups, kv_head, 0};
+  }
+
+ private:
   __device__ __forceinline__ KeyTile(const AttentionProblem& p, const Band& band,
                                      const Schedule::Item& item) {
     const int kv_heads = static_cast<int>(p.kv_heads);
@@ -89,7 +127,7 @@ inline Schedule MakeSchedule(const AttentionProblem& p, int64_t rows, int64_t le
                              int64_t head_bytes, int& blocks) {
   const int64_t tiles = (length + rows - 1) / rows, items = tiles * p.batch * heads;
   if (items < blocks) blocks = static_cast<int>(items);
-  const bool equal = p.left >= p.q_len && p.right >= p.kv_len;
+  const bool equal = p.left >= p.q_len && p.right >= p.kv_len && !p.interval;
   return MakeSchedule(tiles, p.batch * heads, head_bytes, equal, blocks);
 }
 /// Query heads of a group stream the same keys and values.

@@ -30,6 +30,17 @@ __device__ __forceinline__ void LoadTile(uint32_t tile, const CUtensorMap& map, 
 __device__ __forceinline__ void StoreShared(uint32_t shared, float2 x) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(shared), "f"(x.x), "f"(x.y) : "memory");
 }
+__device__ __forceinline__ void StoreShared(uint32_t shared, float x) {
+  asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(shared), "f"(x) : "memory");
+}
+__device__ __forceinline__ float2 LoadShared2(uint32_t shared) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
+               : "=f"(x.x), "=f"(x.y)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
 __device__ __forceinline__ float4 LoadShared4(uint32_t shared) {
   float4 x;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"

@@ -1,0 +1,18 @@
+#include "cuda/attention/hopper/dquery.cuh"
+
+namespace zenith::attention::hopper {
+
+// kModified, for head sizes up to 128: the tiles that are right for most lengths, to compile few.
+template <typename T>
+Status LaunchByHead(const AttentionBackwardArgs& args, const Launch& launch) {
+  return args.qk_dim <= 64 && args.v_dim <= 64
+             ? LaunchDquery<DqueryConfig<T, 64, 64, 2, 96, true>>(args, launch)
+             : LaunchDquery<DqueryConfig<T, 128, 128, 2, 64, true>>(args, launch);
+}
+
+Status DqueryModified(const AttentionBackwardArgs& args, const Launch& launch) {
+  return args.dtype == DType::kF16 ? LaunchByHead<__half>(args, launch)
+                                   : LaunchByHead<__nv_bfloat16>(args, launch);
+}
+
+}  // namespace zenith::attention::hopper
