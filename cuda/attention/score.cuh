@@ -114,6 +114,43 @@ struct LaneOrigin {
   int row, col;
 };
 
+/// Transposes words[4] over the four lanes of a row: afterwards words[j] is what lane j had in
+/// words[lane % 4].
+__device__ __forceinline__ void QuadTranspose(uint32_t (&words)[4]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & bit) continue;
+      const bool high = lane & bit;
+      const uint32_t other = __shfl_xor_sync(kAllLanes, high ? words[j] : words[j | bit], bit);
+      if (high)
+        words[j] = other;
+      else
+        words[j | bit] = other;
+    }
+}
+
+/// The two 16-bit halves of a word, or bytes of a half, as elements.
+template <typename E>
+__device__ __forceinline__ E ElementOf(uint32_t word, int i) {
+  if constexpr (sizeof(E) == 1) {
+    return static_cast<E>(word >> 8 * i);
+  } else {
+    const uint16_t bits = static_cast<uint16_t>(word >> 16 * i);
+    E element;
+    memcpy(&element, &bits, sizeof(element));
+    return element;
+  }
+}
+
+/// Transposes an 8x8 matrix of 16-bit elements, in a warp as mma.sync's tiles.
+__device__ __forceinline__ uint32_t MatrixTranspose(uint32_t word) {
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;\n" : "+r"(word));
+  return word;
+}
+
 template <typename E>
 struct alignas(2 * sizeof(E)) Pair {
   E elements[2];
@@ -121,7 +158,9 @@ struct alignas(2 * sizeof(E)) Pair {
 
 /// Calls f(score, value) for each of the lane's scores with the value of `tensor` there. All reads
 /// of a kind are issued without a branch between them: with a test per element the latency of each
-/// was exposed, and a key mask made the forward five times slower.
+/// was exposed, and a key mask made the forward five times slower. Narrow elements that lie side by
+/// side are read eight at a time and exchanged between the lanes: a warp's read is of eight rows
+/// either way, and takes as long.
 template <typename E, int kRowTiles, int kColTiles, typename F>
 __device__ __forceinline__ void ForEachScore(float (&scores)[kRowTiles][kColTiles][4],
                                              const E* base, const ScoreTensor& tensor,
@@ -149,6 +188,68 @@ __device__ __forceinline__ void ForEachScore(float (&scores)[kRowTiles][kColTile
       for (int n = 0; n < kColTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) f(scores[r][n][i], values[i / 2]);
+    }
+  } else if (sizeof(E) <= 2 && kColTiles % 4 == 0 && tensor.col_stride == 1 &&
+             (tensor.cols | tensor.row_stride) % 8 == 0 &&
+             reinterpret_cast<uintptr_t>(base) % (8 * sizeof(E)) == 0) {  // eight columns a read
+    if constexpr (sizeof(E) <= 2 && kColTiles % 4 == 0) {
+      const int quad_lane = threadIdx.x % 4;
+      const int first = lane.col - 2 * quad_lane;  // of the tile
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const E* row = row_base(r, half);
+#pragma unroll
+          for (int group = 0; group < kColTiles / 4; ++group) {  // of 32 columns
+            const E* source = row + min(first + 32 * group + 8 * quad_lane, tensor.cols - 8);
+            uint32_t words[4];  // pairs of columns
+            if constexpr (sizeof(E) == 1) {
+              const uint2 bytes = *reinterpret_cast<const uint2*>(source);
+              words[0] = bytes.x, words[1] = bytes.x >> 16;
+              words[2] = bytes.y, words[3] = bytes.y >> 16;
+            } else {
+              const uint4 eight = *reinterpret_cast<const uint4*>(source);
+              words[0] = eight.x, words[1] = eight.y, words[2] = eight.z, words[3] = eight.w;
+            }
+            QuadTranspose(words);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+              for (int i = 0; i < 2; ++i)
+                f(scores[r][4 * group + j][2 * half + i], ElementOf<E>(words[j], i));
+          }
+        }
+    }
+  } else if (sizeof(E) <= 2 && tensor.row_stride == 1 && tensor.col_stride % 2 == 0 &&
+             tensor.rows % 2 == 0 && reinterpret_cast<uintptr_t>(base) % (2 * sizeof(E)) == 0) {
+    // Rows side by side: blocks of 8 x 8, read with rows and columns exchanged.
+    if constexpr (sizeof(E) <= 2) {
+      const int lane_index = threadIdx.x % kWarpSize;
+      const int first_row = lane.row - lane_index / 4 + lane_index % 4 * 2;
+      const int first_col = lane.col - lane_index % 4 * 2 + lane_index / 4;
+#pragma unroll
+      for (int n = 0; n < kColTiles; ++n) {
+        const E* column = base + min(first_col + 8 * n, tensor.cols - 1) * tensor.col_stride;
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const E* source = column + min(first_row + 16 * r + 8 * half, tensor.rows - 2);
+            uint32_t word;
+            if constexpr (sizeof(E) == 1) {
+              const uint32_t bytes = *reinterpret_cast<const uint16_t*>(source);
+              word = (bytes | bytes << 8) & 0x00ff00ff;
+            } else {
+              word = *reinterpret_cast<const uint32_t*>(source);
+            }
+            word = MatrixTranspose(word);
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              f(scores[r][n][2 * half + i],
+                ElementOf<E>(sizeof(E) == 1 ? word >> 16 * i : word, sizeof(E) == 1 ? 0 : i));
+          }
+      }
     }
   } else if (tensor.col_stride == 1 && (tensor.cols | tensor.row_stride) % 2 == 0 &&
              reinterpret_cast<uintptr_t>(base) % (2 * sizeof(E)) == 0) {  // two columns a read
@@ -274,11 +375,19 @@ __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kCo
       for (int i = 0; i < kQueriesOfLane; ++i)
         keys[i] =
             LoadInterval(p, offsets.interval, min(kByQuery ? row_at(i) : col_at(i), q_len - 1));
-      for_each([&](float& score, int row, int col) {
-        const int2 allowed = keys[kByQuery ? row : col];
-        const int s = kByQuery ? col_at(col) : row_at(row);
-        score = s >= allowed.x && s < allowed.y ? score : -INFINITY;
-      });
+      // Most tiles lie inside of the intervals of all their queries.
+      constexpr int kKeys = kByQuery ? 8 * kColTiles : 16 * kRowTiles;
+      const int first = kByQuery ? col0 : row0;
+      bool inside = true;
+#pragma unroll
+      for (int i = 0; i < kQueriesOfLane; ++i)
+        inside = inside && keys[i].x <= first && keys[i].y >= first + kKeys;
+      if (!__all_sync(kAllLanes, inside))
+        for_each([&](float& score, int row, int col) {
+          const int2 allowed = keys[kByQuery ? row : col];
+          const int s = kByQuery ? col_at(col) : row_at(row);
+          score = s >= allowed.x && s < allowed.y ? score : -INFINITY;
+        });
     }
     if (p.query_segments) {
       const auto query_segment = [&](int t) {

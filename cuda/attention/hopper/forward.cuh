@@ -1,7 +1,7 @@
 // Attention forward for Hopper (FlashAttention-3: Shah et al. 2024, arXiv:2407.08608), 16-bit
-// types. A persistent block works on tiles of 64 queries a consumer warpgroup.
-// One thread of the producer warpgroup has TMA fill the query tile and a ring of key and value
-// tiles; consumers multiply with wgmma, straight from there.
+// types. A persistent block works on tiles of 64 queries a consumer warpgroup. One warp of the
+// producer warpgroup has TMA fill the query tile and a ring of key and value tiles; consumers
+// multiply with wgmma, straight from there.
 //
 // A consumer issues the scores of the next keys and the weighted sum of the last values together
 // and takes the softmax of those scores while the sum is under way. That the warpgroups take turns

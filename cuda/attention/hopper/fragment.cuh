@@ -82,24 +82,6 @@ __device__ __forceinline__ float QuadReduce(float x) {
   return Op::Apply(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-/// Transposes words[4] over the four lanes of a row: afterwards words[j] is what lane j had in
-/// words[lane % 4].
-__device__ __forceinline__ void QuadTranspose(uint32_t (&words)[4]) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & bit) continue;
-      const bool high = lane & bit;
-      const uint32_t other = __shfl_xor_sync(kAllLanes, high ? words[j] : words[j | bit], bit);
-      if (high)
-        words[j] = other;
-      else
-        words[j | bit] = other;
-    }
-}
-
 /// Stores the warp's 16 rows of 2 N columns, times factor[row half], to `target` (its row 0), in
 /// whole 16-byte chunks straight from registers: a detour through shared memory would keep a buffer
 /// from being filled for the next tile. Rows from `rows` and columns from `cols` on are dropped.
