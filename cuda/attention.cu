@@ -69,11 +69,13 @@ bool FitsHopperModified(const AttentionProblem& p) {
   return p.dtype != DType::kF32 && !(p.softcap > 0) && HeadDim(p) <= 128 && IsHopper();
 }
 
-/// Decoding: so few queries that the time is that of reading keys and values.
+/// Decoding: so few queries that the time is that of reading keys and values. With fewer keys it
+/// has not been measured.
 bool FitsDecode(const AttentionProblem& p) {
   constexpr int64_t kMaxQueries = 16, kMaxRows = 64;  // rows: of the heads that share keys
+  constexpr int64_t kMinKeys = 256;
   return p.dtype != DType::kF32 && p.q_len <= kMaxQueries && p.q_len * p.groups <= kMaxRows &&
-         IsHopper();
+         p.kv_len >= kMinKeys && IsHopper();
 }
 
 /// Short problems are a tile or less of the kernels for Hopper, and the older ones' tiles are

@@ -565,7 +565,7 @@ void AddScores(std::vector<Problem>& problems, DType dtype, int64_t d) {
 /// Few queries and many keys: clusters of all sizes, and more rows than a tile has.
 void AddDecoding(std::vector<Problem>& problems, DType dtype, int64_t d) {
   for (const auto& [t, groups] : {std::pair{1, 1}, {1, 8}, {3, 4}, {16, 1}, {16, 3}}) {
-    for (const int64_t s : {1, 70, 1000, 4200}) {
+    for (const int64_t s : {1, 300, 1000, 4200}) {
       Problem p{.dtype = dtype,
                 .batch = 2,
                 .kv_heads = 3,
