@@ -25,8 +25,8 @@ endif()
 
 file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cu)
 set(hopper_sources ${cuda_sources})
-list(FILTER hopper_sources INCLUDE REGEX "/cuda/attention/hopper/")
-list(FILTER cuda_sources EXCLUDE REGEX "/cuda/attention/hopper/")
+list(FILTER hopper_sources INCLUDE REGEX "/hopper/")
+list(FILTER cuda_sources EXCLUDE REGEX "/hopper/")
 set(nvcc_warnings --expt-relaxed-constexpr
     "SHELL:-Xcompiler=-Wall,-Wextra$<$<BOOL:${ZENITH_WERROR}>:,-Werror>"
     "$<$<BOOL:${ZENITH_WERROR}>:SHELL:-Werror all-warnings>")

@@ -5,6 +5,7 @@
 #include "ffi/kernels/activation.h"
 #include "ffi/kernels/cross_entropy.h"
 #include "ffi/kernels/gated.h"
+#include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
 
@@ -22,5 +23,6 @@ Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch
 Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch);
 Status GatedForward(const GatedForwardArgs& args, const Launch& launch);
 Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch);
+Status LinearForward(const LinearForwardArgs& args, const Launch& launch);
 
 }  // namespace zenith::naive

@@ -27,9 +27,7 @@ nb::dict Targets() {
   const std::span<const Target> groups[] = {
       NormTargets(),       SoftmaxTargets(), CrossEntropyTargets(),
       ActivationTargets(), GatedTargets(),   AttentionTargets(),
-#ifndef ZENITH_BACKEND_CUDA
       LinearTargets(),
-#endif
   };
   for (std::span<const Target> group : groups) {
     for (const Target& target : group) {

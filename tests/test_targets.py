@@ -296,7 +296,7 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
 
 
 STRUCTURED = attention_cases(structured=True)
-LINEAR = linear_cases(F32)
+LINEAR = {"cpu": linear_cases(F32), "cuda": linear_cases(np.float16)}
 CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | gated_cases() | attention_cases()
 
 
@@ -324,7 +324,7 @@ def expected(case: Case) -> tuple[np.ndarray | None, ...]:
 
 
 def test_every_target_has_a_case(device):
-    names = CASES | (LINEAR if device == "cpu" else {})
+    names = CASES | LINEAR[device]
     assert {native.target(name) for name in names} == set(native.module(device).targets())
 
 
@@ -337,9 +337,9 @@ def test_target_computes_its_formula(name):
             np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_computes_its_formula_and_refuses_other_operands(on_cpu, name):
-    case = LINEAR[name]
+@pytest.mark.parametrize("name", LINEAR["cpu"])
+def test_linear_computes_its_formula_and_refuses_other_operands(device, name):
+    case = LINEAR[device][name]
     actual = call(name, case.operands, case.results, case.attributes)
     for a, wanted in zip(actual, expected(case), strict=True):
         np.testing.assert_array_equal(a, wanted)

@@ -73,6 +73,46 @@ __device__ __forceinline__ void TmaLoad(uint32_t shared, const CUtensorMap& map,
       : "memory");
 }
 
+// Clusters: blocks that run at the same time and reach each other's shared memory.
+
+__device__ __forceinline__ uint32_t ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+
+/// All threads of all blocks of the cluster.
+__device__ __forceinline__ void ClusterBarrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+}
+
+/// Arrives on the barrier that lies where `barrier` does in the block of this rank. Orders reads of
+/// shared memory that have been waited for, no more: with .release.cluster the compiler waits for
+/// all stores of the thread, about a microsecond.
+__device__ __forceinline__ void BarrierArriveAt(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+/// TmaLoad into the shared memory of every block of the cluster whose bit is set in `blocks`, at
+/// the same offset, completing the barrier at the same offset there.
+__device__ __forceinline__ void TmaLoadTo(uint16_t blocks, uint32_t shared, const CUtensorMap& map,
+                                          uint32_t barrier, int feature, int length, int head,
+                                          int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(feature), "r"(length), "r"(head),
+      "r"(batch), "h"(blocks)
+      : "memory");
+}
+
 __device__ __forceinline__ void TmaPrefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }

@@ -20,6 +20,6 @@ std::span<const Target> CrossEntropyTargets();
 std::span<const Target> ActivationTargets();
 std::span<const Target> GatedTargets();
 std::span<const Target> AttentionTargets();
-std::span<const Target> LinearTargets();  // CPU only
+std::span<const Target> LinearTargets();
 
 }  // namespace zenith

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/attention/score.cuh"
+#include "cuda/core/quad.cuh"
 #include "cuda/core/wgmma.cuh"
 
 namespace zenith::attention {

@@ -1,0 +1,40 @@
+// Which linear kernel serves which problem.
+#include "cuda/core/vector.cuh"
+#include "cuda/linear/kernels.h"
+
+namespace zenith {
+namespace {
+
+#ifdef ZENITH_HOPPER  // the module holds code for sm_90a
+bool IsHopper() {
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+         major == 9 && minor == 0;
+}
+#endif
+
+}  // namespace
+
+Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
+  constexpr int64_t kAligned = 8, kMaxSize = int64_t{1} << 24;  // tiles stay in 32 bits
+  if (args.rows == 0 || args.n == 0) return {};
+  if (args.k <= 0 || args.k % kAligned != 0 || args.n % kAligned != 0)
+    return {"linear: k and n must be multiples of 8, and k not 0"};
+  if (args.rows > 64 * kMaxSize || args.k > kMaxSize || args.n > kMaxSize)
+    return {"linear: k and n must be at most 2^24, rows at most 2^30"};
+  if (!AreAligned(args.x, args.w, args.residual, args.y, args.pre))
+    return {"linear: arrays must be 16-byte aligned"};
+#ifdef ZENITH_HOPPER
+  if (IsHopper()) {
+    if (args.dtype == DType::kF16) return linear::HopperF16(args, launch);
+    if (args.dtype == DType::kBF16) return linear::HopperBF16(args, launch);
+    return {"linear: dtype must be float16 or bfloat16"};
+  }
+#endif
+  (void)launch;
+  return {"linear: the kernel needs a GPU of compute capability 9.0"};
+}
+
+}  // namespace zenith

@@ -1,0 +1,60 @@
+// Oracle of linear.cu: the formulas of ffi/kernels/linear.h, one thread per element of y.
+#include "cuda/core/convert.cuh"
+#include "cuda/core/launch.h"
+#include "cuda/naive.h"
+
+namespace zenith::naive {
+namespace {
+
+constexpr int kThreads = 128;
+
+__device__ double Value(Epilogue epilogue, double x) {
+  switch (epilogue) {
+    case Epilogue::kNone:
+      return x;
+    case Epilogue::kRelu:
+      return x < 0 ? 0 : x;
+    case Epilogue::kReluSquared:
+      return x < 0 ? 0 : x * x;
+    case Epilogue::kTanh:
+      return tanh(x);
+    case Epilogue::kSilu:
+      return x / (1 + exp(-x));
+    case Epilogue::kGeluTanh:
+      return x / (1 + exp(-2 * 0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    case Epilogue::kGeluErf:
+      return x / 2 * erfc(-x * 0.7071067811865476);
+  }
+  return NAN;
+}
+
+template <typename T>
+__global__ void linear_forward_kernel(LinearForwardArgs args) {
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (index >= args.rows * args.n) return;
+  const int64_t row = index / args.n, col = index % args.n;
+  const T* gX = static_cast<const T*>(args.x) + row * args.k;
+  const T* gW = static_cast<const T*>(args.w);
+  double sum = args.bias_dtype == DType::kF32 ? static_cast<const float*>(args.bias)[col]
+                                              : ToFloat(static_cast<const T*>(args.bias)[col]);
+  for (int64_t i = 0; i < args.k; ++i)
+    sum +=
+        double{ToFloat(gX[i])} * ToFloat(gW[args.transposed ? col * args.k + i : i * args.n + col]);
+  if (args.pre != nullptr) static_cast<T*>(args.pre)[index] = FromFloat<T>(static_cast<float>(sum));
+  double y = Value(args.epilogue, sum);
+  if (args.residual != nullptr) y += ToFloat(static_cast<const T*>(args.residual)[index]);
+  static_cast<T*>(args.y)[index] = FromFloat<T>(static_cast<float>(y));
+}
+
+}  // namespace
+
+Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
+  if (args.rows == 0 || args.n == 0) return {};
+  const auto blocks = static_cast<unsigned>((args.rows * args.n + kThreads - 1) / kThreads);
+  return DispatchDType(args.dtype, [&]<typename T>() {
+    linear_forward_kernel<T><<<blocks, kThreads, 0, launch.stream>>>(args);
+    return LastLaunch();
+  });
+}
+
+}  // namespace zenith::naive

@@ -1,0 +1,115 @@
+// LinearForward against cuda/linear_naive.cu. How to build and run: CMakeLists.txt.
+#include <array>
+#include <limits>
+
+#include "cuda/naive.h"
+#include "tests/cuda/harness.cuh"
+
+namespace zenith::test {
+namespace {
+
+const char* kNames[] = {"none", "relu", "relu_squared", "tanh", "silu", "gelu_tanh", "gelu_erf"};
+
+struct Problem {
+  int64_t rows, k, n;
+  bool transposed, residual, pre, float_bias;
+  Epilogue epilogue;
+};
+
+void Test(Report& report, DType dtype, const Problem& p) {
+  report.Problem(dtype, std::string(kNames[static_cast<int>(p.epilogue)]) + " " +
+                            std::to_string(p.rows) + "x" + std::to_string(p.k) + "x" +
+                            std::to_string(p.n) + (p.transposed ? " transposed" : "") +
+                            (p.residual ? " residual" : "") + (p.pre ? " pre" : "") +
+                            (p.float_bias ? " float bias" : ""));
+  Random random(static_cast<uint64_t>(p.rows + 3 * p.k + 7 * p.n));
+  // Sums of deviation 2: both tails of every activation.
+  std::vector<float> xs = random.Normals(p.rows * p.k, 2 / std::sqrt(double(p.k)));
+  if (p.rows > 2) {  // a row of what no sum gives
+    xs[static_cast<size_t>(p.k)] = NAN;
+    xs[static_cast<size_t>(2 * p.k)] = std::numeric_limits<float>::infinity();
+  }
+  const Array x(dtype, xs);
+  const Array w(dtype, random.Normals(p.k * p.n));
+  const Array bias(p.float_bias ? DType::kF32 : dtype, random.Normals(p.n, 2));
+  const Array residual = p.residual ? Array(dtype, random.Normals(p.rows * p.n)) : Array();
+  Array y(dtype, p.rows * p.n), want(dtype, p.rows * p.n);
+  Array pre = p.pre ? Array(dtype, p.rows * p.n) : Array();
+  Array want_pre(dtype, p.rows * p.n);
+
+  const LinearForwardArgs args{.epilogue = p.epilogue,
+                               .dtype = dtype,
+                               .bias_dtype = bias.dtype(),
+                               .transposed = p.transposed,
+                               .rows = p.rows,
+                               .k = p.k,
+                               .n = p.n,
+                               .x = x.data(),
+                               .w = w.data(),
+                               .bias = bias.data(),
+                               .residual = residual.data(),
+                               .y = y.data(),
+                               .pre = pre.data()};
+  LinearForwardArgs oracle = args;
+  oracle.y = want.data();
+  oracle.pre = want_pre.data();
+  RunOracle(report, "forward", {&want, &want_pre},
+            [&](Launch l) { return naive::LinearForward(oracle, l); });
+  RunTwice(report, "forward", {&y, &pre}, [&](Launch l) { return LinearForward(args, l); });
+
+  // Each result is rounded once. float32 sums of k terms of deviation 2 / sqrt(k) err by about
+  // sqrt(k) roundings of their sum; an activation passes that on, a square at most 20 times, at
+  // sums of 10. The fits: cuda/linear/epilogue.cuh.
+  const double sum_error = kFloatRoundoff * 40 * (4 + std::sqrt(double(p.k)));
+  const bool erf = p.epilogue == Epilogue::kGeluErf;
+  const double fit = !erf ? 2e-6 : dtype == DType::kF16 ? 6.8e-4 : 4.6e-3;
+  const std::vector<float> ys = want.Values(), pres = want_pre.Values();
+  const std::vector<float> residuals = residual.Values();
+  report.Compare("linear", "y", y, want, [&](int64_t i) {
+    const size_t at = static_cast<size_t>(i);
+    const double added = residuals.empty() ? 0 : std::fabs(residuals[at]);
+    return 2.01 * Roundoff(dtype) * std::fabs(ys[at]) + fit * (std::fabs(ys[at]) + added) +
+           sum_error + (erf ? 1e-9 : 0);
+  });
+  if (p.pre)
+    report.Compare("linear", "pre", pre, want_pre, [&](int64_t i) {
+      return 2.01 * Roundoff(dtype) * std::fabs(pres[static_cast<size_t>(i)]) + sum_error;
+    });
+}
+
+int Main(bool small) {
+  Report report;
+  constexpr Epilogue kEpilogues[] = {Epilogue::kNone,   Epilogue::kRelu, Epilogue::kReluSquared,
+                                     Epilogue::kTanh,   Epilogue::kSilu, Epilogue::kGeluTanh,
+                                     Epilogue::kGeluErf};
+  for (const DType dtype : {DType::kF16, DType::kBF16}) {
+    int turn = 0;
+    for (const Epilogue epilogue : kEpilogues)
+      for (const bool transposed : {false, true}) {
+        ++turn;
+        Test(report, dtype,
+             {130, 72, 200, transposed, turn % 2 == 0, turn % 3 == 0, turn % 4 == 1, epilogue});
+      }
+    // Rows and columns of no whole tile; one step and many; one tile and rounds of them.
+    for (const auto& [rows, k, n] :
+         std::initializer_list<std::array<int64_t, 3>>{{1, 8, 8},
+                                                       {3, 64, 16},
+                                                       {128, 128, 192},
+                                                       {257, 1000, 776},
+                                                       {700, 320, 1032},
+                                                       {4000, 256, 3080}}) {
+      if (small && rows * n > 300 * 776) continue;
+      for (const bool transposed : {false, true})
+        for (const bool more : {false, true})
+          Test(report, dtype, {rows, k, n, transposed, more, more, false, Epilogue::kGeluErf});
+    }
+    if (!small) Test(report, dtype, {16384, 64, 1536, false, true, true, true, Epilogue::kNone});
+    Test(report, dtype, {0, 64, 64, false, false, false, false, Epilogue::kNone});
+  }
+  return report.Finish();
+}
+
+}  // namespace
+}  // namespace zenith::test
+
+int main(int argc, char** argv) { return zenith::test::Main(zenith::test::IsSmall(argc, argv)); }
