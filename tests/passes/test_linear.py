@@ -5,6 +5,8 @@ The kernels are for GPUs; here the rewriter is told that it writes for one, and 
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.extend.core as jec
@@ -166,3 +168,16 @@ def test_on_the_cpu_the_activation_is_fused_as_ever_and_the_layer_reported():
 def test_what_no_kernel_takes_is_refused():
     report = plan(Graph.of(jax.make_jaxpr(lambda x, w, b: x @ w + b)(X, array(16, 20), array(20))), ON_GPU)
     assert not report  # 20 is no multiple of 8
+
+
+def test_layers_are_taken_where_the_table_has_them_ahead():
+    ahead = lambda x, w, b: jax.nn.gelu(x @ w + b)  # noqa: E731
+    many, few = (jax.ShapeDtypeStruct((rows, 768), BF16) for rows in (8192, 512))
+    w, b = jax.ShapeDtypeStruct((768, 3072), BF16), jax.ShapeDtypeStruct((3072,), BF16)
+    on_gpu = Context("cuda")
+    assert sites(ahead, many, w, b, context=on_gpu) == [("linear", "gelu_tanh, bias")]
+    assert sites(ahead, few, w, b, context=on_gpu) == []
+    assert sites(ahead, many, w, b, context=dataclasses.replace(on_gpu, differentiated=True)) == []
+    assert sites(lambda x, w, b: x @ w + b, many, w, b, context=on_gpu) == []
+    gated = lambda x, w, b: jax.nn.silu(x @ w) * (x @ w + b)  # noqa: E731
+    assert ("linear", "silu") not in sites(gated, many, w, b, context=on_gpu)

@@ -16,7 +16,7 @@ import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
 from zenith_jax.ops._op import absent, as_batches, dense, is_absent, is_zero, kernel, widened
-from zenith_jax.ops.activation import FORMULAS
+from zenith_jax.ops.activation import FORMULAS, KERNELS
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -105,13 +105,22 @@ def _summed_to(x: Any, shape: tuple[int, ...]) -> Any:
     return jnp.sum(x, [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True)
 
 
+def _activation_cotangent(activation: str, x: Any, dy: Any) -> Any:
+    """By the activation's own backward kernel where there is one. XLA would compute the derivative twice, for the
+    products and in the sum that is the bias's gradient."""
+    if activation in KERNELS and (backward := KERNELS[activation].backward) is not None:
+        operand, cotangent = (as_batches(a[..., None], 1) for a in (x, dy))
+        return backward((operand,), (), (cotangent,), (0,))[0].reshape(dy.shape)
+    _, vjp = jax.vjp(ACTIVATIONS[activation], widened(x))
+    return vjp(widened(dy))[0].astype(dy.dtype)
+
+
 def _backward(operands, results, cotangents, needed, *, activation, transposed):
     x, w, bias, residual = operands
     dy = dense(cotangents)[0]
     dpre = dy
     if activation != "none":  # of relu, the result says as much as what it came from
-        _, vjp = jax.vjp(ACTIVATIONS[activation], widened(results[-1]))
-        dpre = vjp(widened(dy))[0].astype(dy.dtype)
+        dpre = _activation_cotangent(activation, results[-1], dy)
     if len(cotangents) == 2 and not is_zero(cotangents[1]):
         dpre = dpre + cotangents[1]
     batch = tuple(range(dpre.ndim - 1))

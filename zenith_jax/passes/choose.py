@@ -86,9 +86,26 @@ def _cpu_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     return None
 
 
+# bfloat16 forward, XLA / ours in us: 16384x768x3072 gelu_erf 280/153, gelu_tanh 206/155, silu 200/146, but bias alone
+# 127/144, relu 125/145, residual 151/187; 8192x3072x768 89/72, 71/70, 71/70 (H100, 2026-11-26, with more in
+# docs/kernels/linear_hopper.md). Its gradient was behind in most shapes, before its backward pass was mended.
+_LINEAR_ACTIVATIONS = ("gelu_erf", "gelu_tanh", "silu")
+_LINEAR_MIN_ROWS = 4096
+
+
 def _cuda_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
-    del case, differentiated
-    return refuse("the kernel is not measured on a GPU yet", advice="zenith.configure(use_cost=False) takes it")
+    if case["activation"] not in _LINEAR_ACTIVATIONS:
+        return refuse("XLA's product is as fast with {what}", what=case["parts"])
+    if "residual" in case["parts"] or case["rows"] < _LINEAR_MIN_ROWS:
+        return refuse("the kernel is not measured for {what}, {rows} rows", what=case["parts"], rows=case["rows"])
+    if case["in_loop"]:
+        return refuse("XLA computes the activation inside the loop that follows, without a pass of memory")
+    if differentiated:
+        return refuse(
+            "with its gradient the kernel is not measured ahead of XLA's code",
+            advice="zenith.configure(use_cost=False) takes it",
+        )
+    return None
 
 
 # Columns up to which a row stays in registers, by bytes of an element: forward, backward. Past them the kernels read

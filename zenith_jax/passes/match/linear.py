@@ -21,7 +21,7 @@ from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Atom, Graph
-from zenith_jax.ir.term import Axis, Term, Terms
+from zenith_jax.ir.term import ELEMENTWISE, Axis, Term, Terms
 from zenith_jax.ops.linear import linear
 from zenith_jax.passes.match import activation as activations
 from zenith_jax.passes.match._match import Match
@@ -276,6 +276,16 @@ def _narrowed(graph: Graph, layer: Layer) -> Layer | None:
     return layer.above(user)
 
 
+def _is_in_loop(graph: Graph, var: Var) -> bool:
+    """Whether what follows is a loop over the result and another array, as the product of a gated unit is."""
+    return any(
+        e.primitive.name in ELEMENTWISE
+        and any(a is not var and getattr(a.aval, "shape", None) == var.aval.shape for a in e.invars)
+        and all(graph.constant(a) is None for a in e.invars)
+        for e in graph.users_of(var)
+    )
+
+
 def _build(graph: Graph, product: JaxprEqn, layer: Layer, simpler: Match | None) -> Match | None:
     if graph.escapes(layer.inner, [layer.top]) is not None:
         return None
@@ -303,8 +313,8 @@ def _build(graph: Graph, product: JaxprEqn, layer: Layer, simpler: Match | None)
             ("k", layer.contracted),
             ("n", features),
             ("activation", layer.activation),
-            ("bias", layer.bias is not None),
-            ("residual", layer.residual is not None),
+            ("parts", layer.parts),
+            ("in_loop", _is_in_loop(graph, layer.top)),
         ),
         simpler=simpler,
         yields=True,
