@@ -56,6 +56,9 @@ def _cuda_cross_entropy(case: dict[str, Any], differentiated: bool) -> Refusal |
 # backward: 0.2 M logits (b1 h12 s128) 5.9/6.7, 17/21; 1.6 M 12.3/10.9, 37/27; 3.1 M 13.8/13.2, 49/42; 25 M 93/30,
 # 287/114 (H100, 2026-11-26).
 _CUDA_LOGITS = 2**20
+# Decoding is bound by reading keys and values: b1 h32/8 d128 of 16384 keys, half a million logits, XLA 44, ours 34;
+# fewer are not measured.
+_CUDA_DECODED_QUERIES, _CUDA_DECODED_LOGITS = 16, 2**19
 # float32 is exact in our kernels, by three TensorFloat-32 products for each of XLA's one (errors 1e-6 and 6e-4). d64:
 # 6 M logits 25/74, 80/269; 17 M 111/144, 315/602; 25 M 176/166, 497/833; 268 M 1530/1444, 4473/8075; d128: 25 M
 # 205/358, 601/1892. Where logits take gigabytes, being able to run at all counts more.
@@ -66,7 +69,8 @@ _CUDA_LARGE_BYTES = 2**32
 
 def _cuda_attention(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     logits = case["batch"] * case["t"] * case["s"]
-    if logits < _CUDA_LOGITS:
+    decodes = case["t"] <= _CUDA_DECODED_QUERIES and case["dtype"] != "float32"
+    if logits < (_CUDA_DECODED_LOGITS if decodes else _CUDA_LOGITS):
         return refuse("XLA is as fast for {n} logits on a GPU", n=logits)
     if case["dtype"] != "float32" or case["exact"] or 4 * logits >= _CUDA_LARGE_BYTES:
         return None
