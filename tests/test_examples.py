@@ -1,5 +1,6 @@
 """The examples and the GPU benchmark run, at their tiny sizes, each in a process of its own."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -64,6 +65,13 @@ def test_keras_model():
     assert "(64, 10)" in shown
     differences = [float(line.split("difference ")[1]) for line in shown.splitlines() if "difference " in line]
     assert len(differences) == 2 and max(differences) < 1e-4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray[serve] is not installed")
+def test_ray_serve():
+    shown = run("examples/ray_serve.py")
+    assert "32 answers" in shown
+    assert float(shown.split("difference ")[1]) < 1e-6
 
 
 def test_gpt2_training_step_benchmark(tmp_path):
