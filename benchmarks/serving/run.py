@@ -108,7 +108,7 @@ def closed(server: TritonServer) -> list[dict[str, Any]]:
                     environment = {**os.environ, "LD_LIBRARY_PATH": folder}
                     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
                     case = dict(part="closed", model=name, case=f"{concurrency} in flight")
-                    if "Failed to obtain stable measurement" in done.stdout:  # other work on the machine
+                    if "Failed to obtain stable measurement" in done.stdout + done.stderr:  # other work on the machine
                         found.append({**case, "per_second": "unstable"})
                         continue
                     if not report.is_file():
