@@ -1,0 +1,243 @@
+"""The patterns that tests/passes/test_mutations.py mutates, each as somebody writes it, with its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+N = 4  # every size: batch, heads, lengths, features
+SEED = 20260102
+
+
+def attention_einsum(q, k, v, mask, bias):
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(N) + bias
+    logits = jnp.where(jnp.tril(jnp.ones((N, N), bool)) & mask, logits, -jnp.inf)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+
+
+def attention_matmul(q, k, v, mask, bias):
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * 0.37, k, v))
+    logits = jnp.where(mask, q @ k.swapaxes(-1, -2) - bias, -1e9)
+    e = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return ((e / e.sum(-1, keepdims=True)) @ v).transpose(0, 2, 1, 3)
+
+
+def attention_additive_mask(q, k, v, mask, bias):
+    del mask, bias
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * 0.5 + jnp.triu(jnp.full((N, N), -jnp.inf), 1)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+
+
+def attention_jax_nn(q, k, v, mask, bias):
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, is_causal=True)
+
+
+def attention_window(q, k, v, mask, bias):
+    del mask, bias
+    return jax.nn.dot_product_attention(q, k[:, :, :2], v[:, :, :2], local_window_size=(2, 1))
+
+
+def attention_repeated(q, k, v, mask, bias):
+    k, v = (jnp.repeat(x[:, :, :2], 2, axis=2) for x in (k, v))
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * 0.5 + bias + mask.astype(jnp.float32)
+    t, s = jnp.arange(N)[:, None], jnp.arange(N)
+    logits = jnp.where(jnp.abs(t - s) <= 2, logits, -1e30)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+
+
+def attention_split_heads(q, k, v, mask, bias):
+    del bias
+    q, k, v = q.reshape(N, N, 2, 2, N), k[:, :, :2], v[:, :, :2]
+    logits = jnp.einsum("btkgd,bskd->btkgs", q, k).reshape(N, N, N, N)
+    p = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).reshape(N, N, 2, 2, N)
+    return jnp.einsum("btkgs,bskd->btkgd", p, v).reshape(N, N, N, N)
+
+
+def attention_capped_prefix(q, k, v, mask, bias):
+    del mask, bias
+    t, s = jnp.arange(N)[:, None], jnp.arange(N)
+    logits = 1.5 * jnp.tanh(jnp.einsum("bthd,bshd->bhts", q, k) * 0.4 / 1.5)
+    logits = jnp.where(((s <= t) | (s < 2)) & (s < 3), logits, -1e30)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1), v)
+
+
+def attention_sink_column(q, k, v, mask, bias):
+    """And the guard against rows of NaN."""
+    logits = jnp.where(mask, jnp.einsum("bthd,bshd->bhts", q, k) * 0.5, -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([logits, bias[:, :, :, :1]], axis=-1), axis=-1)[..., :-1]
+    return jnp.einsum("bhts,bshd->bthd", jnp.where(jnp.isnan(p), 0.0, p), v)
+
+
+def attention_sink_addend(q, k, v, mask, bias):
+    del mask
+    logits, sink = jnp.einsum("bthd,bshd->bhts", q, k) * 0.5, bias[0, 0, 0][:, None, None]
+    top = jnp.maximum(logits.max(-1, keepdims=True), sink)
+    e = jnp.exp(logits - top)
+    return jnp.einsum("bhts,bshd->bthd", e / (e.sum(-1, keepdims=True) + jnp.exp(sink - top)), v)
+
+
+def attention_segments(q, k, v, labels):
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * 0.5
+    allowed = (labels[:, None, :, None] == labels[:, None, None]) & (jnp.arange(N) <= jnp.arange(N)[:, None] + 1)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1), v)
+
+
+def layer_norm_two_pass(x, scale, bias):
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(x.var(-1, keepdims=True) + 0.03) * scale + bias
+
+
+def layer_norm_fast(x, scale, bias):
+    mean, square = x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
+    variance = jnp.maximum(0.0, square - mean * mean)
+    return (x - mean) * (jax.lax.rsqrt(variance + 0.03) * scale) + bias
+
+
+def add_layer_norm(x, y, scale):
+    total = x + y
+    centred = total - total.mean(-1, keepdims=True)
+    return total, centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 0.03) * scale
+
+
+def rms_norm(x, scale):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 0.03) * scale
+
+
+def rms_norm_cast(x, scale):
+    wide = x.astype(jnp.float32)
+    return scale * (wide / jnp.sqrt(jnp.square(wide).mean(-1, keepdims=True) + 0.03)).astype(x.dtype)
+
+
+def gelu_erf(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + jnp.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_cdf(x):
+    return x * jax.scipy.stats.norm.cdf(x)
+
+
+def silu(x):
+    return x / (1 + jnp.exp(-x))
+
+
+def cross_entropy_integer(x, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels)
+
+
+def cross_entropy_smoothed(x, labels):
+    hot = jax.nn.one_hot(labels, N) * 0.9 + 0.1 / N
+    return -jnp.sum(hot * jax.nn.log_softmax(x), axis=-1)
+
+
+def cross_entropy_smoothed_by_the_mean(x, labels):
+    p = jax.nn.log_softmax(x)
+    return -0.9 * jnp.take_along_axis(p, labels[..., None], axis=-1)[..., 0] - 0.1 * p.mean(-1)
+
+
+def cross_entropy_z_loss(x, labels):
+    top = x.max(-1, keepdims=True)
+    lse = jnp.log(jnp.exp(x - top).sum(-1)) + top[..., 0]
+    return lse - jnp.sum(jnp.where(labels[..., None] == jnp.arange(N), x, 0.0), axis=-1) + 0.01 * lse**2
+
+
+def softmax_middle(x):
+    return jax.nn.softmax(x, axis=1)
+
+
+def softmax_by_hand(x):
+    e = jnp.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def swiglu(x, y):
+    return jax.nn.silu(x * 1.5) * (y + 0.5)
+
+
+def geglu_of_halves(x):
+    value, gate = jnp.split(x, 2, axis=-1)
+    return value * jax.nn.gelu(gate, approximate=False)
+
+
+def swiglu_of_slices(x):
+    return jax.nn.silu(x[..., : N // 2]) * x[..., N // 2 :]
+
+
+def depthwise_conv(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w[:, :1, :3, :2], (1, 2), ((1, 0), (1, 1)), rhs_dilation=(1, 2), feature_group_count=N
+    )
+
+
+def grouped_conv_channels_last(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w[:2, :3, :2], (2, 1), "SAME", feature_group_count=2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def batch_norm(x, w, mean, variance, scale, bias):
+    y = jax.lax.conv_general_dilated(x, w[:2, :3], (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.maximum((y + bias - mean) * (scale / jnp.sqrt(jnp.square(variance) + 0.03)) + bias, 0.0)
+
+
+def inputs(kinds: str) -> list[np.ndarray]:
+    """x: (N, N, N, N) floats; p: (N,) floats; r: (N, N, N) floats; m: a mask with one row that allows nothing;
+    n: a mask without such a row; l: (N, N) labels below N."""
+    rng = np.random.default_rng(SEED)
+    arrays = []
+    for kind in kinds:
+        if kind in "mn":
+            mask = rng.random((N, N, N, N)) < 0.7
+            mask[0, 1, 2] = False
+            mask[..., 0] |= kind == "n"
+            arrays.append(mask)
+        elif kind == "l":
+            arrays.append(rng.integers(N, size=(N, N)).astype(np.int32))
+        else:
+            shape = {"x": (N,) * 4, "p": (N,), "r": (N,) * 3}[kind]
+            arrays.append(rng.normal(size=shape).astype(np.float32) + (kind == "p"))
+    return arrays
+
+
+PATTERNS: dict[Callable[..., Any], str] = {
+    attention_einsum: "xxxnx",
+    attention_matmul: "xxxmx",
+    attention_additive_mask: "xxxmx",
+    attention_jax_nn: "xxxmx",
+    attention_window: "xxxmx",
+    attention_repeated: "xxxmx",
+    attention_split_heads: "xxxmx",
+    attention_capped_prefix: "xxxmx",
+    attention_sink_column: "xxxmx",
+    attention_sink_addend: "xxxmx",
+    attention_segments: "xxxl",
+    layer_norm_two_pass: "rpp",
+    layer_norm_fast: "rpp",
+    add_layer_norm: "rrp",
+    rms_norm: "rp",
+    rms_norm_cast: "rp",
+    gelu_erf: "r",
+    gelu_tanh: "r",
+    gelu_cdf: "r",
+    silu: "r",
+    cross_entropy_integer: "rl",
+    cross_entropy_smoothed: "rl",
+    cross_entropy_smoothed_by_the_mean: "rl",
+    cross_entropy_z_loss: "rl",
+    swiglu: "rr",
+    geglu_of_halves: "r",
+    swiglu_of_slices: "r",
+    depthwise_conv: "xx",
+    grouped_conv_channels_last: "xx",
+    batch_norm: "xxpppp",
+    softmax_middle: "r",
+    softmax_by_hand: "r",
+}
