@@ -17,6 +17,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from fuzz.convolution import convolved
 from jax import lax
 
 WIDE = np.dtype(np.float64)
@@ -103,6 +104,7 @@ SUMMED: dict[str, Callable[..., Any]] = {
     "cumsum": lambda p, x: (
         np.flip(np.cumsum(np.flip(x, p["axis"]), p["axis"]), p["axis"]) if p["reverse"] else np.cumsum(x, p["axis"])
     ),
+    "conv_general_dilated": convolved,
     "dot_general": lambda p, x, y: _product(x, y, p["dimension_numbers"]),
     "reduce_sum": lambda p, x: np.sum(x, tuple(p["axes"])),
 }

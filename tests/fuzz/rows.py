@@ -246,17 +246,50 @@ def neighbour(script: Script, x: Any) -> Any:
     )()
 
 
+def _halves(script: Script, x: Any) -> tuple[Any, Any]:
+    """Two parts of one size, nearly always the halves of the last axis."""
+    n = x.shape[-1] // 2
+    return script.spell(
+        "halves",
+        [
+            lambda: tuple(jnp.split(x[..., : 2 * n], 2, axis=-1)),
+            lambda: (x[..., :n], x[..., n : 2 * n]),
+            lambda: (x[..., n : 2 * n], x[..., :n]),
+        ],
+        [
+            lambda: (x[..., :n], x[..., -n:]),
+            lambda: (x[..., : 2 * n : 2], x[..., 1 : 2 * n : 2]),
+            lambda: (x[..., :n], x[..., :n]),
+            lambda: (x[..., :n], 2 * x[..., n : 2 * n]),
+        ],
+    )()
+
+
 def activation(script: Script, x: Any) -> tuple[Any, list[Any]]:
-    gate = script.pick("gated", None, "same", "linear")
+    gate = script.pick("gated", None, "same", "linear", "other half", "nearly")
     narrow = x.dtype
     if script.one_in(4, "scaled before"):
         x = x * script.pick("by", 2.0, 0.5, 9.0)
     if script.one_in(4, "in float32"):
         x = x.astype(jnp.float32)
+    halves = _halves(script, x) if gate == "other half" and x.shape[-1] > 1 else (x, x)
+    x, other = halves
     y = script.pick("activation", gelu_tanh, gelu_erf, silu, neighbour)(script, x)
     taps = [y]
     if gate == "same":
         y = y * x
+    elif gate == "other half":
+        y = script.pick("product", lambda: y * other, lambda: other * y)()
+    elif gate == "nearly":
+        y = script.pick(
+            "nearly gated",
+            lambda: y * script.array("normal", x.shape[-1:], x.dtype),
+            lambda: y * y,
+            lambda: y * (y + x),
+            lambda: y / (1 + x * x),
+            lambda: y * lax.stop_gradient(x),
+            lambda: y * 0.5,
+        )()
     elif gate == "linear":
         y = y * script.array("normal", x.shape, x.dtype)
     return script.pick("result", lambda: y.astype(narrow), lambda: y)(), taps

@@ -9,6 +9,7 @@ import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
 from fuzz.attention import attention, flash_like, jax_nn
+from fuzz.convolution import convolution
 from fuzz.rows import activation, norm, softmax
 from fuzz.script import Script, Want
 from jax import lax
@@ -87,7 +88,8 @@ def cast(script: Script, x: Any) -> tuple[Any, list[Any]]:
 
 def block(script: Script, x: Any, depth: int) -> tuple[Any, list[Any]]:
     """One part of a program: (y, inner values). depth: how much control flow may still be nested in it."""
-    options = [norm, attention, activation, softmax, elementwise, norm, attention, product, layout, cast, jax_nn]
+    options = [norm, attention, activation, convolution, softmax, elementwise, norm, attention, activation, product]
+    options += [layout, cast, jax_nn]
     options += [residual, flash_like]
     if depth:
         options += [scanned, branched, rematerialised, mapped, jitted, custom, differentiated, repeated, shared]
