@@ -73,13 +73,16 @@ def undecorated(function: Callable) -> Callable:
 def explain(function: Callable, *, measure: bool = False) -> Callable[..., Report]:
     """explain(f)(*args): the Report of what `jit(f)` fuses for such arguments, and why not the rest. Runs nothing.
 
+    Arguments that are sharded, arrays or structs with a NamedSharding, show what the partitioner would gather.
+
     `function` may be decorated with `zenith.jit` already; `jax.ShapeDtypeStruct`s do for arrays. measure: compile and
     run each fused site alone, both ways, on random operands, and put the times into the report.
     """
     plain = undecorated(function)
 
     def explained(*args: Any, **kwargs: Any) -> Report:
-        context = current_context(config())
+        shardings = tuple(map(_spec, jax.tree.leaves((args, kwargs))))
+        context = dataclasses.replace(current_context(config()), shardings=shardings)
         # A fresh function: JAX's caches must not answer for an earlier trace.
         fresh = lambda *a, **k: _fused_call(plain, context, a, k)  # noqa: E731
         with collecting() as sites:
@@ -88,6 +91,12 @@ def explain(function: Callable, *, measure: bool = False) -> Callable[..., Repor
         return report.measured() if measure else report
 
     return explained
+
+
+def _spec(x: Any) -> tuple[Any, ...]:
+    """Mesh axes of each dimension of an argument; () where they are not known."""
+    sharding = getattr(x, "sharding", None)
+    return tuple(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else ()
 
 
 def current_context(settings: Config) -> Context:
@@ -142,7 +151,7 @@ def _rewritten(jaxpr: Any, context: Context) -> Any:
 
 def _fuse_primal(function: Callable) -> Callable:
     """What reverse-mode differentiation inside a rewriting differentiates instead of `function`."""
-    context = dataclasses.replace(_rewriting.value, differentiated=True)
+    context = dataclasses.replace(_rewriting.value, differentiated=True, shardings=())
 
     def primal(*args: Any, **kwargs: Any) -> Any:
         return _fused_call(function, context, args, kwargs)

@@ -20,9 +20,10 @@ logger = logging.getLogger("zenith_jax")
 class Site:
     """One place in the user's program. reason: why it was not fused, and what to change; "" where it was.
 
-    choice: what computes it and why. flops: of the equations as written. bytes_saved: of inner values that no longer
-    reach memory, an upper bound, since XLA keeps some in registers too. measured_us: (fused, unfused), each compiled
-    alone, after `explain(f, measure=True)`.
+    choice: what computes it and why. whole: operands with the sizes of the dimensions that no device may have a part
+    of, dots for those that may be sharded. gathered: which of these are sharded, as far as that is known. flops: of the
+    equations as written. bytes_saved: of inner values that no longer reach memory, an upper bound, since XLA keeps some
+    in registers too. measured_us: (fused, unfused), each compiled alone, after `explain(f, measure=True)`.
     """
 
     op: str
@@ -35,6 +36,8 @@ class Site:
     shapes: str = ""  # of the operands
     advice: str = ""
     choice: str = ""
+    whole: str = ""
+    gathered: str = ""
     flops: int = 0
     bytes_saved: int = 0
     measured_us: tuple[float, float] | None = None
@@ -89,7 +92,7 @@ class Report:
                 s.detail or s.shapes,
                 "/".join(p for p in (s.where, "grad" if s.differentiated else "") if p),
                 s.source,
-                "; ".join(p for p in (s.reason, s.advice) if p),
+                "; ".join(p for p in (s.reason, s.advice, s.gathered) if p),
                 quantity(s.flops),
                 quantity(s.bytes_saved),
                 s.gain,
@@ -102,7 +105,7 @@ class Report:
         lines = [
             "  "
             + "  ".join(part for part in (f"{n}x" if n else "", status, op, detail, where, source, gain) if part)
-            + (f"\n      because {reason}" if reason else "")
+            + (f"\n      {'but' if status == 'fused' else 'because'} {reason}" if reason else "")
             for n, status, op, detail, where, source, reason, _, _, gain in self._rows()
         ]
         return "\n".join([head, *lines])

@@ -52,6 +52,10 @@ def _row(site: Any, n: int, measured: bool) -> str:
     times = f" &times;{n}" if n > 1 else ""
     place = " in ".join(p for p in ("grad" if site.differentiated else "", site.where) if p)
     why = _e(site.choice) if site.fused else f'<div class="why">{_e(site.reason)}</div>'
+    if site.whole:
+        why += f"<div>whole on each device: <code>{_e(site.whole)}</code></div>"
+    if site.gathered:
+        why += f'<div class="why">{_e(site.gathered)}</div>'
     advice = f"<div><b>try:</b> {_e(site.advice)}</div>" if site.advice else ""
     source = f"<code>{_e(site.source)}</code>" + (f"<br>{_e(place)}" if place else "")
     shown = dict.fromkeys(t for t in (site.detail, site.shapes) if t)

@@ -215,6 +215,21 @@ def explicit_spec(aval: Any) -> tuple[Any, ...]:
     return spec + (None,) * (aval.ndim - len(spec))
 
 
+def explicit_sharding(aval: Any) -> Any | None:
+    """The sharding of `aval` where its mesh has Explicit axes, else None."""
+    sharding = getattr(aval, "sharding", None)
+    if sharding is None or sharding.mesh.empty:
+        return None
+    return sharding if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def resharded(x: Any, sharding: Any | None) -> Any:
+    """x with the explicit sharding, if one is given and x has another."""
+    if sharding is None or explicit_sharding(jax.typeof(x)) == sharding:
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
 def partition_count(module_context: Any) -> int:
     """Over how many devices the partitioner will split the module being lowered."""
     context = module_context.axis_context

@@ -115,6 +115,8 @@ class Kernel:
     ffi_attributes: (operand avals, **attributes) -> attributes of the custom call; handlers check every size.
     layouts: (batch rank, **attributes) -> per operand and result a major-to-minor order or None for row-major.
     supports: (operand avals, platform, **attributes) -> why the kernel cannot run, or None.
+    in_place: (operand index, result index), where the kernel may write a result over an operand of its shape and dtype;
+    XLA copies the operand first if it is needed later.
     adapted: (operands, platform, **attributes) -> operands of the same meaning that the platform's kernel takes.
     saving: (operands, **attributes) -> the kernel that runs in the place of this one where it is differentiated, with
     the same visible results and more hidden ones, or None.
@@ -130,6 +132,7 @@ class Kernel:
     ffi_attributes: Callable[..., dict[str, Any]] = lambda avals, **attributes: attributes
     layouts: Callable[..., tuple[list, list]] | None = None
     supports: Callable[..., Refusal | None] = lambda avals, platform, **attributes: None
+    in_place: tuple[tuple[int, int], ...] = ()
     adapted: Callable[..., Sequence[Any]] = lambda operands, platform, **attributes: operands
     saving: Callable[..., Kernel | None] = lambda operands, **attributes: None
     partitioned: bool = True
@@ -352,7 +355,12 @@ def _tangent_transpose(
         needed,
         **dict(attributes),
     )
-    return [None] * (len(operands) + len(results)) + [found.get(i) for i in live]
+    # With explicit mesh axes a cotangent has the sharding of its primal, also where the kernel had to have it whole.
+    of_live = [
+        _compat.resharded(found[i], _compat.explicit_sharding(t.aval)) if i in found and i in needed else found.get(i)
+        for i, t in zip(live, tangents, strict=True)
+    ]
+    return [None] * (len(operands) + len(results)) + of_live
 
 
 def _tangent_batch(

@@ -22,6 +22,7 @@ from zenith_jax.passes import gain
 from zenith_jax.passes.choose import RULES, Choices, declined
 from zenith_jax.passes.match import MATCHERS, Match
 from zenith_jax.passes.match._match import narrowed
+from zenith_jax.passes.whole import Spec, described, gathered, whole_dims
 from zenith_jax.report import Site, record
 from zenith_jax.telemetry.compiling import clock, clocked
 
@@ -57,9 +58,11 @@ class Context:
     where: str = ""
     registered: tuple[Callable, ...] = ()
     choices: Choices | None = None  # measured times, in place of the rules
+    # Of the program's arguments: the mesh axes of each dimension, as far as they are known; for the report.
+    shardings: tuple[Spec, ...] = ()
 
     def inside(self, primitive: str) -> Context:
-        return dataclasses.replace(self, where=f"{self.where}/{primitive}".strip("/"))
+        return dataclasses.replace(self, where=f"{self.where}/{primitive}".strip("/"), shardings=())
 
 
 def rewrite(jaxpr: Any, context: Context) -> Any:
@@ -114,6 +117,8 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                 if isinstance(found, Refusal)
                 else declined(found, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
             )
+            if isinstance(found, Match) and refusal is not None and found.simpler is not None:
+                found, op, refusal = _simpler(found, refusal, claimed, context)
             if refusal is not None and isinstance(found, Match) and found.unmentioned:
                 continue
             site = Site(
@@ -142,12 +147,29 @@ def plan(graph: Graph, context: Context) -> list[Match]:
     return [m if m.results[0] in leaves else narrowed(graph, m) for m in plan]
 
 
+def _simpler(match: Match, refusal: Refusal, claimed: set[int], context: Context) -> tuple[Match, str, Refusal | None]:
+    """What to do instead of a match that is refused: its simpler one, if that is not, with the reason in its detail."""
+    simpler = match.simpler
+    if (
+        simpler is None
+        or any(id(e) in claimed for e in simpler.inner)
+        or declined(simpler, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
+    ):
+        return match, match.op, refusal
+    return dataclasses.replace(simpler, detail=f"{simpler.detail}; no {match.op}: {refusal}"), simpler.op, None
+
+
 def _decided(site: Site, refusal: Refusal | None, found: Match | Refusal, graph: Graph, context: Context) -> Site:
     """The site with what became of it."""
     if refusal is not None:
         reason = str(dataclasses.replace(refusal, advice=""))
         return dataclasses.replace(site, reason=reason, advice=refusal.advice)
     assert isinstance(found, Match)
+    dims = found.whole
+    if dims is None:
+        dims = whole_dims(_trace_of(found))
+    known = dict(zip(graph.invars, context.shardings, strict=False))
+    site = dataclasses.replace(site, whole=described(found, dims), gathered=gathered(graph, found, dims, known))
     return dataclasses.replace(site, fused=True, choice=_choice(found, context), measure=gain.timed(graph, found))
 
 
@@ -182,15 +204,24 @@ def _attempt(matcher: Callable, graph: Graph, eqn: JaxprEqn) -> Match | Refusal 
 # --- how -------------------------------------------------------------------------------------------------------------
 
 
+def _trace_of(match: Match) -> Any:
+    """The jaxpr of the match's op, its results sharded as the program's where mesh axes are explicit."""
+    shardings = tuple(_compat.explicit_sharding(v.aval) for v in match.results)
+    return _traced(match.emit, match.static, tuple(a.aval for a in match.leaves), shardings)
+
+
 @ft.lru_cache(maxsize=4096)
-def _traced(emit: Callable, static: tuple, avals: tuple) -> Any:
+def _traced(emit: Callable, static: tuple, avals: tuple, shardings: tuple) -> Any:
     # Traced with the names of nothing: all sites of one shape share this jaxpr, and rename its variables.
-    return jax.make_jaxpr(ft.partial(emit, **dict(static)))(*(_compat.struct(a) for a in avals))
+    def function(*leaves: Any) -> list[Any]:
+        return [_compat.resharded(x, s) for x, s in zip(emit(*leaves, **dict(static)), shardings, strict=True)]
+
+    return jax.make_jaxpr(function)(*(_compat.struct(a) for a in avals))
 
 
 def _emitted(match: Match) -> tuple[list[JaxprEqn], list[Var], list[Any]]:
     """Equations that compute `match.results` from `match.leaves`, with their constants."""
-    jaxpr = _traced(match.emit, match.static, tuple(a.aval for a in match.leaves))
+    jaxpr = _trace_of(match)
     opened = _compat.opened(jaxpr)
     env: dict[Any, Any] = dict(zip(opened.invars, match.leaves, strict=True))
     constvars = [_compat.new_var(v.aval) for v in opened.constvars]

@@ -34,6 +34,8 @@ class Match:
     case: tuple[tuple[str, Any], ...] = ()
     # What to fuse instead where another match has taken some of `inner`: the norm without the sum before it.
     simpler: Match | None = None
+    # For each leaf the dimensions that must be whole on a device, where no kernel's signature says it.
+    whole: tuple[frozenset[int], ...] | None = None
     # Of a registered pattern. exact: as emit, by the reference, in any dtype. declined: (platform) -> why not, or None;
     # its equations are then left to other patterns.
     exact: Callable[..., Sequence[Any]] | None = None
