@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   args.total[row] = sums[1];
 }
 
-/// One team per row: logits are read once, dlogits written once.
+/// One team per row: logits are read once, dlogits written once, by the thread that read them: they
+/// may be one array.
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kMaxBlockThreads)
     cross_entropy_backward_kernel(CrossEntropyBackwardArgs args, int width) {
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
     Vector<T, kSize> x[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      if (col + i * step < args.cols) x[i] = LoadReadOnly<kSize>(gX + col + i * step);
+      if (col + i * step < args.cols) x[i] = LoadVector<kSize>(gX + col + i * step);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {

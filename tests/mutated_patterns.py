@@ -149,6 +149,13 @@ def cross_entropy_z_loss(x, labels):
     return lse - jnp.sum(jnp.where(labels[..., None] == jnp.arange(N), x, 0.0), axis=-1) + 0.01 * lse**2
 
 
+def linear_cross_entropy(x, w, labels, weights):
+    """The mean of the losses of all tokens but the first ones."""
+    logits = (x @ w[0] + w[1, 0])[:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[:, 1:])
+    return (losses * weights[1:]).sum() / weights[1:].sum()
+
+
 def softmax_middle(x):
     return jax.nn.softmax(x, axis=1)
 
@@ -232,6 +239,7 @@ PATTERNS: dict[Callable[..., Any], str] = {
     cross_entropy_smoothed: "rl",
     cross_entropy_smoothed_by_the_mean: "rl",
     cross_entropy_z_loss: "rl",
+    linear_cross_entropy: "rrlp",
     swiglu: "rr",
     geglu_of_halves: "r",
     swiglu_of_slices: "r",

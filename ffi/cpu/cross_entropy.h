@@ -35,10 +35,10 @@ ZENITH_NOINLINE void CrossEntropyBackwardRow(int64_t cols, const T* logits, int6
   const auto cotangent = [&](int64_t i, auto part) {
     return Exp(Load(logits + i, part) - lse) * dlse + dtotal;
   };
+  const bool is_class = label >= 0 && label < cols;
+  const auto at_label = cotangent(is_class ? label : 0, Part{1});  // before it is overwritten
   ForVectors(cols, [&](int64_t i, auto part) { Store(dlogits + i, cotangent(i, part), part); });
-  if (label >= 0 && label < cols) {
-    Store(dlogits + label, cotangent(label, Part{1}) + dpicked, Part{1});
-  }
+  if (is_class) Store(dlogits + label, at_label + dpicked, Part{1});
 }
 
 inline Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch) {

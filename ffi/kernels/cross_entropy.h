@@ -24,7 +24,7 @@ struct CrossEntropyForwardArgs {
 Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch);
 
 /// dlogits[r, c] = dlse[r] * exp(logits[r, c] - lse[r]) + dtotal[r] + (c == labels[r]) *
-/// dpicked[r].
+/// dpicked[r]. dlogits may be logits.
 struct CrossEntropyBackwardArgs {
   DType dtype;
   int64_t rows, cols;

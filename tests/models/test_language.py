@@ -75,7 +75,7 @@ def test_gpt2_with_its_loss(check_fused, tokens, padding):
     check_fused(
         loss,
         *(params, tokens, padding),
-        counts={"attention": 2, "layer_norm": 1, "add_layer_norm": 4, "gelu_tanh": 2, "cross_entropy": 1},
+        counts={"attention": 2, "layer_norm": 1, "add_layer_norm": 4, "gelu_tanh": 2, "linear_cross_entropy": 1},
         floor_ulps=64,
     )
 

@@ -52,7 +52,7 @@ def test_vit_with_its_loss(check_fused, rng):
     check_fused(
         loss,
         *(params, images),
-        counts={"attention": 2, "layer_norm": 1, "add_layer_norm": 4, "gelu_erf": 2, "cross_entropy": 1},
+        counts={"attention": 2, "layer_norm": 1, "add_layer_norm": 4, "gelu_erf": 2, "linear_cross_entropy": 1},
         floor_ulps=64,
     )
 

@@ -6,6 +6,7 @@ from zenith_jax.ops.attention import attention
 from zenith_jax.ops.cross_entropy import cross_entropy
 from zenith_jax.ops.gated import gated_activation, gated_activation_of_halves
 from zenith_jax.ops.linear import linear
+from zenith_jax.ops.linear_cross_entropy import linear_cross_entropy
 from zenith_jax.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from zenith_jax.ops.softmax import softmax
 
@@ -19,6 +20,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "silu",
     "softmax",

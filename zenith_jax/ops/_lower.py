@@ -158,6 +158,7 @@ def _custom_call(
         operand_layouts=operand_layouts,
         result_layouts=result_layouts,
         extra_attributes=extra,
+        operand_output_aliases=dict(kernel.in_place) or None,
     )
     return lowering(ctx, *operands, **ffi_attributes)
 

@@ -38,7 +38,7 @@ def _backward(operands, results, cotangents, needed):
     return {0: cross_entropy_bwd(*operands, results[0], *dense(cotangents))[0]}
 
 
-@kernel("cross_entropy_bwd", "*b d, *b, *b, *b, *b, *b -> *b d", (0,), supports=_supports)
+@kernel("cross_entropy_bwd", "*b d, *b, *b, *b, *b, *b -> *b d", (0,), supports=_supports, in_place=((0, 0),))
 def cross_entropy_bwd(logits, labels, lse, dlse, dpicked, dtotal):
     dlogits = dlse[..., None] * jnp.exp(widened(logits) - lse[..., None]) + dtotal[..., None]
     dlogits = dlogits + jnp.where(_one_hot(labels, logits), dpicked[..., None], 0)
@@ -66,6 +66,14 @@ def row_statistics(logits, labels):
     return tuple(x.reshape(batch) for x in cross_entropy_fwd(as_batches(logits, 1), labels))
 
 
+def row_gradient(logits, labels, lse, dlse, dpicked, dtotal):
+    """The cotangent of logits (*b, d) from those of `row_statistics`' results, each (*b)."""
+    if logits.dtype == jnp.float64:
+        return cross_entropy_bwd.reference(logits, labels, lse, dlse, dpicked, dtotal)[0]
+    rows = [as_batches(x, 0) for x in (labels, lse, dlse, dpicked, dtotal)]
+    return cross_entropy_bwd(as_batches(logits, 1), *rows)[0].reshape(logits.shape)
+
+
 def cross_entropy(logits, labels, *, label_smoothing: float = 0.0, z_loss: float = 0.0):
     """-log(softmax(logits)[label]) for each row, without the log-probabilities in memory.
 
@@ -80,11 +88,7 @@ def cross_entropy(logits, labels, *, label_smoothing: float = 0.0, z_loss: float
         raise DTypeError(
             f"cross_entropy: logits must have a real floating dtype, got {logits.dtype}; convert them first"
         )
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise DTypeError(
-            f"cross_entropy: labels must be integers, got {labels.dtype}; of one-hot or soft labels use "
-            f"-(labels * jax.nn.log_softmax(logits)).sum(-1)"
-        )
+    check_labels("cross_entropy", labels)
     if logits.ndim == 0 or labels.shape != logits.shape[:-1]:
         raise ShapeError(
             f"cross_entropy: labels must have the shape of logits without its last axis, got labels {labels.shape} and "
@@ -92,12 +96,25 @@ def cross_entropy(logits, labels, *, label_smoothing: float = 0.0, z_loss: float
         )
     classes = logits.shape[-1]
     labels = as_int32(labels, classes)
-    lse, picked, total = row_statistics(logits, labels)
+    return loss_of_rows(row_statistics(logits, labels), labels, classes, label_smoothing, z_loss)
+
+
+def loss_of_rows(values, labels, classes: int, label_smoothing: float, z_loss: float):
+    """The loss of each row from what `row_statistics` gives."""
+    lse, picked, total = values
     picked = jnp.where((labels >= 0) & (labels < classes), picked, jnp.nan)
     loss = lse - (1 - label_smoothing) * picked
     if label_smoothing:
         loss = loss - label_smoothing / classes * total
     return loss + z_loss * lse**2 if z_loss else loss
+
+
+def check_labels(op: str, labels):
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise DTypeError(
+            f"{op}: labels must be integers, got {labels.dtype}; of one-hot or soft labels use "
+            f"-(labels * jax.nn.log_softmax(logits)).sum(-1)"
+        )
 
 
 def as_int32(labels, classes: int):

@@ -8,25 +8,23 @@ What is replaced are not losses, which differ, but the values of a row that all 
 
 where w is a one-hot label, smoothed or scaled by constants. Whatever the program does with them (a mean, a mask for
 padding, a z-loss) stays as it is written. Other uses of the log-probabilities are refused: they are not computed.
+Where the logits are a linear layer's, and nothing else reads them, the match takes it in (linear_cross_entropy.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-import jax.numpy as jnp
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import VIEWS, Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
-from zenith_jax.ops.cross_entropy import as_int32, row_statistics
-from zenith_jax.passes.match._match import Match, Order, arranged, order_of, restored
-from zenith_jax.passes.match.pick import Outside, Pick, pick_form
+from zenith_jax.ops.cross_entropy import row_statistics
+from zenith_jax.passes.match._match import Match, Order, arranged, order_of
+from zenith_jax.passes.match.linear_cross_entropy import with_layer
+from zenith_jax.passes.match.pick import Pick, pick_form
+from zenith_jax.passes.match.rows import LOG_PROBABILITY, LOGIT, LSE, Result, Rows
 from zenith_jax.passes.match.softmax import check_shift
-
-LSE, LOGIT, LOG_PROBABILITY = "lse", "logit", "log_probability"
 
 # Between the logarithm, or the logits, and what picks from them; and how many equations are looked at.
 _CLIMBED = VIEWS | {"add", "sub", "neg", "mul", "div", "select_n"}
@@ -251,11 +249,10 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
         )
     if any(graph.depends_on([labels.atom], var) for var in results):
         return refuse("the labels depend on the loss", depth=4)
-    static: dict[str, Any] = dict(
-        logits_order=(*batch_dims, class_dim),
-        label_order=label_order,
-        outside=picked.pick.outside.value,
-        results=tuple(
+    rows = Rows(
+        label_order,
+        picked.pick.outside,
+        tuple(
             Result(
                 r.kind,
                 r.pick.on if r.pick and r.pick.labels else 0.0,
@@ -271,17 +268,18 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
         ),
     )
     classes = base.axis.size
-    return Match(
+    alone = Match(
         op="cross_entropy",
         root=eqn,
         results=tuple(results),
         inner=tuple({id(e): e for e in inner}.values()),
         leaves=(base.x.atom, labels.atom),
         emit=emit,
-        static=tuple(static.items()),
+        static=(("logits_order", (*batch_dims, class_dim)), ("rows", rows)),
         detail=f"rows of {classes}",
         case=(("dtype", base.x.dtype.name), ("cols", classes), ("size", base.x.atom.aval.size)),
     )
+    return with_layer(terms, alone, class_dim)
 
 
 def _label_order(reading: Reading, batch_dims: list[int]) -> Order | None:
@@ -296,52 +294,8 @@ def _is_used(graph: Graph, var: Var, inner: list[JaxprEqn]) -> bool:
     return graph.is_output(var) or any(id(e) not in ids for e in graph.users_of(var))
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What `emit` returns in one place; see Reading and Pick."""
-
-    kind: str
-    on: float
-    off: float
-    multiplied: bool
-    guarded: bool
-    order: Order
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def emit(logits, labels, *, logits_order: Order, label_order: Order, outside: str, results: tuple[Result, ...]):
+def emit(logits, labels, *, logits_order: Order, rows: Rows):
     logits = arranged(logits, logits_order)
     *batch, classes = logits.shape
-    labels = jnp.broadcast_to(arranged(labels, label_order), batch)
-    if outside == Outside.NEAREST.value:
-        labels = jnp.clip(labels, 0, classes - 1)
-    labels = as_int32(labels, classes)
-    lse, picked, total = row_statistics(logits, labels)
-    is_class = (labels >= 0) & (labels < classes)
-    if outside == Outside.NAN.value:
-        picked = jnp.where(is_class, picked, jnp.nan)
-
-    def value(r: Result) -> Any:
-        # Of an infinite maximum log_softmax makes inf - inf; logsumexp does not.
-        one = lse if r.guarded else jnp.where(jnp.isinf(lse), jnp.nan, lse)
-        if r.kind == LSE:
-            return one
-        logit, of_all = picked, total
-        if r.kind == LOG_PROBABILITY:
-            # A one-hot label that is no class picks nothing, of a log-probability too.
-            logit = picked - (jnp.where(is_class, one, 0) if outside == Outside.ZERO.value else one)
-            of_all = total - classes * one
-        if not r.on:  # of no label: one that is no class has no part in it
-            return r.off * of_all
-        result = logit if r.on == 1 else r.on * logit
-        if r.off:
-            result = result + r.off * of_all
-        elif r.multiplied:
-            # NaN where a logit of another class is infinite: 0 * inf in the program's sum.
-            result = result + 0 * jnp.where(jnp.isfinite(picked), of_all, 0)
-        return result
-
-    values = [restored(value(r), r.order, r.shape, r.dtype) for r in results]
-    # A value that the program computes twice is two results.
-    return tuple(jnp.copy(v) if any(v is w for w in values[:i]) else v for i, v in enumerate(values))
+    labels = rows.labels(labels, batch, classes)
+    return rows.values(row_statistics(logits, labels), labels, classes)
