@@ -57,6 +57,8 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "one_minus_square": lambda p, x: (1 - x) * (1 + x),
     "optimization_barrier": lambda p, x: x,
     "or": lambda p, x, y: x | y,
+    # From jax 0.12 on, in the derivative of erf: lowest coefficient first.
+    "polynomial": lambda p, x, *coefficients: np.polynomial.polynomial.polyval(x, np.stack(coefficients)),
     "pow": lambda p, x, y: np.power(x, y),
     "pvary": lambda p, x: x,
     "reduce_precision": lambda p, x: x,
@@ -110,7 +112,18 @@ SUMMED: dict[str, Callable[..., Any]] = {
 }
 
 # Results that are some operand's elements, or not rounded.
-EXACT = {*MOVED, "gather", "pad", "iota", "empty", "empty2", "dynamic_slice", "dynamic_update_slice", "split"} | set(
+EXACT = {
+    *MOVED,
+    "bitcast_convert_type",
+    "gather",
+    "pad",
+    "iota",
+    "empty",
+    "empty2",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "split",
+} | set(
     "abs argmax argmin clamp copy copy_p max min name neg optimization_barrier pvary reduce_max reduce_min round "
     "select_n sign stop_gradient".split()
 )
@@ -191,6 +204,10 @@ def _equation(eqn: Any, operands: list[np.ndarray], noise: Any) -> list[np.ndarr
         magnitude = SUMMED[name](params, *map(np.abs, operands)) if noise is not None else None
     elif is_named:
         result = NAMED[params["name"]](params, *operands)
+    elif name == "bitcast_convert_type":
+        # Bits are those of the program's dtype: erf's derivative, from jax 0.12 on, takes the upper ones of x by them.
+        narrow = operands[0].astype(eqn.invars[0].aval.dtype)
+        result = _widened(np.ascontiguousarray(narrow).view(aval.dtype).reshape(narrow.shape))
     elif name == "convert_element_type":
         result = _converted(operands[0], aval.dtype)
     elif name in ELEMENTWISE:

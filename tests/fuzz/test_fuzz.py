@@ -26,10 +26,6 @@ BATCH = 40
 LEAST_FUSED = 0.25
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 12),
-    reason="the oracle has no rule yet for some of the bits that jax 0.12 computes erf's derivatives from",
-)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of constants that overflow, as mask fills in float16 do
 @pytest.mark.timeout(SECONDS + 300)
 def test_no_random_program_changes_by_fusion():
