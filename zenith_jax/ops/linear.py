@@ -32,6 +32,7 @@ _CODES = {  # Epilogue in ffi/kernels/linear.h
 
 ALIGNED = 8  # elements of 16 bits: rows start at multiples of 16 bytes, as the copy engine wants
 HOPPER = "9.0"
+LEAST_WEIGHTS = 65536  # on the CPU: 256 KiB, whose way from memory is what the kernel hides
 
 
 @ft.cache
@@ -51,7 +52,9 @@ def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int) -> R
                 "on the CPU a linear layer has a kernel for float32, not for {x} x {w}",
                 dict(x=np.dtype(dtype).name, w=np.dtype(w_dtype).name),
             )
-        return None if k else Refusal("there are no features to sum")
+        if k * n < LEAST_WEIGHTS:
+            return Refusal("XLA's product is as good for {k} x {n} weights on the CPU", dict(k=k, n=n))
+        return None
     if platform != "cuda":
         return Refusal("a linear layer has no kernel for {platform}", dict(platform=platform))
     if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float16)) or dtype != w_dtype:

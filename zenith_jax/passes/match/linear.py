@@ -22,11 +22,10 @@ from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Atom, Graph
 from zenith_jax.ir.term import ELEMENTWISE, Axis, Term, Terms
-from zenith_jax.ops.linear import linear
+from zenith_jax.ops.linear import LEAST_WEIGHTS, linear
 from zenith_jax.passes.match import activation as activations
 from zenith_jax.passes.match._match import Match
 
-LEAST_WEIGHTS = 65536  # of a float32 layer: 256 KiB, whose way from memory is what the kernel hides
 _MAX_CLIMB = 6  # equations from the product's sum to the anchor of its activation
 _RELU = re.compile(r"relu at .*[/\\]jax[/\\]_src[/\\]nn[/\\]functions\.py:")
 _CASTS = ("convert_element_type", "copy", "copy_p")
