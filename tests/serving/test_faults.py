@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving_models import Client, compiled_mlp, rows, rss_mib, wrong
+from serving_models import TOLERANCE, Client, compiled_mlp, rows, rss_mib, wrong
 
 import zenith_jax as zenith
 
 SOAK = os.environ.get("ZENITH_SERVING_SOAK") == "1"
-TOLERANCE = 1e-6
 PATH = "/v2/models/mlp/infer"
 
 

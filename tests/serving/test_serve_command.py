@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving_models import Client, compiled_mlp, rows, wrong
+from serving_models import TOLERANCE, Client, compiled_mlp, rows, wrong
 
 import zenith_jax as zenith
 
@@ -110,7 +110,7 @@ def test_a_saved_model_without_its_code_and_a_server_that_ends_by_itself(triton,
     with serving(tmp_path, "mlp.zenith", "--repository", "models", "--exit-seconds", "3") as server:
         x = rows(3)
         with Client(server, "grpc") as client:
-            assert wrong(x, client.infer("mlp", x=x)) < 1e-6
+            assert wrong(x, client.infer("mlp", x=x)) <= TOLERANCE
         (stub,) = backends_below(server.process.pid)
         os.kill(stub, signal.SIGKILL)
         assert server.process.wait(60) == 1

@@ -10,13 +10,11 @@ import urllib.request
 import ml_dtypes
 import numpy as np
 import pytest
-from serving_models import Client, rows, wrong
+from serving_models import TOLERANCE, Client, rows, wrong
 
 import zenith_jax as zenith
 from zenith_jax.errors import ServingError
 from zenith_jax.serving.backend import METRICS
-
-TOLERANCE = 1e-6  # the same program for another size may round differently
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 16])
