@@ -92,7 +92,9 @@ def block(script: Script, x: Any, depth: int) -> tuple[Any, list[Any]]:
     options += [layout, cast, jax_nn]
     options += [residual, flash_like]
     if depth:
-        options += [scanned, branched, rematerialised, mapped, jitted, custom, differentiated, repeated, shared]
+        options += [scanned, branched, rematerialised, mapped, jitted, custom, repeated, shared]
+        if not script.poisoned:  # what a derivative holds beside a NaN or an infinity depends on how it is written
+            options.append(differentiated)
     chosen = script.pick("block", *options)
     if chosen in CONTROL:
         return chosen(script, x, depth - 1)
