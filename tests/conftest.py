@@ -4,6 +4,8 @@ import os
 
 # Before JAX starts its backends: sharding tests need several devices on any machine.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# Workers of pytest-xdist share a GPU: the first would take three quarters of its memory, and the rest fail.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import functools as ft
 import logging

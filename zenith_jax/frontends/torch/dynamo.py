@@ -62,7 +62,7 @@ class _Graph:
         self.graph_module, self.strict, self.frozen = graph_module, strict, frozen
         nodes = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         self.values = [n.meta.get("example_value") for n in nodes]
-        self.weight_positions = [i for i, value in enumerate(self.values) if _is_weight(value)]
+        self.weight_positions = [i for i, node in enumerate(nodes) if _is_weight(node)]
         self.sizes = _sizes(self.values)
         known = {*self.weight_positions, *self.sizes}
         self.input_positions = [i for i in range(len(nodes)) if i not in known]
@@ -91,10 +91,12 @@ class _Graph:
         return [tuple(axis for axis, n in enumerate(shape) if not isinstance(n, int)) for shape in shapes]
 
 
-def _is_weight(value: Any) -> bool:
-    if not isinstance(value, torch.Tensor):
-        return False
-    return isinstance(value, torch.nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
+def _is_weight(node: torch.fx.Node) -> bool:
+    """Whether the input is a parameter or a buffer: the same tensor in each call."""
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return True
+    # What Dynamo knows of the tensor itself; the example in its place has none of it.
+    return node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
 
 
 def _sizes(values: Sequence[Any]) -> dict[int, tuple[int, int]]:
