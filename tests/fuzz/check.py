@@ -62,8 +62,8 @@ def check(program: Program, tally: Tally) -> None:
     """Raises Wrong where the fused program is another function."""
     try:
         _check(program, tally)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
+    except (TypeError, NotImplementedError) as error:
+        if "forward-mode" not in str(error) and "custom_lin" not in str(error):
             raise
         tally.programs["invalid"] += 1  # forward mode through a user's custom_vjp
 
@@ -85,6 +85,8 @@ def _check(program: Program, tally: Tally) -> None:
     # A gradient through a softmax is a difference of what comes from above; its rounding is that of the operands. Where
     # the difference is zero by a symmetry, the formula as written may round to less by cancelling elsewhere.
     cancels = any(s.op in ("attention", "softmax") and s.fused for s in sites)
+    # Keys that a mask forbids are not read where it is structure; in plain JAX 0 times their infinity is NaN.
+    skips = program.poison is not None and any(s.op == "attention" and s.fused for s in sites)
     largest = max((np.max(np.abs(o[np.isfinite(o)]), initial=0.0) for o in oracle if o.dtype == np.float64), default=0)
 
     overflow = any(any(map(_overflows, run, written.out_avals)) for run in (oracle, *samples))
@@ -99,7 +101,8 @@ def _check(program: Program, tally: Tally) -> None:
 
     def compare(unfused: Sequence[Any]) -> None:
         for i, (a, u, o) in enumerate(zip(actual, unfused, oracle, strict=False)):
-            _compare(i, a, u, o, [s[i] for s in samples], written.out_avals[i], largest if cancels else 0.0)
+            floor = largest if cancels else 0.0
+            _compare(i, a, u, o, [s[i] for s in samples], written.out_avals[i], floor, skips)
 
     try:
         compare(oracle)
@@ -139,7 +142,9 @@ def _wide(x: Any) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def _compare(i: int, actual: Any, unfused: Any, oracle: Any, samples: Sequence[Any], aval: Any, largest: float) -> None:
+def _compare(
+    i: int, actual: Any, unfused: Any, oracle: Any, samples: Sequence[Any], aval: Any, largest: float, skips: bool
+) -> None:
     what = f"array {i}, {aval.str_short()}"
     assert actual.shape == unfused.shape, f"{what}: shape {actual.shape} for {unfused.shape}"
     if not jnp.issubdtype(aval.dtype, jnp.floating):
@@ -150,6 +155,8 @@ def _compare(i: int, actual: Any, unfused: Any, oracle: Any, samples: Sequence[A
     kinds = [_kind(x) for x in (unfused, oracle, *samples)]
     agreed = np.all([k == kinds[0] for k in kinds], axis=0)
     other = agreed & (_kind(actual) != kinds[0])
+    if skips:
+        other &= ~((_kind(actual) == 0) & (kinds[0] == 2))
     assert not other.any(), f"{what}: {actual[other]} for {unfused[other]}, {oracle[other]} in float64"
     finite = agreed & (kinds[0] == 0)
     if not finite.any():

@@ -64,7 +64,7 @@ class Program:
         """Its arguments, the same at each call."""
         wants, poison = self._traced[1], self.poison
         rng = np.random.default_rng(len(wants))
-        arrays = [w.array(rng) for w in wants]
+        arrays = [np.asarray(w.array(rng)) for w in wants]  # a bfloat16 of shape () would be a scalar
         if poison is not None:
             floats = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating) and a.size]
             victim = floats[rng.integers(len(floats))]
