@@ -48,7 +48,7 @@ def main() -> None:
     heads = jnp.ones((2, 128, 4, 64))
     keep = jnp.ones((2, 4, 128, 128))
 
-    console.print("[bold]a block[/]: both sites are fused", zenith.explain(block)(x))
+    console.print("[bold]a block[/]: all of its sites are fused", zenith.explain(block)(x))
     console.print(
         "[bold]the same, with its weights returned[/]: a kernel that never holds them can not return them",
         zenith.explain(lambda x: block(x, with_weights=True))(x),

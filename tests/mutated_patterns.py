@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 N = 4  # every size: batch, heads, lengths, features
+L = 256  # every size of a linear layer, which is none for fewer weights
 SEED = 20260102
 
 
@@ -165,6 +166,14 @@ def softmax_by_hand(x):
     return e / e.sum(-1, keepdims=True)
 
 
+def linear_gelu(x, w, bias):
+    return jax.nn.gelu(x @ w + bias, approximate=False)
+
+
+def linear_residual(x, w, bias, residual):
+    return jax.nn.silu(jnp.einsum("bk,nk->bn", x, w) + bias) + residual
+
+
 def swiglu(x, y):
     return jax.nn.silu(x * 1.5) * (y + 0.5)
 
@@ -197,7 +206,7 @@ def batch_norm(x, w, mean, variance, scale, bias):
 
 def inputs(kinds: str) -> list[np.ndarray]:
     """x: (N, N, N, N) floats; p: (N,) floats; r: (N, N, N) floats; m: a mask with one row that allows nothing;
-    n: a mask without such a row; l: (N, N) labels below N."""
+    n: a mask without such a row; l: (N, N) labels below N; w: (L, L) floats, of variance 1 / L; v: (L,) floats."""
     rng = np.random.default_rng(SEED)
     arrays = []
     for kind in kinds:
@@ -209,8 +218,9 @@ def inputs(kinds: str) -> list[np.ndarray]:
         elif kind == "l":
             arrays.append(rng.integers(N, size=(N, N)).astype(np.int32))
         else:
-            shape = {"x": (N,) * 4, "p": (N,), "r": (N,) * 3}[kind]
-            arrays.append(rng.normal(size=shape).astype(np.float32) + (kind == "p"))
+            shape = {"x": (N,) * 4, "p": (N,), "r": (N,) * 3, "w": (L, L), "v": (L,)}[kind]
+            scale = L**-0.5 if kind == "w" else 1
+            arrays.append(scale * rng.normal(size=shape).astype(np.float32) + (kind == "p"))
     return arrays
 
 
@@ -240,6 +250,8 @@ PATTERNS: dict[Callable[..., Any], str] = {
     cross_entropy_smoothed_by_the_mean: "rl",
     cross_entropy_z_loss: "rl",
     linear_cross_entropy: "rrlp",
+    linear_gelu: "wwv",
+    linear_residual: "wwvw",
     swiglu: "rr",
     geglu_of_halves: "r",
     swiglu_of_slices: "r",
@@ -249,3 +261,6 @@ PATTERNS: dict[Callable[..., Any], str] = {
     softmax_middle: "r",
     softmax_by_hand: "r",
 }
+
+# A product of other rounding may lie on the other side of an integer: mutants that truncate it are another function.
+ROUNDED_OTHERWISE = {linear_gelu, linear_residual}

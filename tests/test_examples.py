@@ -33,7 +33,7 @@ def test_training_gpt2_lowers_the_loss_as_plain_jax_does():
 
 def test_explain_model():
     shown = run("examples/explain_model.py")
-    assert "2 sites fused, 0 left to XLA" in shown
+    assert "4 sites fused, 0 left to XLA" in shown
     assert "do not return the attention weights" in shown.replace("\n", " ") or "elsewhere" in shown
     assert "255" in shown
 

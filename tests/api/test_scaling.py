@@ -36,14 +36,14 @@ def trained(devices: int, processes: int = 1) -> tuple[list[float], dict[str, in
 def alone():
     losses, collectives, shown = trained(1)
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.1 and not any(collectives.values())
-    assert "6 sites fused" in shown
+    assert "7 sites fused" in shown
     return losses
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_eight_devices_give_the_losses_of_one_and_gather_nothing(alone, processes):
     losses, collectives, shown = trained(8, processes)
-    assert f"{processes} processes, 8 devices, 6 sites fused" in shown
+    assert f"{processes} processes, 8 devices, 7 sites fused" in shown
     assert losses == pytest.approx(alone, rel=2e-5)
     assert collectives.pop("all-reduce") > 0  # of gradients
     assert not any(collectives.values()), collectives

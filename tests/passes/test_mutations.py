@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mutants import Program, mutants
-from mutated_patterns import PATTERNS, SEED, inputs
+from mutated_patterns import PATTERNS, ROUNDED_OTHERWISE, SEED, inputs
 
 import zenith_jax as zenith
 from zenith_jax.ir.graph import Graph
@@ -91,7 +91,7 @@ def test_every_matcher_has_a_pattern_here():
 def test_no_mutant_changes_value_by_fusion(pattern):
     args = inputs(PATTERNS[pattern])
     program = Program.trace(pattern, args)
-    all_mutants = list(mutants(program))
+    all_mutants = [m for m in mutants(program) if not (pattern in ROUNDED_OTHERWISE and "truncated" in m[0])]
     counts: collections.Counter[str] = collections.Counter()
     # XLA's compiler (jaxlib 0.10.2) aborts the process at gradients of some convolutions; what takes the place of one
     # is plain JAX code, and has no derivative of its own.

@@ -34,7 +34,9 @@ KEYS = {
     "bytes_saved": int,
     "sites": list,
 }
-SITE_KEYS = set("op fused source detail reason where differentiated shapes advice choice flops bytes_saved".split())
+SITE_KEYS = set(
+    "op fused source detail reason where differentiated shapes advice choice flops bytes_saved whole gathered".split()
+)
 
 
 @pytest.fixture(autouse=True)
