@@ -100,12 +100,14 @@ void Compare(const Tensor& got, const Exact& want, Error& error) {
 }
 
 struct Forward {
-  Tensor out, lse;
+  Tensor out, lse, lse_rest;
 };
 Forward RunForward(const CpuKernels& kernels, const AttentionCase& c, const Launch& launch,
                    Report& report) {
-  Forward result{Tensor(c.dtype, c.rows() * c.v_dim), Tensor(DType::kF32, c.rows())};
-  AttentionForwardArgs args{c.problem(), result.out.data(), static_cast<float*>(result.lse.data())};
+  Forward result{Tensor(c.dtype, c.rows() * c.v_dim), Tensor(DType::kF32, c.rows()),
+                 Tensor(DType::kF32, c.rows())};
+  AttentionForwardArgs args{c.problem(), result.out.data(), static_cast<float*>(result.lse.data()),
+                            static_cast<float*>(result.lse_rest.data())};
   report.Require(kernels.attention_forward(args, launch).ok(), "attention forward returns ok");
   return result;
 }
@@ -125,6 +127,7 @@ Backward RunBackward(const CpuKernels& kernels, const AttentionCase& c, const Fo
                              forward.out.data(),
                              dout.data(),
                              static_cast<const float*>(forward.lse.data()),
+                             static_cast<const float*>(forward.lse_rest.data()),
                              c.dlse.size() > 0 ? static_cast<const float*>(c.dlse.data()) : nullptr,
                              static_cast<float*>(delta.data()),
                              result.dquery.data(),
@@ -196,20 +199,26 @@ void TimeAttention(const CpuKernels& kernels, const Launch& launch, Report& repo
                                  std::to_string(c.qk_dim);
         const double gflop = static_cast<double>(c.rows() * c.kv_len) *
                              static_cast<double>(c.qk_dim + c.v_dim) * (causal ? 1e-9 : 2e-9);
-        Forward forward{Tensor(dtype, c.rows() * c.v_dim), Tensor(DType::kF32, c.rows())};
+        Forward forward{Tensor(dtype, c.rows() * c.v_dim), Tensor(DType::kF32, c.rows()),
+                        Tensor(DType::kF32, c.rows())};
         AttentionForwardArgs args{c.problem(), forward.out.data(),
-                                  static_cast<float*>(forward.lse.data())};
+                                  static_cast<float*>(forward.lse.data()),
+                                  static_cast<float*>(forward.lse_rest.data())};
         const double ms = BestTime([&] { (void)kernels.attention_forward(args, launch); });
         report.Time(name, kernels, dtype, ms, gflop / ms * 1e3, "GFLOP/s");
 
         const Tensor dout(forward.out);
         Tensor delta(DType::kF32, c.rows()), dquery(c.query), dkey(c.key), dvalue(c.value);
-        AttentionBackwardArgs backward_args{
-            c.problem(),   forward.out.data(),
-            dout.data(),   static_cast<const float*>(forward.lse.data()),
-            nullptr,       static_cast<float*>(delta.data()),
-            dquery.data(), dkey.data(),
-            dvalue.data()};
+        AttentionBackwardArgs backward_args{c.problem(),
+                                            forward.out.data(),
+                                            dout.data(),
+                                            static_cast<const float*>(forward.lse.data()),
+                                            static_cast<const float*>(forward.lse_rest.data()),
+                                            nullptr,
+                                            static_cast<float*>(delta.data()),
+                                            dquery.data(),
+                                            dkey.data(),
+                                            dvalue.data()};
         const double backward_ms =
             BestTime([&] { (void)kernels.attention_backward(backward_args, launch); });
         report.Time(name + " backward", kernels, dtype, backward_ms,
