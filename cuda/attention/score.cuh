@@ -7,6 +7,7 @@
 
 #include "cuda/attention/tile.cuh"
 #include "cuda/core/math.cuh"
+#include "cuda/core/quad.cuh"
 
 namespace zenith::attention {
 
@@ -113,24 +114,6 @@ struct ScoreTensor {
 struct LaneOrigin {
   int row, col;
 };
-
-/// Transposes words[4] over the four lanes of a row: afterwards words[j] is what lane j had in
-/// words[lane % 4].
-__device__ __forceinline__ void QuadTranspose(uint32_t (&words)[4]) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & bit) continue;
-      const bool high = lane & bit;
-      const uint32_t other = __shfl_xor_sync(kAllLanes, high ? words[j] : words[j | bit], bit);
-      if (high)
-        words[j] = other;
-      else
-        words[j | bit] = other;
-    }
-}
 
 /// The two 16-bit halves of a word, or bytes of a half, as elements.
 template <typename E>
