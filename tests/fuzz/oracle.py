@@ -152,6 +152,14 @@ def evaluate(closed: Any, args: Sequence[Any], noise: np.random.Generator | None
         return _run(_opened(closed), [_widened(c) for c in _constants(closed)], [_widened(a) for a in args], noise)
 
 
+def makes_nan(closed: Any, args: Sequence[Any]) -> bool:
+    """Whether some step makes NaN of numbers and infinities, be it of a result that nothing uses."""
+    found: list[str] = []
+    with np.errstate(all="ignore", invalid="call", call=lambda error, flag: found.append(error)):
+        _run(_opened(closed), [_widened(c) for c in _constants(closed)], [_widened(a) for a in args], None)
+    return bool(found)
+
+
 def _opened(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
