@@ -189,6 +189,14 @@ MISSES = {
         lambda x, y: -(lax.div(hot(y, jnp.int32) * 3, jnp.full((B, T, V), 2)) * jax.nn.log_softmax(x)).sum(-1),
         None,
     ),
+    "weights of both signs": (
+        lambda x, y: -(jnp.where(hot(y, bool), 2.0, -1.0) * jax.nn.log_softmax(x)).sum(-1),
+        "have different signs",
+    ),
+    "less for the label": (
+        lambda x, y: -(jnp.where(hot(y, bool), 0.1, 0.3) * jax.nn.log_softmax(x)).sum(-1),
+        "have different signs",
+    ),
     "shifted classes": (lambda x, y: -((y[..., None] == jnp.arange(V) * 2) * jax.nn.log_softmax(x)).sum(-1), None),
 }
 

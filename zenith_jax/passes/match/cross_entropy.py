@@ -249,6 +249,9 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
         )
     if any(graph.depends_on([labels.atom], var) for var in results):
         return refuse("the labels depend on the loss", depth=4)
+    # on * x[label] + off * sum(x) would be NaN of an infinite logit of the label, where the program's sum is not.
+    if any(r.pick and r.pick.labels and r.pick.on * r.pick.off < 0 for r in readings):
+        return refuse("the weights of the label and of the other classes have different signs", depth=4)
     rows = Rows(
         label_order,
         picked.pick.outside,
