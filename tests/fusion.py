@@ -52,6 +52,11 @@ def _weighted_sum(x: Any) -> Any:
     return jnp.sum(jnp.where(jnp.isfinite(wide), wide, 0) * weights)
 
 
+def counted(report: zenith.Report, expected: dict[str, int]) -> dict[str, int]:
+    """Of linear layers only where some are expected: which dtypes have a kernel is the device's."""
+    return {name: count for name, count in report.counts().items() if name != "linear" or name in expected}
+
+
 @pytest.fixture
 def check_fused() -> Callable[..., zenith.Report]:
     """check_fused(f, *args, counts): what is fused, in f and in its gradient; values and gradients as unfused ones.
@@ -69,10 +74,11 @@ def check_fused() -> Callable[..., zenith.Report]:
         oracle: Callable[..., Any] | None = None,
     ) -> zenith.Report:
         report = zenith.explain(function)(*args)
-        assert report.counts() == counts, str(report)
+        assert counted(report, counts) == counts, str(report)
         both = value_and_gradients(function)
         gradient_report = zenith.explain(both)(*args)
-        assert gradient_report.counts() == (counts if gradient_counts is None else gradient_counts), gradient_report
+        expected_counts = counts if gradient_counts is None else gradient_counts
+        assert counted(gradient_report, expected_counts) == expected_counts, str(gradient_report)
         # 8 ulps of the largest value: the fused sums run in another order than XLA's.
         expected = in_float64(value_and_gradients(oracle or function))(*args)
         fused, plain = jax.jit(zenith.fuse(both))(*args), jax.jit(both)(*args)

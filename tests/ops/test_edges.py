@@ -203,8 +203,9 @@ def test_gradients_of_rows_that_a_finite_bias_masks(fill):
     weights = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
 
     def plain(q, k, v):  # in float32, as the kernel: in float64 the logits are not rounded away
-        logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5 + bias
-        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits), v)
+        with jax.default_matmul_precision("float32"):  # a GPU's would be TensorFloat-32, which the kernel is not
+            logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5 + bias
+            return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits), v)
 
     def derivatives(f):
         return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a) * weights), (0, 1, 2)))(q, k, v)

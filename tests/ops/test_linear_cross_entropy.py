@@ -128,6 +128,10 @@ def test_memory_is_a_chunk_of_logits():
     assert extra(jax.grad(ft.partial(linear_cross_entropy, chunks=32), (0, 1))) < logits / 10
 
 
+two_devices = pytest.mark.skipif(jax.device_count() < 2, reason=f"needs 2 devices, there is {jax.device_count()}")
+
+
+@two_devices
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("shape", [(4, T), (16,)], ids=str)
 def test_sharded_tokens_stay_sharded(kind, shape):
@@ -144,6 +148,7 @@ def test_sharded_tokens_stay_sharded(kind, shape):
     assert not re.search("all-gather|all-to-all|collective-permute", compiled.as_text())
 
 
+@two_devices
 def test_inside_shard_map():
     """Each device's part of the gradient of shared weights is summed by the transposition, once."""
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])

@@ -13,6 +13,8 @@ from zenith_jax import ops
 from zenith_jax.ops.linear import LEAST_WEIGHTS
 from zenith_jax.passes.choose import CPU_LINEAR_ROWS
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX's default is a GPU")
+
 
 def array(*shape, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape) * shape[-1] ** -0.25, dtype)
