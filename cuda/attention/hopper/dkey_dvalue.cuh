@@ -247,8 +247,8 @@ __device__ __forceinline__ void ConsumeDkeyDvalue(const DkeyDvalueParams& p,
       WgmmaWait<0>();
       if constexpr (Config::kDvalue) FenceRegisters(dvalue);
       if constexpr (Config::kDkey) FenceRegisters(dkey);
-      __syncwarp();  // the arrival speaks for all lanes, which have read the statistics
-      if (lane == 0) BarrierArrive(shared.cols.empty(stage));
+      // Every lane for itself: what it read are ordinary loads, of the statistics.
+      BarrierArrive(shared.cols.empty(stage));
       ring.Advance();
       if (++n == tile.first + tile.count) {  // the next head of the group
         n = tile.first;
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
   const DkeyDvalueShared<Config> shared(SharedAddress(shared_bytes));
   if (threadIdx.x == 0) {
     shared.rows.Init(WarpsOf(Config::kConsumers));
-    shared.cols.Init(WarpsOf(Config::kConsumers), kWarpSize);
+    shared.cols.Init(Config::kConsumers * kWarpgroupSize, kWarpSize);
     BarrierInitFence();
   }
   __syncthreads();

@@ -22,7 +22,7 @@ __device__ __forceinline__ int ConsumerIndex() {
 
 /// Buffers and their two barriers each: `full`, on which the producer's threads arrive when what
 /// they store is there and the copies have started, and `empty`, on which every warp of the
-/// consumers arrives when it is done.
+/// consumers, or every thread, arrives when it is done.
 template <int kStages>
 struct BarrierRing {
   uint32_t barriers;
@@ -37,10 +37,10 @@ struct BarrierRing {
   static constexpr int kBytes = 16 * kStages;
 
   /// One thread; then BarrierInitFence and __syncthreads.
-  __device__ __forceinline__ void Init(int consumer_warps, int producer_threads = 1) const {
+  __device__ __forceinline__ void Init(int consumer_arrivals, int producer_threads = 1) const {
     for (int stage = 0; stage < kStages; ++stage) {
       BarrierInit(full(stage), producer_threads);
-      BarrierInit(empty(stage), consumer_warps);
+      BarrierInit(empty(stage), consumer_arrivals);
     }
   }
 };
