@@ -19,6 +19,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Literal, Var
 from zenith_jax.ir.graph import Graph
 from zenith_jax.passes import gain
+from zenith_jax.passes.apart import kept_apart
 from zenith_jax.passes.choose import RULES, Choices, declined
 from zenith_jax.passes.match import MATCHERS, Match
 from zenith_jax.passes.match._match import narrowed
@@ -74,7 +75,8 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
     replacements: dict[int, Sequence[JaxprEqn]] = {}
     constvars: list[Var] = []
     consts: list[Any] = []
-    for match in plan(graph, context):
+    matches = plan(graph, context)
+    for match in matches:
         with clock("emit"):
             eqns, new_constvars, new_consts = _emitted(match)
         index = graph.producers[match.root.outvars[0]]
@@ -83,6 +85,8 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
         consts += new_consts
     if constvars and not isinstance(jaxpr, _compat.ClosedJaxpr):
         raise AssertionError(f"an op's trace holds constants, which an open jaxpr cannot: {constvars}")
+    if context.platform == "cuda" and context.use_cost:
+        replacements.update(kept_apart(graph, matches))
     for index, eqn in enumerate(graph.eqns):
         if index not in replacements:
             new = _recursed(eqn, context)
