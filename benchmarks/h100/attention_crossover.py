@@ -65,7 +65,7 @@ def measured(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": shape, "dtype": dtype}
     for name, transformed in (("forward_us", lambda f: f), ("gradient_us", with_gradient)):
         jitted = {c: jax.jit(transformed(chained(f))) for c, f in CONTENDERS.items()}
-        seconds = interleaved({c: lambda f=f: f(*qkv) for c, f in jitted.items()}, seconds=3)
+        seconds = interleaved({c: lambda f=f: f(*qkv) for c, f in jitted.items()}, seconds=0.5)
         row[name] = {c: s / CHAIN * 1e6 for c, s in seconds.items()}
     row["error"] = {
         c: float(np.abs(np.asarray(jax.jit(f)(*qkv), np.float32) - exact).max()) for c, f in CONTENDERS.items()
