@@ -122,10 +122,10 @@ ffi::Error LayerNormForward(Context context, Buffer x, Buffer scale, Buffer bias
 XLA_FFI_DEFINE_HANDLER(kLayerNormForward, LayerNormForward,
                        ffi::Ffi::Bind()
                            .Ctx<Place>()
-                           .Arg<Buffer>()  // x [*b r d]
+                           .Arg<Buffer>()  // x [*b d]
                            .Arg<Buffer>()  // scale [d]
                            .Arg<Buffer>()  // bias [d]
-                           .Ret<Buffer>()  // y [*b r d]
+                           .Ret<Buffer>()  // y [*b d]
                            .Attr<float>("eps"),
                        kTraits);
 
@@ -141,9 +141,9 @@ ffi::Error RmsNormForward(Context context, Buffer x, Buffer scale, Result y, flo
 XLA_FFI_DEFINE_HANDLER(kRmsNormForward, RmsNormForward,
                        ffi::Ffi::Bind()
                            .Ctx<Place>()
-                           .Arg<Buffer>()  // x [*b r d]
+                           .Arg<Buffer>()  // x [*b d]
                            .Arg<Buffer>()  // scale [d]
-                           .Ret<Buffer>()  // y [*b r d]
+                           .Ret<Buffer>()  // y [*b d]
                            .Attr<float>("eps"),
                        kTraits);
 
@@ -163,12 +163,12 @@ ffi::Error AddLayerNormForward(Context context, Buffer x, Buffer residual, Buffe
 XLA_FFI_DEFINE_HANDLER(kAddLayerNormForward, AddLayerNormForward,
                        ffi::Ffi::Bind()
                            .Ctx<Place>()
-                           .Arg<Buffer>()  // x [*b r d]
-                           .Arg<Buffer>()  // residual [*b r d]
+                           .Arg<Buffer>()  // x [*b d]
+                           .Arg<Buffer>()  // residual [*b d]
                            .Arg<Buffer>()  // scale [d]
                            .Arg<Buffer>()  // bias [d]
-                           .Ret<Buffer>()  // y [*b r d]
-                           .Ret<Buffer>()  // sum [*b r d]
+                           .Ret<Buffer>()  // y [*b d]
+                           .Ret<Buffer>()  // sum [*b d]
                            .Attr<float>("eps"),
                        kTraits);
 
@@ -187,11 +187,11 @@ ffi::Error AddRmsNormForward(Context context, Buffer x, Buffer residual, Buffer 
 XLA_FFI_DEFINE_HANDLER(kAddRmsNormForward, AddRmsNormForward,
                        ffi::Ffi::Bind()
                            .Ctx<Place>()
-                           .Arg<Buffer>()  // x [*b r d]
-                           .Arg<Buffer>()  // residual [*b r d]
+                           .Arg<Buffer>()  // x [*b d]
+                           .Arg<Buffer>()  // residual [*b d]
                            .Arg<Buffer>()  // scale [d]
-                           .Ret<Buffer>()  // y [*b r d]
-                           .Ret<Buffer>()  // sum [*b r d]
+                           .Ret<Buffer>()  // y [*b d]
+                           .Ret<Buffer>()  // sum [*b d]
                            .Attr<float>("eps"),
                        kTraits);
 

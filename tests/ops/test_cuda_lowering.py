@@ -157,9 +157,9 @@ def test_batch_dimensions_may_be_sharded_and_others_may_not():
     text = stablehlo(*[CASES["rms_norm"][0], *CASES["rms_norm"][1]])
     rule = re.search(r"sharding_rule = #sdy.op_sharding_rule<(.*?), custom>", text)
     assert rule is not None
-    # x is (batch, group, row, feature) and scale (feature,): rows and features must be whole.
-    assert rule[1].startswith("([i, j, k, l], [l])->([i, j, k, l])")
-    assert "need_replication={k, l}" in rule[1]
+    # x is (batch, row, feature) and scale (feature,): features must be whole.
+    assert rule[1].startswith("([i, j, k], [k])->([i, j, k])")
+    assert "need_replication={k}" in rule[1]
     assert 'num_batch_dims = "2"' in text
 
 

@@ -20,6 +20,7 @@ from formulas import (
     add_layer_norm,
     add_rms_norm,
     attention,
+    cross_entropy,
     gated,
     gated_by_the_second_half,
     gelu,
@@ -89,6 +90,13 @@ def value_and_gradients(function: Callable, args: Sequence[Any]) -> Callable:
 
 def check(function, formula, args, specs, mesh, *, reduces: bool):
     """Forward: no collective at all. Backward: none but all-reduce, and that only where `reduces`."""
+    if AxisType.Explicit in mesh.axis_types:
+        with jax.set_mesh(mesh):
+            return _check(function, formula, args, specs, mesh, reduces=reduces)
+    return _check(function, formula, args, specs, mesh, reduces=reduces)
+
+
+def _check(function, formula, args, specs, mesh, *, reduces: bool):
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
     forward = jax.jit(function).lower(*placed).compile()
     assert not collectives(forward), collectives(forward)
@@ -134,6 +142,33 @@ def test_rows_stay_on_their_device(op, spec, shape):
     function, formula, arrays, parameters = ROWS[op]
     args = [normal(8, 16, 24) * (i + 1) for i in range(arrays)] + [normal(24) + i for i in range(parameters)]
     check(function, formula, args, [spec] * arrays + [P()] * parameters, mesh_of(shape), reduces=parameters > 0)
+
+
+# Few rows a device: sums over groups of rows, as the cotangents of parameters are made, must not cross devices.
+FEW = {"rows": ((12, 24), P("x")), "sequence": ((2, 12, 24), P(None, "x"))}
+
+
+@pytest.mark.parametrize("shape, spec", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("op", [op for op in ROWS if op.endswith("norm")])
+def test_few_rows_stay_on_their_device(op, shape, spec):
+    function, formula, arrays, parameters = ROWS[op]
+    args = [normal(*shape) * (i + 1) for i in range(arrays)] + [normal(24) + i for i in range(parameters)]
+    check(function, formula, args, [spec] * arrays + [P()] * parameters, mesh_of((4, 1)), reduces=True)
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_rows_of_explicit_axes_stay_on_their_device(op):
+    function, formula, arrays, parameters = ROWS[op]
+    args = [normal(2, 12, 24) * (i + 1) for i in range(arrays)] + [normal(24) + i for i in range(parameters)]
+    specs = [P(None, ("x", "y"))] * arrays + [P()] * parameters
+    check(function, formula, args, specs, mesh_of((2, 2), AxisType.Explicit), reduces=parameters > 0)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_of_a_cross_entropy_stay_on_their_device(kind):
+    labels = jnp.asarray(np.random.default_rng(SEED).integers(24, size=(2, 12)), jnp.int32)
+    args, specs = [normal(2, 12, 24), labels], [P(None, "x")] * 2
+    check(ops.cross_entropy, cross_entropy, args, specs, mesh_of((4, 1), kind), reduces=False)
 
 
 @pytest.mark.parametrize("op", ROWS)

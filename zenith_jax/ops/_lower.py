@@ -75,6 +75,9 @@ def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes:
     if refusal is not None:
         logger.info("%s runs as XLA code on %s: %s", kernel.name, platform, refusal)
         return mlir.lower_fun(_reference, multiple_results=True)(ctx, *operands, kernel=kernel, attributes=attributes)
+    if (lowered := kernel.lowered) is not None:
+        function = lambda *xs: lowered(xs, partitions, **dict(attributes))  # noqa: E731
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
     if platform == "cpu" or _has_gpu():
         native.ensure_registered(platform)
     adapted = _reshaped(ctx, operands, lambda *xs: list(kernel.adapted(xs, platform, **dict(attributes))))

@@ -2,14 +2,15 @@
 
 A `Kernel` is one custom call: a signature, a reference in jnp, and what it can run on. Everything else is derived:
 
-- shapes and errors, vmap and the sharding rule from the signature `"*b r d, d -> *b r d"`;
+- shapes and errors, vmap and the sharding rule from the signature `"*b d, d -> *b d"`;
 - the lowering where no kernel runs, forward-mode and higher derivatives from the reference;
 - reverse mode from `backward`, which calls the backward kernel.
 
 Signatures are written in canonical shapes. `*b` stands for the batch dimensions, at least two of them (one more with
 each vmap), over which the kernel is independent; the other letters are single dimensions. An operand without `*b` is
 shared by the whole batch and has rank 1. An operand marked `?` may be absent (shape (0,)) and may have size 1 along
-any dimension; it is broadcast.
+any dimension; it is broadcast. A result with `*k` is summed over the batch, but for the dimensions that vmaps have put
+in front: the attribute `kept` counts them.
 
 Derivatives: `call_p`'s JVP binds `tangent_p`, a primitive linear in the tangents whose lowering is the reference's JVP
 and whose transpose is the fused backward. So jvp, grad, hessian and any nesting of them work, and a reverse-mode pass
@@ -46,20 +47,22 @@ class Spec:
     axes: tuple[str, ...]  # letters after the batch dimensions
     batched: bool
     optional: bool = False  # may be absent, or of size 1 along any dimension
+    summed: bool = False  # of a result: over the batch, but for what vmaps have put in front
 
     @classmethod
     def parse(cls, text: str) -> Spec:
         words = text.replace("?", "? ").split()
         return cls(
-            axes=tuple(w for w in words if w not in ("?", "*b")),
+            axes=tuple(w for w in words if w not in ("?", "*b", "*k")),
             batched="*b" in words,
             optional="?" in words,
+            summed="*k" in words,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """`"*b r d, d -> *b r d"`."""
+    """`"*b d, d -> *b d"`."""
 
     text: str
     operands: tuple[Spec, ...]
@@ -98,9 +101,14 @@ class Signature:
                     )
         return batch, sizes
 
-    def result_shapes(self, name: str, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def result_shapes(self, name: str, shapes: Sequence[tuple[int, ...]], kept: int = 0) -> list[tuple[int, ...]]:
         batch, sizes = self.bind_sizes(name, shapes)
-        return [(*(batch if spec.batched else ()), *(sizes[a] for a in spec.axes)) for spec in self.results]
+        return [(*batch[: leading(s, len(batch), kept)], *(sizes[a] for a in s.axes)) for s in self.results]
+
+
+def leading(result: Spec, rank: int, kept: int) -> int:
+    """How many of the `rank` batch dimensions a result has."""
+    return rank if result.batched else kept if result.summed else 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,6 +129,8 @@ class Kernel:
     saving: (operands, **attributes) -> the kernel that runs in the place of this one where it is differentiated, with
     the same visible results and more hidden ones, or None.
     partitioned: whether the call is made in a program for several devices; otherwise its reference, which XLA splits.
+    lowered: (operands, number of devices, **attributes) -> results, by calls of other kernels: what is lowered in the
+    place of a call.
     """
 
     name: str
@@ -136,6 +146,7 @@ class Kernel:
     adapted: Callable[..., Sequence[Any]] = lambda operands, platform, **attributes: operands
     saving: Callable[..., Kernel | None] = lambda operands, **attributes: None
     partitioned: bool = True
+    lowered: Callable[..., Sequence[Any]] | None = None
 
     def __call__(self, *operands: Any, **attributes: Any) -> list[Any]:
         """All results, hidden ones too."""
@@ -193,7 +204,7 @@ def _result_dtype(dtype: Any, avals: Sequence[Any]) -> Any:
 
 
 def _call_abstract(*avals: Any, kernel: Kernel, attributes: tuple) -> list[Any]:
-    del attributes
+    kept = dict(attributes).get("kept", 0)
     shapes = [a.shape for a in avals]
     rank = kernel.signature.batch_rank(shapes)
     batch_spec = _compat.explicit_spec(avals[0])[:rank]
@@ -202,10 +213,10 @@ def _call_abstract(*avals: Any, kernel: Kernel, attributes: tuple) -> list[Any]:
             avals[0],
             shape,
             _result_dtype(dtype, avals),
-            (*(batch_spec if spec.batched else ()), *(None for _ in spec.axes)),
+            (*batch_spec[: leading(spec, rank, kept)], *(None for _ in spec.axes)),
         )
         for shape, dtype, spec in zip(
-            kernel.signature.result_shapes(kernel.name, shapes),
+            kernel.signature.result_shapes(kernel.name, shapes, kept),
             kernel.result_dtypes,
             kernel.signature.results,
             strict=True,
@@ -254,6 +265,8 @@ def _call_batch(args: Sequence, dims: Sequence, *, kernel: Kernel, attributes: t
     if moved is None:
         function = lambda *operands: kernel.reference(*operands, **dict(attributes))  # noqa: E731
         return jax.vmap(function, in_axes=tuple(dims))(*args), (0,) * len(kernel.signature.results)
+    if any(spec.summed for spec in kernel.signature.results):
+        attributes = tuple((name, value + (name == "kept")) for name, value in attributes)
     results = call_p.bind(*moved, kernel=kernel, attributes=attributes)
     return results, (0,) * len(results)
 

@@ -1,7 +1,8 @@
 """layer_norm, rms_norm, and both with a residual added first.
 
-Canonical shape: x (*b, r, d): rows of d features, r rows to a group; the backward kernel sums the cotangents of scale
-and bias over the r rows of each group, and the sum over groups is XLA's, so that a sharded batch stays sharded.
+Canonical shape: x (*b, d), rows of d features. The backward kernel takes x as (*b, r, d) and sums the cotangents of
+scale and bias over the r rows of each group. The sum over groups is XLA's. Groups are cut when the program is lowered
+and the number of its devices is known, so that rows stay where they are sharded.
 
 Ba, Kiros and Hinton 2016, arXiv:1607.06450. Zhang and Sennrich 2019, arXiv:1910.07467.
 """
@@ -9,6 +10,7 @@ Ba, Kiros and Hinton 2016, arXiv:1607.06450. Zhang and Sennrich 2019, arXiv:1910
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
-from zenith_jax.ops._op import as_batches, check_kernel_dtype, dense, kernel, widened
+from zenith_jax.ops._op import Kernel, as_batches, check_kernel_dtype, dense, kernel, widened
 
 # --- references -------------------------------------------------------------------------------------------------------
 
@@ -37,7 +39,7 @@ def _forward(x: Any, scale: Any, bias: Any | None, eps: float) -> Any:
 
 
 def _backward(x: Any, scale: Any, dy: Any, dsum: Any | None, eps: float, *, centre: bool) -> tuple[Any, Any, Any]:
-    """(dx, dscale, dbias), the latter two summed over the rows of each group."""
+    """(dx, dscale, dbias), all (*b, d)."""
     xhat, rstd = _normalised(x, eps, centre=centre)
     dy_wide = widened(dy)
     g = dy_wide * widened(scale)
@@ -47,7 +49,7 @@ def _backward(x: Any, scale: Any, dy: Any, dsum: Any | None, eps: float, *, cent
     dx = dx * rstd
     if dsum is not None:
         dx = dx + widened(dsum)
-    return dx.astype(x.dtype), jnp.sum(dy_wide * xhat, axis=-2), jnp.sum(dy_wide, axis=-2)
+    return dx.astype(x.dtype), dy_wide * xhat, dy_wide
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -63,77 +65,91 @@ def _ffi(avals: Any, *, eps: float) -> dict[str, Any]:
     return dict(eps=np.float32(eps))
 
 
-def _parameter_cotangent(partials: Any, parameter: Any) -> Any:
-    return jnp.sum(partials, axis=tuple(range(partials.ndim - 1))).astype(parameter.dtype)
-
-
 def _layer_norm_backward(operands, results, cotangents, needed, *, eps):
     del results, needed
     x, scale, bias = operands
-    dx, dscale, dbias = layer_norm_bwd(x, scale, cotangents[0], eps=eps)
-    return {0: dx, 1: _parameter_cotangent(dscale, scale), 2: _parameter_cotangent(dbias, bias)}
+    dx, dscale, dbias = layer_norm_bwd(x, scale, cotangents[0], eps=eps, kept=0)
+    return {0: dx, 1: dscale.astype(scale.dtype), 2: dbias.astype(bias.dtype)}
 
 
 def _rms_norm_backward(operands, results, cotangents, needed, *, eps):
     del results, needed
     x, scale = operands
-    dx, dscale = rms_norm_bwd(x, scale, cotangents[0], eps=eps)
-    return {0: dx, 1: _parameter_cotangent(dscale, scale)}
+    dx, dscale = rms_norm_bwd(x, scale, cotangents[0], eps=eps, kept=0)
+    return {0: dx, 1: dscale.astype(scale.dtype)}
 
 
 def _add_layer_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     _, _, scale, bias = operands
     dy, dsum = dense(cotangents)
-    dx, dscale, dbias = add_layer_norm_bwd(results[1], scale, dy, dsum, eps=eps)
-    return {0: dx, 1: dx, 2: _parameter_cotangent(dscale, scale), 3: _parameter_cotangent(dbias, bias)}
+    dx, dscale, dbias = add_layer_norm_bwd(results[1], scale, dy, dsum, eps=eps, kept=0)
+    return {0: dx, 1: dx, 2: dscale.astype(scale.dtype), 3: dbias.astype(bias.dtype)}
 
 
 def _add_rms_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     scale = operands[2]
     dy, dsum = dense(cotangents)
-    dx, dscale = add_rms_norm_bwd(results[1], scale, dy, dsum, eps=eps)
-    return {0: dx, 1: dx, 2: _parameter_cotangent(dscale, scale)}
+    dx, dscale = add_rms_norm_bwd(results[1], scale, dy, dsum, eps=eps, kept=0)
+    return {0: dx, 1: dx, 2: dscale.astype(scale.dtype)}
 
 
 _NATIVE = dict(supports=_supports, ffi_attributes=_ffi)
 _F32 = jnp.float32
 
 
-@kernel("layer_norm_bwd", "*b r d, d, *b r d -> *b r d, *b d, *b d", (0, _F32, _F32), visible=3, **_NATIVE)
-def layer_norm_bwd(x, scale, dy, *, eps):
-    return _backward(x, scale, dy, None, eps, centre=True)
+def _backward_kernel(name: str, *, centre: bool, residual: bool) -> Kernel:
+    """Operands x, scale, dy and, with a residual, dsum; results dx, dscale and, if centred, dbias."""
+    results = 2 + centre
+    dtypes: tuple[Any, ...] = (0, _F32, _F32)[:results]
+    common: dict[str, Any] = dict(visible=results, supports=_supports)
+
+    def signature(rows: str, partials: str) -> str:
+        operands = [rows, "d", rows, rows][: 3 + residual]
+        return f"{', '.join(operands)} -> {', '.join([rows, partials, partials][:results])}"
+
+    def cotangents(x, scale, dy, dsum=None, *, eps):
+        return _backward(x, scale, dy, dsum, eps, centre=centre)[:results]
+
+    @kernel(name, signature("*b r d", "*b d"), dtypes, ffi_attributes=_ffi, **common)
+    def of_groups(*operands, eps):
+        dx, *terms = cotangents(*operands, eps=eps)
+        return dx, *(jnp.sum(t, -2) for t in terms)
+
+    def by_groups(operands, partitions, *, eps, kept):
+        batch = grouped(operands[0].shape[:-1], kept, partitions)
+        dx, *partials = of_groups(*(x if x.ndim == 1 else x.reshape(*batch, x.shape[-1]) for x in operands), eps=eps)
+        summed = range(kept, len(batch) - 1)
+        return dx.reshape(operands[0].shape), *(jnp.sum(p, summed) for p in partials)
+
+    @kernel(name, signature("*b d", "*k d"), dtypes, lowered=by_groups, **common)
+    def of_rows(*operands, eps, kept):
+        dx, *terms = cotangents(*operands, eps=eps)
+        return dx, *(jnp.sum(t, range(kept, t.ndim - 1)) for t in terms)
+
+    return of_rows
 
 
-@kernel("rms_norm_bwd", "*b r d, d, *b r d -> *b r d, *b d", (0, _F32), visible=2, **_NATIVE)
-def rms_norm_bwd(x, scale, dy, *, eps):
-    return _backward(x, scale, dy, None, eps, centre=False)[:2]
+layer_norm_bwd = _backward_kernel("layer_norm_bwd", centre=True, residual=False)
+rms_norm_bwd = _backward_kernel("rms_norm_bwd", centre=False, residual=False)
+add_layer_norm_bwd = _backward_kernel("add_layer_norm_bwd", centre=True, residual=True)
+add_rms_norm_bwd = _backward_kernel("add_rms_norm_bwd", centre=False, residual=True)
 
 
-@kernel("add_layer_norm_bwd", "*b r d, d, *b r d, *b r d -> *b r d, *b d, *b d", (0, _F32, _F32), visible=3, **_NATIVE)
-def add_layer_norm_bwd(x, scale, dy, dsum, *, eps):
-    return _backward(x, scale, dy, dsum, eps, centre=True)
-
-
-@kernel("add_rms_norm_bwd", "*b r d, d, *b r d, *b r d -> *b r d, *b d", (0, _F32), visible=2, **_NATIVE)
-def add_rms_norm_bwd(x, scale, dy, dsum, *, eps):
-    return _backward(x, scale, dy, dsum, eps, centre=False)[:2]
-
-
-@kernel("layer_norm_fwd", "*b r d, d, d -> *b r d", (0,), backward=_layer_norm_backward, **_NATIVE)
+@kernel("layer_norm_fwd", "*b d, d, d -> *b d", (0,), backward=_layer_norm_backward, **_NATIVE)
 def layer_norm_fwd(x, scale, bias, *, eps):
     return (_forward(x, scale, bias, eps),)
 
 
-@kernel("rms_norm_fwd", "*b r d, d -> *b r d", (0,), backward=_rms_norm_backward, **_NATIVE)
+@kernel("rms_norm_fwd", "*b d, d -> *b d", (0,), backward=_rms_norm_backward, **_NATIVE)
 def rms_norm_fwd(x, scale, *, eps):
     return (_forward(x, scale, None, eps),)
 
 
 @kernel(
     "add_layer_norm_fwd",
-    "*b r d, *b r d, d, d -> *b r d, *b r d",
+    "*b d, *b d, d, d -> *b d, *b d",
     (0, 0),
     visible=2,
     backward=_add_layer_norm_backward,
@@ -146,7 +162,7 @@ def add_layer_norm_fwd(x, residual, scale, bias, *, eps):
 
 @kernel(
     "add_rms_norm_fwd",
-    "*b r d, *b r d, d -> *b r d, *b r d",
+    "*b d, *b d, d -> *b d, *b d",
     (0, 0),
     visible=2,
     backward=_add_rms_norm_backward,
@@ -168,20 +184,20 @@ def layer_norm(x, scale=None, bias=None, *, eps: float = 1e-5):
     Raises ShapeError or DTypeError. Differentiable in all three arrays, forward and reverse, to any order.
     """
     scale, bias = _parameters("layer_norm", x, scale, bias)
-    return layer_norm_fwd(_grouped(x), scale, bias, eps=float(eps))[0].reshape(x.shape)
+    return layer_norm_fwd(as_batches(x, 1), scale, bias, eps=float(eps))[0].reshape(x.shape)
 
 
 def rms_norm(x, scale=None, *, eps: float = 1e-6):
     """x / sqrt(mean(x^2) + eps) * scale along the last axis. Shapes, dtypes and errors as in `layer_norm`."""
     scale, _ = _parameters("rms_norm", x, scale, None)
-    return rms_norm_fwd(_grouped(x), scale, eps=float(eps))[0].reshape(x.shape)
+    return rms_norm_fwd(as_batches(x, 1), scale, eps=float(eps))[0].reshape(x.shape)
 
 
 def add_layer_norm(x, residual, scale=None, bias=None, *, eps: float = 1e-5):
     """(layer_norm(x + residual), x + residual) in one pass over memory. residual: x's shape and dtype."""
     _check_residual("add_layer_norm", x, residual)
     scale, bias = _parameters("add_layer_norm", x, scale, bias)
-    y, total = add_layer_norm_fwd(_grouped(x), _grouped(residual), scale, bias, eps=float(eps))
+    y, total = add_layer_norm_fwd(as_batches(x, 1), as_batches(residual, 1), scale, bias, eps=float(eps))
     return y.reshape(x.shape), total.reshape(x.shape)
 
 
@@ -189,7 +205,7 @@ def add_rms_norm(x, residual, scale=None, *, eps: float = 1e-6):
     """(rms_norm(x + residual), x + residual) in one pass over memory. residual: x's shape and dtype."""
     _check_residual("add_rms_norm", x, residual)
     scale, _ = _parameters("add_rms_norm", x, scale, None)
-    y, total = add_rms_norm_fwd(_grouped(x), _grouped(residual), scale, eps=float(eps))
+    y, total = add_rms_norm_fwd(as_batches(x, 1), as_batches(residual, 1), scale, eps=float(eps))
     return y.reshape(x.shape), total.reshape(x.shape)
 
 
@@ -225,7 +241,7 @@ def _parameters(name: str, x: Any, scale: Any, bias: Any) -> tuple[Any, Any]:
 
 
 def rows_per_group(rows: int, total_rows: int) -> int:
-    """The r of x (*b, r, d): how many of `rows` consecutive rows share one partial sum of dscale.
+    """How many of `rows` consecutive rows share one partial sum of dscale.
 
     About 1/256 of all rows, so that groups fill the 132 multiprocessors of an H100 about twice, and at most 64, so
     that partials stay under 1/32 of the bytes of dx; a divisor of `rows`, because groups are cut by a reshape.
@@ -234,10 +250,18 @@ def rows_per_group(rows: int, total_rows: int) -> int:
     return max((r for r in range(1, min(wanted, rows) + 1) if rows % r == 0), default=max(rows, 1))
 
 
-def _grouped(x: Any) -> Any:
-    """(..., rows, d) as (*b, groups, r, d)."""
-    x = as_batches(x, 0) if x.ndim < 2 else x
-    *lead, rows, width = x.shape
-    r = rows_per_group(rows, math.prod(lead) * rows)
-    groups = rows // r if rows else 0
-    return as_batches(x.reshape(*lead, groups, r, width), 2)
+def grouped(batch: Sequence[int], kept: int, partitions: int) -> tuple[int, ...]:
+    """Batch sizes of rows cut into groups, (*kept, *groups, r): at least two before r, no group of two `kept` entries.
+
+    With several devices only the last dimension of rows is cut, so that every group lies on one of them however the
+    others are sharded: over n of the devices, which divides their number and the dimension.
+    """
+    whole, rows = tuple(batch[:kept]), tuple(batch[kept:])
+    total = math.prod(batch)
+    if partitions == 1:
+        last, lead = math.prod(rows), (1,)
+        r = rows_per_group(last, total)
+    else:
+        *lead, last = rows
+        r = rows_per_group(last // max(1, math.gcd(last, partitions)), total)
+    return (*whole, *lead, last // r, r)
