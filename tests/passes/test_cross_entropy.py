@@ -189,13 +189,13 @@ MISSES = {
         lambda x, y: -(lax.div(hot(y, jnp.int32) * 3, jnp.full((B, T, V), 2)) * jax.nn.log_softmax(x)).sum(-1),
         None,
     ),
-    "weights of both signs": (
+    "weights of two signs": (
         lambda x, y: -(jnp.where(hot(y, bool), 2.0, -1.0) * jax.nn.log_softmax(x)).sum(-1),
-        "have different signs",
+        "weighs 2 of a row, every other class -1",
     ),
-    "less for the label": (
-        lambda x, y: -(jnp.where(hot(y, bool), 0.1, 0.3) * jax.nn.log_softmax(x)).sum(-1),
-        "have different signs",
+    "a label of less weight": (
+        lambda x, y: -((0.9 - 0.8 * hot(y)) * jax.nn.log_softmax(x)).sum(-1),
+        "weighs 0.1 of a row, every other class 0.9",
     ),
     "shifted classes": (lambda x, y: -((y[..., None] == jnp.arange(V) * 2) * jax.nn.log_softmax(x)).sum(-1), None),
 }

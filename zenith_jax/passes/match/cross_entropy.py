@@ -217,6 +217,11 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
     picked = next((r for r in readings if r.pick is not None and r.pick.labels is not None), None)
     if picked is None or picked.pick is None or picked.pick.labels is None:
         return None
+    odd = next((r.pick for r in readings if r.pick is not None and r.pick.on * r.pick.off < 0), None)
+    if odd is not None:
+        # on * x[label] + off * sum(x) is then inf - inf for x[label] = -inf, where the program has an infinity.
+        weights = dict(a=odd.on + odd.off, b=odd.off)
+        return refuse("its label weighs {a:.3g} of a row, every other class {b:.3g}", **weights, depth=3)
     labels = picked.pick.labels
     class_dim = base.x.axes.index(base.axis)
     batch_dims = [d for d, a in enumerate(base.x.axes) if a is not None and d != class_dim]
@@ -249,9 +254,6 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
         )
     if any(graph.depends_on([labels.atom], var) for var in results):
         return refuse("the labels depend on the loss", depth=4)
-    # on * x[label] + off * sum(x) would be NaN of an infinite logit of the label, where the program's sum is not.
-    if any(r.pick and r.pick.labels and r.pick.on * r.pick.off < 0 for r in readings):
-        return refuse("the weights of the label and of the other classes have different signs", depth=4)
     rows = Rows(
         label_order,
         picked.pick.outside,
