@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import zenith_jax as zenith
+
 B, T, S, H, D, E = 2, 9, 7, 4, 8, 6  # all different: a swapped axis cannot go unnoticed
 WIDTH = H * D
 
@@ -361,11 +363,30 @@ def layer_norm_centred_once(x, scale, bias, eps=1e-3):
     return centred * (scale / jnp.sqrt(jnp.mean(centred**2, -1) + eps)[..., None]) + bias
 
 
-@pytest.mark.parametrize("function", [layer_norm, layer_norm_fast, layer_norm_centred_once])
+def layer_norm_by_a_full_variance(x, scale, bias, eps=1e-3):
+    variance = jnp.broadcast_to(x.var(-1, keepdims=True), x.shape)
+    return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(variance + eps) * scale + bias
+
+
+BY_HAND = [layer_norm, layer_norm_fast, layer_norm_centred_once, layer_norm_by_a_full_variance]
+
+
+@pytest.mark.parametrize("function", BY_HAND)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_layer_norm_by_hand_is_fused(rng, check_fused, function, dtype):
     args = normal(rng, B, T, WIDTH, dtype=dtype) + 1, normal(rng, WIDTH, dtype=dtype), normal(rng, WIDTH, dtype=dtype)
     check_fused(function, *args, counts={"layer_norm": 1}, floor_ulps=16)
+
+
+def test_long_rows_are_normalised_by_xla_unless_they_are_differentiated():
+    def function(x):
+        return jnp.sum(jnp.sin(jax.nn.standardize(x)))
+
+    x = jax.ShapeDtypeStruct((32, 40960), jnp.float32)
+    with zenith.configured(use_cost=True, platform="cpu"):
+        report = zenith.explain(function)(x)
+        assert report.counts() == {} and "rows of 40960" in report.refused[0].reason
+        assert zenith.explain(jax.grad(function))(x).counts() == {"layer_norm": 1}
 
 
 @pytest.mark.parametrize("cast", ["before scale", "after scale", "none"])

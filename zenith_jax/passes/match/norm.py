@@ -266,9 +266,8 @@ def _normalised(terms: Terms, var: Var, root: JaxprEqn, rstd: Term, moments: Mom
         return centred
     x, renamed, steps = centred
     axis = renamed[moments.axis]
-    if any(a is not None and a not in renamed for a in rstd.axes):
-        return refuse("1/sqrt(variance + eps) has an axis that x has not", depth=4)
-    if found_rstd.axes != tuple(None if a is None else renamed[a] for a in rstd.axes):
+    # Along an axis that x has not, the standard deviation was broadcast: it is the same at every index.
+    if any(found is not renamed.get(a, found) for found, a in zip(found_rstd.axes, rstd.axes, strict=True) if a):
         return refuse("the standard deviation of one row divides another", depth=4)
     if len(narrow) > 1 or any(e != 1 or f.axis_set != {axis} for f, e in narrow):
         return refuse("a factor of the norm does not run along the normalised axis alone", depth=4)
