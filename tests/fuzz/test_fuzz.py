@@ -6,6 +6,7 @@ What a program is: programs.py; what "the same function" means: check.py.
 from __future__ import annotations
 
 import os
+import random
 import time
 import warnings
 
@@ -13,17 +14,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fuzz.check import Tally, Wrong, check
+from fuzz.check import Tally, Wrong, check, transformed
 from fuzz.oracle import evaluate
 from fuzz.programs import drawn, programs
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import zenith_jax as zenith
+from zenith_jax.report import collecting
 
 SECONDS = float(os.environ.get("ZENITH_FUZZ_SECONDS", "20"))
 BATCH = 40
-# A fuzzer whose programs do not fuse proves nothing; about 60 % do.
-LEAST_FUSED = 0.25
+# A fuzzer whose programs do not fuse proves nothing. Of 2000 programs, in batches of 40, 62 % fused. Those of a batch
+# resemble each other: the variance of a batch's share was 4.4 times that of programs drawn one by one.
+SHARE, ALIKE = 0.62, 4.4
+
+
+def least_fused(programs: int, alike: float) -> float:
+    """How many fuse, but for one case in 10000 by chance."""
+    return programs * SHARE - 3.7 * (programs * alike * SHARE * (1 - SHARE)) ** 0.5
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of constants that overflow, as mask fills in float16 do
@@ -44,13 +52,21 @@ def test_no_random_program_changes_by_fusion():
         batch += 1
     print(f"\n{tally}")
     compared = tally.programs["fused"] + tally.programs["untouched"]
-    assert tally.programs["fused"] >= LEAST_FUSED * compared, str(tally)
+    assert tally.programs["fused"] >= least_fused(compared, ALIKE), str(tally)
+
+
+def test_most_programs_fuse():
+    fused, count = 0, 60
+    for i in range(count):
+        program = drawn(random.Random(i).randrange)
+        with zenith.configured(use_cost=False), collecting() as sites:
+            jax.make_jaxpr(transformed(program, zenith.fuse))(*program.arrays())
+        fused += any(s.fused for s in sites)
+    assert fused >= least_fused(count, alike=1.0)
 
 
 def test_programs_are_replayed_alike():
     """A program's text is the program: what a failure prints can be run again."""
-    import random
-
     from fuzz.programs import Program
 
     for i in range(3):
