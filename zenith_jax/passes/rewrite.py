@@ -18,7 +18,7 @@ from zenith_jax.errors import Refusal
 from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Literal, Var
 from zenith_jax.ir.graph import Graph
-from zenith_jax.passes import gain
+from zenith_jax.passes import gain, layout
 from zenith_jax.passes.apart import kept_apart
 from zenith_jax.passes.choose import RULES, Choices, declined
 from zenith_jax.passes.match import MATCHERS, Match
@@ -75,8 +75,10 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
     replacements: dict[int, Sequence[JaxprEqn]] = {}
     constvars: list[Var] = []
     consts: list[Any] = []
-    matches = plan(graph, context)
-    for match in matches:
+    planned = plan(graph, context)
+    taken = {id(e) for match in planned for e in match.inner}
+    arranged = () if context.differentiated else layout.matches(graph, context.platform, taken)
+    for match in (*planned, *arranged):
         with clock("emit"):
             eqns, new_constvars, new_consts = _emitted(match)
         index = graph.producers[match.root.outvars[0]]
@@ -86,7 +88,7 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
     if constvars and not isinstance(jaxpr, _compat.ClosedJaxpr):
         raise AssertionError(f"an op's trace holds constants, which an open jaxpr cannot: {constvars}")
     if context.platform == "cuda" and context.use_cost:
-        replacements.update(kept_apart(graph, matches))
+        replacements.update(kept_apart(graph, planned))
     for index, eqn in enumerate(graph.eqns):
         if index not in replacements:
             new = _recursed(eqn, context)
