@@ -171,7 +171,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(format=2, zenith="9.0"), r"has format 2, this Zenith .* reads format 1: install Zenith 9.0, or save"),
+        (dict(format=3, zenith="9.0"), r"has format 3, this Zenith .* reads format 2: install Zenith 9.0, or save"),
         (dict(platforms=["cuda"]), r"was saved for cuda, JAX computes on cpu here: save it again with platforms="),
         (dict(inputs=3), r"manifest.json is not as expected \(TypeError"),
         (dict(programs=[]), "a program is missing"),

@@ -152,7 +152,7 @@ def test_a_saved_model_keeps_its_choices(timed, tmp_path):
     timed(1.0, 2.0)
     with zenith.configured(use_cost=True):
         fused = zenith.compile(model, X, mode="max-autotune")
-    assert "zenith_softmax" in fused.exported("cpu", {}).mlir_module()
+    assert "zenith_softmax" in fused.exported("cpu", {}).program.mlir_module()
     assert zenith.load(fused.save(tmp_path / "m.zenith")).mode == "max-autotune"
 
 

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zenith_jax.api import current_context, jit
+from zenith_jax.api import current_context
 from zenith_jax.compiled import buckets
 from zenith_jax.compiled.buckets import Spec
-from zenith_jax.compiled.model import CompiledModel, Interface, dtype_name
+from zenith_jax.compiled.folding import Arrays, Folded, folded
+from zenith_jax.compiled.model import CompiledModel, Export, Interface, dtype_name
 from zenith_jax.compiled.precision import PRECISIONS, with_precision
 from zenith_jax.compiled.program import MODES, Program, program
 from zenith_jax.compiled.structure import Structure
@@ -90,7 +91,9 @@ def compiled(
     def structs(sizes: Mapping[str, int]) -> list[Any]:
         return [s.struct(sizes) for s in specs]
 
+    arrays = Arrays(dict(zip(param_structure.names, params, strict=True)))
     programs: dict[tuple[int, ...], Program] = {}
+    made: dict[tuple[int, ...], Folded] = {}
     choices: dict[tuple[int, ...], Choices | None] = {}
     report = Report((), current_context(config()).platform)
     for sizes in buckets.combinations(dynamic):
@@ -98,7 +101,8 @@ def compiled(
         with _trace_errors(source.name, structs(sizes)):
             choices[key] = tuned(flat, params, structs(sizes)) if mode == "max-autotune" else config().choices
             with configured(choices=choices[key]), collecting() as sites:
-                programs[key] = program(jit, flat, params, structs(sizes), mode)
+                found = made[key] = folded(flat, arrays, structs(sizes))
+                programs[key] = program(found.jitted, [arrays[n] for n in found.names], structs(sizes), mode)
         report = Report(tuple(sites), report.platform)
     interface = Interface(
         inputs=specs,
@@ -111,18 +115,26 @@ def compiled(
         restore=source.restore,
     )
 
-    def exported(platform: str, sizes: Mapping[str, int]) -> Any:
-        # What was measured holds for the device it was measured on.
-        measured = choices[tuple(sizes.values())] if platform == report.platform else None
-        with configured(choices=measured):
-            return export(flat, platforms=(platform,))([_struct(p) for p in params], structs(sizes))
+    def exported(platform: str, sizes: Mapping[str, int]) -> Export:
+        key = tuple(sizes.values())
+        if platform == report.platform:
+            found = made[key]
+        else:
+            # What was measured holds for the device it was measured on.
+            with configured(choices=None, platform=platform):
+                found = folded(flat, arrays, structs(sizes))
+        arguments = [_struct(arrays[n]) for n in found.names]
+        with configured(choices=choices[key] if platform == report.platform else None):
+            program = export(found.jitted, platforms=(platform,))(arguments, structs(sizes))
+        return Export(program, found.names, found.replaced)
 
     model = CompiledModel(
         name=source.name,
         framework=source.framework,
         mode=mode,
         precision=precision,
-        parameters=dict(zip(param_structure.names, params, strict=True)),
+        parameters=arrays.parameters,
+        folded=arrays.folded,
         parameter_structure=param_structure,
         report=report,
         interface=interface,

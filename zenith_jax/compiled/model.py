@@ -36,6 +36,16 @@ class Interface:
 
 
 @dataclasses.dataclass(frozen=True)
+class Export:
+    """program: an Exported of (arguments, inputs) -> outputs, both flat. arguments: their names among the parameters
+    and folded values. replaced: parameters that folded values stand for."""
+
+    program: Any
+    arguments: tuple[str, ...]
+    replaced: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
 class Benchmark:
     """Times of one model. median_ms, fastest_ms: of calls that are waited for, one after the other. host_us: until a
     call returns, while the device still computes; as long as the call itself where the host computes."""
@@ -65,15 +75,16 @@ class CompiledModel:
     framework: str
     mode: str
     precision: str | None
-    # By their paths, in the order in which the programs take them.
-    parameters: Mapping[str, jax.Array] = dataclasses.field(repr=False)
+    parameters: Mapping[str, jax.Array] = dataclasses.field(repr=False)  # by their paths
+    # What is computed of parameters once, which programs take in their place.
+    folded: Mapping[str, jax.Array] = dataclasses.field(repr=False)
     parameter_structure: Structure | None = dataclasses.field(repr=False)  # None: a dict by path
     report: Report = dataclasses.field(repr=False)
     interface: Interface = dataclasses.field(repr=False)
     # {sizes of the dynamic dimensions: program}; see `warm_up`.
     programs: Mapping[tuple[int, ...], Program] = dataclasses.field(repr=False)
-    # (platform, sizes) -> Exported of the flat function (params, inputs) -> outputs.
-    exported: Callable[[str, Mapping[str, int]], Any] = dataclasses.field(repr=False)
+    # Of (platform, sizes).
+    exported: Callable[[str, Mapping[str, int]], Export] = dataclasses.field(repr=False)
 
     @property
     def params(self) -> Any:

@@ -24,32 +24,27 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 # time a call, whatever its size (AMD EPYC, 2026-11). Biases and norms, three quarters of a transformer's parameters.
 CONSTANT_BYTES = 16384
 # XLA captures commands into a CUDA graph from this number on; 5 by default.
-_GRAPH_OPTIONS = {"xla_gpu_graph_min_graph_size": 1}
+_GRAPH_OPTIONS: Any = {"xla_gpu_graph_min_graph_size": 1}
 
 
-def program(
-    jitted: Callable[[Callable], Any], function: Callable, params: Sequence[Any], structs: Any, mode: str
-) -> Program:
-    """Compiles `function(params, inputs)` for inputs like `structs`. jitted: `jax.jit`, or `zenith.jit`."""
+def program(jitted: Any, params: Sequence[Any], structs: Any, mode: str) -> Program:
+    """Compiles `jitted(params, inputs)`, a `jax.jit` function, for inputs like `structs`."""
     if mode != "reduce-overhead":
-        # A new function each time: JAX's caches must not answer for an earlier trace, whose sites are elsewhere.
-        fresh = ft.wraps(function)(lambda params, inputs: function(params, inputs))
-        executable = jitted(fresh).lower(params, structs).compile()
-        return ft.partial(executable, params)
-    return _least_overhead(jitted, function, params, structs)
+        return ft.partial(jitted.lower(params, structs).compile(), params)
+    return _least_overhead(jitted, params, structs)
 
 
-def _least_overhead(jitted: Callable, function: Callable, params: Sequence[Any], structs: Sequence[Any]) -> Program:
+def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) -> Program:
     """Small parameters in the program, the others as one list for the runtime, which checks only the inputs."""
     constants = [np.asarray(p) if p.nbytes <= CONSTANT_BYTES else None for p in params]
     arguments = [p for p, c in zip(params, constants, strict=True) if c is None]
 
-    @ft.wraps(function)
+    @ft.wraps(jitted)
     def with_constants(arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
         remaining = iter(arguments)
-        return function([next(remaining) if c is None else c for c in constants], inputs)
+        return jitted([next(remaining) if c is None else c for c in constants], inputs)
 
-    lowered = jitted(with_constants).lower(arguments, structs)
+    lowered = jax.jit(with_constants).lower(arguments, structs)
     executable = lowered.compile(_GRAPH_OPTIONS if native.default_platform() == "cuda" else None)
     execute = _compat.direct_execution(executable, arguments)
     if execute is None:

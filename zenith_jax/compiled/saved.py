@@ -19,7 +19,7 @@ import numpy as np
 from zenith_jax import native
 from zenith_jax.compiled import archive, buckets, structure
 from zenith_jax.compiled.buckets import Spec
-from zenith_jax.compiled.model import CompiledModel, Interface
+from zenith_jax.compiled.model import CompiledModel, Export, Interface
 from zenith_jax.compiled.program import Program, program
 from zenith_jax.errors import SavedModelError
 from zenith_jax.export import load_exported
@@ -27,7 +27,7 @@ from zenith_jax.frontends._source import missing
 from zenith_jax.report import Report
 from zenith_jax.version import __version__
 
-FORMAT = 1  # raise it when a reader of the one before would misread the file
+FORMAT = 2  # raise it when a reader of the one before would misread the file
 MANIFEST = "manifest.json"
 
 
@@ -37,13 +37,16 @@ def save(model: CompiledModel, path: pathlib.Path, platforms: Sequence[str] | No
     platforms = tuple(platforms or (native.default_platform(),))
     if not path.parent.is_dir():
         raise SavedModelError(f"there is no folder {path.parent} to save {path.name} in")
-    devices = {d for p in model.parameters.values() for d in p.devices()}
+    devices = {d for values in (model.parameters, model.folded) for p in values.values() for d in p.devices()}
     if len(devices) > 1:
         raise SavedModelError(f"the parameters are spread over {len(devices)} devices; a file holds programs for one")
-    members, programs = {}, []
+    members, programs, taken, replaced = {}, [], set(), set()
     for platform in platforms:
         for sizes in buckets.combinations(model.dynamic):
-            exported = model.exported(platform, sizes)
+            export = model.exported(platform, sizes)
+            exported = export.program
+            taken.update(export.arguments)
+            replaced.update(export.replaced)
             name = "-".join(["programs/" + platform, *(f"{k}{n}" for k, n in sizes.items())]) + ".bin"
             members[name] = bytes(exported.serialize())
             programs.append(
@@ -51,11 +54,16 @@ def save(model: CompiledModel, path: pathlib.Path, platforms: Sequence[str] | No
                     member=name,
                     platform=platform,
                     sizes=sizes,
+                    arguments=export.arguments,
                     calling_convention=exported.calling_convention_version,
                     calls_kernels="@zenith_" in exported.mlir_module(),
                 )
             )
-    arrays = [np.asarray(p) for p in model.parameters.values()]
+    # A parameter that is only in values made of it is not written, the values are.
+    gone = replaced - taken
+    kept = {n: np.asarray(p) for n, p in model.parameters.items() if n not in gone}
+    folded = {n: np.asarray(p) for n, p in model.folded.items() if n in taken}
+    arrays = [*kept.values(), *folded.values()]
     face = model.interface
     manifest = dict(
         format=FORMAT,
@@ -75,10 +83,10 @@ def save(model: CompiledModel, path: pathlib.Path, platforms: Sequence[str] | No
         outputs=[vars(s) for s in face.outputs],
         output_structure=structure.to_json(face.output_structure, "the outputs"),
         parameters=[
-            dict(name=n, shape=a.shape, dtype=str(a.dtype), offset=o, crc32=archive.checksum(a))
-            for n, a, o in zip(model.parameters, arrays, archive.offsets(arrays), strict=True)
+            dict(name=n, shape=a.shape, dtype=str(a.dtype), offset=o, crc32=archive.checksum(a), folded=n not in kept)
+            for n, a, o in zip((*kept, *folded), arrays, archive.offsets(arrays), strict=True)
         ],
-        parameter_structure=_parameter_structure(model),
+        parameter_structure=None if gone else _parameter_structure(model),
         report=model.report.as_dict(),
     )
     members = {MANIFEST: json.dumps(manifest, indent=1).encode(), **members}
@@ -131,23 +139,25 @@ def _model(reader: archive.Reader, manifest: Mapping[str, Any]) -> CompiledModel
     for entry in entries:
         _check_versions(reader.path, manifest, entry)
     dynamic = {name: tuple(sizes) for name, sizes in manifest["dynamic"].items()}
-    parameters = {
+    arrays = {
         p["name"]: archive.on_device(reader.array(p["offset"], p["shape"], p["dtype"], p["crc32"]))
         for p in manifest["parameters"]
     }
+    is_folded = {p["name"]: bool(p["folded"]) for p in manifest["parameters"]}
+    arguments = {tuple(e["sizes"].values()): [arrays[n] for n in e["arguments"]] for e in entries}
     tree = manifest["parameter_structure"]
     exports = {tuple(e["sizes"].values()): _exported(reader, e) for e in entries}
     if set(exports) != {tuple(s.values()) for s in buckets.combinations(dynamic)}:
         raise reader.damaged("a program is missing")
 
-    def exported(wanted: str, sizes: Mapping[str, int]) -> Any:
+    def exported(wanted: str, sizes: Mapping[str, int]) -> Export:
         found = next((p for p in manifest["programs"] if p["platform"] == wanted and p["sizes"] == dict(sizes)), None)
         if found is None:
             raise SavedModelError(
                 f"a model that was loaded has the programs of its file, for {', '.join(manifest['platforms'])}: to "
                 f"have one for {wanted}, save the original"
             )
-        return _exported(reader, found)
+        return Export(_exported(reader, found), tuple(found["arguments"]))
 
     report = manifest["report"]
     return CompiledModel(
@@ -155,7 +165,8 @@ def _model(reader: archive.Reader, manifest: Mapping[str, Any]) -> CompiledModel
         framework=manifest["framework"],
         mode=manifest["mode"],
         precision=manifest["precision"],
-        parameters=parameters,
+        parameters={n: x for n, x in arrays.items() if not is_folded[n]},
+        folded={n: x for n, x in arrays.items() if is_folded[n]},
         parameter_structure=None if tree is None else structure.from_json(tree),
         report=Report.from_dict(report),
         interface=Interface(
@@ -166,7 +177,7 @@ def _model(reader: archive.Reader, manifest: Mapping[str, Any]) -> CompiledModel
             arguments=tuple(manifest["arguments"]),
             dynamic=dynamic,
         ),
-        programs=_Programs(exports, list(parameters.values()), dynamic, _specs(manifest["inputs"]), manifest["mode"]),
+        programs=_Programs(exports, arguments, dynamic, _specs(manifest["inputs"]), manifest["mode"]),
         exported=exported,
     )
 
@@ -175,13 +186,13 @@ class _Programs(dict):
     """{sizes: program}, each compiled when it is asked for first."""
 
     def __init__(
-        self, exports: Mapping[Any, Any], params: Sequence[Any], dynamic: Any, specs: Sequence[Spec], mode: str
+        self, exports: Mapping[Any, Any], arguments: Mapping[Any, Any], dynamic: Any, specs: Sequence[Spec], mode: str
     ):
         super().__init__()
 
         def compiled(sizes: tuple[int, ...]) -> Program:
             structs = [s.struct(dict(zip(dynamic, sizes, strict=True))) for s in specs]
-            return program(jax.jit, exports[sizes].call, params, structs, mode)
+            return program(jax.jit(exports[sizes].call), arguments[sizes], structs, mode)
 
         self._compile = compiled
 

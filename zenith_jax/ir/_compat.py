@@ -93,11 +93,15 @@ def rebuilt(
     outvars: Sequence[Any],
     constvars: Sequence[Any] | None = None,
     consts: Sequence[Any] | None = None,
+    invars: Sequence[Var] | None = None,
 ) -> Any:
-    """`jaxpr` with other equations and outputs (and constants, when given), open or closed as it was."""
+    """`jaxpr` with other equations and outputs (constants and inputs, when given), open or closed as it was."""
     old = opened(jaxpr)
     effects = _core.join_effects(*(e.effects for e in eqns)) if eqns else _core.no_effects
     changes: dict[str, Any] = dict(eqns=list(eqns), outvars=list(outvars), effects=effects, debug_info=old.debug_info)
+    if invars is not None:  # whose names, and those of the outputs, are no longer the function's
+        changes["invars"] = list(invars)
+        changes["debug_info"] = old.debug_info._replace(arg_names=None, result_paths=None)
     if constvars is None:
         constvars, consts = old.constvars, constants(jaxpr)
     consts = list(consts or ())
@@ -261,6 +265,14 @@ def array_from_dlpack(capsule: Any, device: Any, stream: int | None) -> jax.Arra
     """
     kind = (DLPACK_CPU if stream is None else DLPACK_CUDA,) if jaxlib_extension_version >= 467 else ()
     return _jax.dlpack_managed_tensor_to_buffer(capsule, device, stream, None, *kind)
+
+
+def dlpack_of_array(array: jax.Array, stream: int | None) -> Any:
+    """A DLPack capsule of an array on one device: `array.__dlpack__` without the 10 us around its core.
+
+    stream: of the device, made to wait until the array is computed; None on the CPU, where the caller waits.
+    """
+    return _jax.buffer_to_dlpack_managed_tensor(array.addressable_data(0), stream=stream)
 
 
 def install_linearize_hook(

@@ -159,6 +159,14 @@ def rewriting(function: Any, platform: str) -> Iterator[None]:
     _keep(record)
 
 
+def resume(since: float) -> None:
+    """Inside a trace: rewritings of this thread that began since then, in an earlier trace, are part of this one."""
+    now = time.perf_counter()
+    for index, (started, id) in enumerate(_thread.recent):
+        if started >= since:
+            _thread.recent[index] = (now, id)
+
+
 @contextlib.contextmanager
 def rewrite_clock() -> Iterator[None]:
     """Around Zenith's own part of a trace."""
