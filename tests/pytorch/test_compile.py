@@ -81,7 +81,7 @@ def test_gpt2_and_llama():
         ),
         (
             transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=100, num_key_value_heads=2, **SIZES)),
-            "silu",
+            "gated_silu",
         ),
     ):
         module.config.use_cache = False
@@ -205,6 +205,26 @@ def test_weights_are_torchs_own_memory():
     module.to(torch.bfloat16)  # other code
     # A product of 32 terms and a norm, whose results are rounded to 8 bits.
     torch.testing.assert_close(fast(x.bfloat16()), module(x.bfloat16()), rtol=0.05, atol=0.02)
+
+
+def test_what_is_made_of_weights_once_is_made_again_when_they_change():
+    """Filters in XLA's order, on a CPU, and batch norms."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten()).eval()
+    x = torch.randn(2, 3, 6, 6)
+    for frozen in (False, True):
+        fast = compiled(module, frozen=frozen)
+        same(fast(x), module(x))
+        assert next(iter(fast._engine.ready.values())).folded is not None
+        module[0].weight.mul_(3)
+        same(fast(x), module(x))
+        module.load_state_dict(
+            {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+        )
+        same(fast(x), module(x))
+    fast = compiled(module)
+    same(fast(x), module(x))
+    module[0].weight = torch.nn.Parameter(torch.randn(8, 3, 3, 3))
+    same(fast(x), module(x))
 
 
 def test_a_weight_that_is_not_aligned_is_copied_and_followed():

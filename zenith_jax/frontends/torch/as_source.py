@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 from zenith_jax.errors import FrontendError
 from zenith_jax.frontends._source import Source
-from zenith_jax.frontends.torch.capture import Alias, Constant
+from zenith_jax.frontends.torch.capture import Alias, Constant, Fresh
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.frontends.torch.module import Engine, all_axes
-from zenith_jax.frontends.torch.tensors import Inlet, is_wide, to_torch
+from zenith_jax.frontends.torch.tensors import Inlet, inlet_of, is_wide, to_torch
 
 
 def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
@@ -46,8 +46,13 @@ def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
         first, *others = results
         return results if others else first
 
+    is_single = captured.spec.is_leaf() and len(captured.outputs) == 1 and captured.outputs[0] == Fresh(0)
+    on_gpu = program.platform == "cuda"
+
     def restore(results: Any) -> Any:
-        flat = [to_torch(r, d) for r, d in zip(jax.tree.leaves(results), captured.dtypes, strict=True)]
+        if is_single and isinstance(results, jax.Array):
+            return to_torch(results, captured.dtypes[0], on_gpu=on_gpu)
+        flat = [to_torch(r, d, on_gpu=on_gpu) for r, d in zip(jax.tree.leaves(results), captured.dtypes, strict=True)]
         leaves: list[Any] = []
         for output in captured.outputs:
             assert not isinstance(output, Alias)  # refused above
@@ -81,7 +86,9 @@ def _as_array(value: Any) -> Any:
             value = value.to(torch.int32)
         elif is_wide(value) and not jax.config.read("jax_enable_x64"):
             raise FrontendError(f"the input is {value.dtype}, which JAX has only with jax_enable_x64 set")
-        return Inlet(value, True)(value)
+        if value.layout is not torch.strided or value.is_quantized:
+            return Inlet(value, True)(value)  # which says why not
+        return inlet_of(value.dtype, value.device, True)(value)
     if isinstance(value, list | tuple):
         return type(value)(map(_as_array, value))
     if isinstance(value, dict):

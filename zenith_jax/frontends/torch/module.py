@@ -128,6 +128,8 @@ class _Root(torch.nn.Module):
 
 def _flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], Any]:
     """The tensors of a call and, as a key, all else about it."""
+    if len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor:
+        return [args[0]], (1, (), torch.Tensor)
     tensors: list[torch.Tensor] = []
     structure: list[Any] = [tuple(kwargs)]
     for value in (*args, *kwargs.values()):

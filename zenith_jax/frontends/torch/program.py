@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools as ft
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,11 @@ from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.torch.capture import Alias, Captured, Constant, Fresh, NotDynamicError, to_onnx
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.frontends.torch.tensors import Inlet, is_wide, to_torch
-from zenith_jax.frontends.torch.weights import Weights
+from zenith_jax.frontends.torch.weights import Weights, version
+from zenith_jax.ir import _compat
+from zenith_jax.passes import known
 from zenith_jax.report import Report
+from zenith_jax.telemetry import compiling
 
 # An integer weight up to this size is a constant of the program: position ids, window indices, what shapes come from.
 _SMALL = 1024
@@ -44,25 +48,29 @@ class Program:
         return tuple(shapes) == self.example_shapes or _Guards(self.captured.program).hold(shapes)
 
     def function(self, shapes: Sequence[tuple[int, ...]]) -> Callable[..., tuple[Any, ...]]:
-        """(the tensors, the weights, what else the ONNX model holds), all flat -> the results."""
-        count = len(self.inlets)
+        """(the weights, what else the ONNX model holds, the tensors), all flat -> the results."""
+        weights = self.weights
 
         def call(*flat: Any) -> tuple[Any, ...]:
-            inputs = [inlet.traced(x, s) for inlet, x, s in zip(self.inlets, flat[:count], shapes, strict=True)]
-            given = dict(zip(self.input_names, inputs, strict=True))
-            for name, inlet, array, tensor in zip(
-                self.weights.names, self.weights.inlets, flat[count:], self.weights.tensors, strict=False
-            ):
+            arrays, rest, inputs = (
+                flat[: len(weights.names)],
+                flat[len(weights.names) : -len(self.inlets)],
+                flat[-len(self.inlets) :],
+            )
+            given = {
+                name: inlet.traced(x, s)
+                for name, inlet, x, s in zip(self.input_names, self.inlets, inputs, shapes, strict=True)
+            }
+            for name, inlet, array, tensor in zip(weights.names, weights.inlets, arrays, weights.tensors, strict=True):
                 given[name] = inlet.traced(array, tuple(tensor.shape))
-            rest = dict(zip(self.more, flat[count + len(self.weights.names) :], strict=True))
-            return self.onnx.apply(rest, **given)
+            return self.onnx.apply(dict(zip(self.more, rest, strict=True)), **given)
 
         call.__name__ = call.__qualname__ = "torch_module"
         return call
 
     def avals(self, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
         inputs = [inlet.aval(s) for inlet, s in zip(self.inlets, shapes, strict=True)]
-        return [*inputs, *map(_struct, self.weights.arrays), *map(_struct, self.more.values())]
+        return [*map(_struct, self.weights.arrays), *map(_struct, self.more.values()), *inputs]
 
     def scope(self) -> contextlib.AbstractContextManager:
         """64-bit types where the module computes in them."""
@@ -75,10 +83,29 @@ class Program:
     def executable(self, shapes: Sequence[tuple[int, ...]]) -> Executable:
         try:
             with self.scope(), configured(platform=self.platform):
-                lowered = jit(self.function(shapes), keep_unused=True).lower(*self.avals(shapes))
-                return Executable(self, tuple(shapes), lowered.compile())
+                return self._executable(shapes)
         except OnnxError as error:
             raise TorchError(f"its ONNX form does not run in JAX: {error}") from error
+
+    def _executable(self, shapes: Sequence[tuple[int, ...]]) -> Executable:
+        started = time.perf_counter()
+        function, avals = self.function(shapes), self.avals(shapes)
+        traced = jit(function, keep_unused=True).trace(*avals)
+        split = None
+        if not any(kind == "weight" for kind, _ in self.captured.written):
+            split = known.split(traced.jaxpr, len(avals) - len(self.inlets), self.platform or "cpu")
+        if split is None:
+            return Executable(self, tuple(shapes), traced.lower().compile(), None)
+        folded = _Folded(self, split)
+
+        @ft.wraps(function)
+        def remaining(*flat: Any) -> Any:
+            compiling.resume(started)
+            return split.program(*flat)
+
+        bound = map(_struct, folded(self.weights.arrays))
+        lowered = jax.jit(remaining, keep_unused=True).lower(*bound, *avals[-len(self.inlets) :])
+        return Executable(self, tuple(shapes), lowered.compile(), folded)
 
 
 def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -112,6 +139,31 @@ def _imported(captured: Captured) -> tuple[OnnxModel, list[str]]:
             f"the values of {list(model.static_inputs)} decide shapes, which must be known when it compiles"
         )
     return model, names
+
+
+class _Folded:
+    """What a program computes from its weights alone, computed once, and again when torch has changed one of them."""
+
+    def __init__(self, program: Program, split: known.Split):
+        self.weights = program.weights
+        self.more = list(program.more.values())
+        self.prepare = jax.jit(split.prepare)
+        self.kept = split.kept
+        # Numbers of weights; what else there is never changes.
+        self.read = sorted({i for of in split.made_of for i in of if i < len(self.weights.names)})
+        self.seen: Any = None
+        self.arrays: list[jax.Array] = []
+        self.values: list[jax.Array] = []
+
+    def __call__(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """What the program takes before its inputs."""
+        tensors = self.weights.tensors
+        seen = [(id(tensors[i]), version(tensors[i])) for i in self.read]
+        if seen != self.seen or arrays is not self.arrays:
+            full = [*arrays, *self.more]
+            self.values = [*self.prepare(*full), *(full[i] for i in self.kept)]
+            self.seen, self.arrays = seen, arrays
+        return self.values
 
 
 class _Sized:
@@ -158,10 +210,13 @@ class _Guards:
 class Executable:
     """A program compiled for one combination of sizes."""
 
-    def __init__(self, program: Program, shapes: tuple[tuple[int, ...], ...], compiled: Any):
-        self.program, self.shapes, self.compiled = program, shapes, compiled
+    def __init__(self, program: Program, shapes: tuple[tuple[int, ...], ...], compiled: Any, folded: _Folded | None):
+        self.program, self.shapes, self.compiled, self.folded = program, shapes, compiled, folded
         self.inlets = program.inlets
         self.more = list(program.more.values())
+        self.on_gpu = program.platform == "cuda"
+        self.bound: list[jax.Array] = []
+        self.arrays: list[jax.Array] = []
         self.dtypes = program.captured.dtypes
         self.fresh_count = len(self.dtypes) - len(program.captured.written)
         self.is_plain = not program.captured.written and all(isinstance(o, Fresh) for o in program.captured.outputs)
@@ -181,14 +236,14 @@ class Executable:
         if program.captured.written:
             self._check_distinct(tensors)
         inputs = [inlet(t) for inlet, t in zip(self.inlets, tensors, strict=True)]
-        if program.wide:
-            with program.scope():
-                results = self.compiled(*inputs, *weights, *self.more)
-        else:
-            results = self.compiled(*inputs, *weights, *self.more)
+        if self.folded is not None:
+            weights = self.folded(weights)
+        if weights is not self.arrays:
+            self._bind(weights)
+        results = self.run(inputs)
         if self.to_clone is None:
-            self.to_clone = _forwarded(results, (*inputs, *weights, *self.more))
-        fresh = [to_torch(r, d) for r, d in zip(results, self.dtypes, strict=True)]
+            self.to_clone = _forwarded(results, (*self.bound, *inputs))
+        fresh = [to_torch(r, d, on_gpu=self.on_gpu) for r, d in zip(results, self.dtypes, strict=True)]
         for i in self.to_clone:
             fresh[i] = fresh[i].clone()
         if self.is_single:
@@ -196,6 +251,23 @@ class Executable:
         if self.is_plain:
             return pytree.tree_unflatten([fresh[i] for i in self.order], self.spec)
         return self._assembled(fresh, tensors)
+
+    def _bind(self, weights: list[jax.Array]) -> None:
+        """Makes `run`, inputs -> results with these weights: past JAX's checks of arguments, which were made before, by
+        the key of a call and the way in."""
+        self.arrays = weights
+        self.bound = weights if self.folded is not None else [*weights, *self.more]
+        direct = _compat.direct_execution(self.compiled, self.bound)
+        if direct is not None:
+            self.run = direct
+        elif self.program.wide:
+            self.run = self._run_wide
+        else:
+            self.run = lambda inputs: self.compiled(*self.bound, *inputs)
+
+    def _run_wide(self, inputs: list[jax.Array]) -> Any:
+        with self.program.scope():
+            return self.compiled(*self.bound, *inputs)
 
     def _assembled(self, results: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
         captured, find = self.program.captured, self.program.weights.find

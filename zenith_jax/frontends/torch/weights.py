@@ -40,7 +40,7 @@ class Weights:
         self.copied: dict[int, int] = {}
         for i in range(len(self.arrays)):
             self._note_copy(i)
-        self.constants = {k: (t, _version(t)) for k, t in tensors.items() if k not in set(names)}
+        self.constants = {k: (t, version(t)) for k, t in tensors.items() if k not in set(names)}
 
     @property
     def copied_names(self) -> list[str]:
@@ -52,12 +52,13 @@ class Weights:
         tensors = list(map(self.find, self.names))
         if list(map(id, tensors)) != self.ids or list(map(_address, tensors)) != self.addresses:
             self._rebind(tensors)
-        for i, version in self.copied.items():
-            if _version(self.tensors[i]) != version:
+        for i, known in self.copied.items():
+            if version(self.tensors[i]) != known:
+                self.arrays = [*self.arrays]  # another list, as after any change
                 self.arrays[i] = self.inlets[i](self.tensors[i])
                 self._note_copy(i)
-        for name, (tensor, version) in self.constants.items():
-            if self.find(name) is not tensor or _version(tensor) != version:
+        for name, (tensor, known) in self.constants.items():
+            if self.find(name) is not tensor or version(tensor) != known:
                 raise Changed(name)
         return self.arrays
 
@@ -86,10 +87,11 @@ class Weights:
         if shares_memory(self.tensors[i], self.arrays[i]):
             self.copied.pop(i, None)
         else:
-            self.copied[i] = _version(self.tensors[i])
+            self.copied[i] = version(self.tensors[i])
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version(tensor: torch.Tensor) -> int:
+    """Counts what is written to the tensor in place."""
     return 0 if tensor.is_inference() else tensor._version  # torch does not count the writes to inference tensors
 
 
