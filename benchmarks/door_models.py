@@ -18,7 +18,7 @@ from flax import linen, nnx
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """input_shape: of one example. torch: (params) -> a torch module, whose inputs are laid out as JAX's."""
+    """input_shape: of one example. torch, keras: make a module, and a model, whose inputs are laid out as JAX's."""
 
     params: dict[str, Any]
     input_shape: tuple[int, ...]
@@ -26,6 +26,7 @@ class Model:
     nnx: Callable[[], nnx.Module]
     linen: Callable[[], linen.Module]
     torch: Callable[[], Any]
+    keras: Callable[[], Any]
     is_variables: bool = False  # params are linen's variables as a whole, statistics of batch norms included
 
 
@@ -99,7 +100,17 @@ def mnist_cnn() -> Model:
 
         return torch_loaded(Torch(), params)
 
-    return Model(params, (28, 28, 1), function, lambda: loaded(Nnx(), params), Linen, torch_module)
+    def keras_model() -> Any:
+        import keras
+
+        x = inputs = keras.Input((28, 28, 1))
+        for name, channels in (("conv1", 32), ("conv2", 64)):
+            x = keras.layers.Conv2D(channels, 3, padding="same", activation="relu", name=name)(x)
+            x = keras.layers.MaxPooling2D()(x)
+        x = keras.layers.Dense(128, activation="relu", name="fc1")(keras.layers.Flatten()(x))
+        return keras_loaded(keras.Model(inputs, keras.layers.Dense(10, name="fc2")(x)), params)
+
+    return Model(params, (28, 28, 1), function, lambda: loaded(Nnx(), params), Linen, torch_module, keras_model)
 
 
 # --- an encoder as BERT's ---------------------------------------------------------------------------------------------
@@ -203,7 +214,29 @@ def encoder(*, layers: int = 12, width: int = 768, heads: int = 12, length: int 
             torch_loaded(module[i], params[f"layer_{i}"])
         return module.eval()
 
-    return Model(params, (length, width), function, lambda: loaded(Nnx(), params), Linen, torch_module)
+    def keras_model() -> Any:
+        import keras
+
+        def layer(i: int) -> Callable[[str], Any]:
+            def part(name: str) -> Any:
+                if "norm" in name:
+                    return keras.layers.LayerNormalization(epsilon=1e-6, name=f"layer_{i}-{name}")
+                return keras.layers.Dense(4 * width if name == "up" else width, name=f"layer_{i}-{name}")
+
+            return part
+
+        x = inputs = keras.Input((length, width))
+        for i in range(layers):
+            part = layer(i)
+            q, k, v = (keras.layers.Reshape((length, heads, width // heads))(part(n)(x)) for n in names[:3])
+            logits = keras.ops.einsum("bthd,bshd->bhts", q, k) / float(np.sqrt(width // heads))
+            attended = keras.ops.einsum("bhts,bshd->bthd", keras.ops.softmax(logits), v)
+            x = part("norm1")(x + part("out")(keras.layers.Reshape((length, width))(attended)))
+            x = part("norm2")(x + part("down")(keras.ops.gelu(part("up")(x), approximate=False)))
+        flat = {f"layer_{i}-{n}": p for i in range(layers) for n, p in params[f"layer_{i}"].items()}
+        return keras_loaded(keras.Model(inputs, x), flat)
+
+    return Model(params, (length, width), function, lambda: loaded(Nnx(), params), Linen, torch_module, keras_model)
 
 
 def torch_loaded(module: Any, params: dict[str, Any]) -> Any:
@@ -219,3 +252,10 @@ def torch_loaded(module: Any, params: dict[str, Any]) -> Any:
             if "bias" in p:
                 part.bias.copy_(torch.from_numpy(p["bias"]))
     return module.eval()
+
+
+def keras_loaded(model: Any, params: dict[str, Any]) -> Any:
+    """The Keras model with the weights, of layers by name: they are laid out as linen's."""
+    for name, p in params.items():
+        model.get_layer(name).set_weights([p[k] for k in ("kernel", "scale", "bias", "mean", "var") if k in p])
+    return model

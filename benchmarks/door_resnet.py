@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from door_models import Model, dense, loaded, torch_loaded
+from door_models import Model, dense, keras_loaded, loaded, torch_loaded
 from flax import linen, nnx
 
 EPSILON = 1e-5
@@ -145,5 +145,25 @@ def resnet(*, stages: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, size: int
             norm.running_var.copy_(torch.from_numpy(s["var"]))
         return module
 
+    def keras_model() -> Any:
+        import keras
+
+        def conv(name: str, x: Any, stride: int) -> Any:
+            h, _, _, features = shapes[name]
+            x = keras.layers.ZeroPadding2D(h // 2)(x) if h > 1 else x
+            x = keras.layers.Conv2D(features, h, stride, use_bias=False, name=name)(x)
+            return keras.layers.BatchNormalization(epsilon=EPSILON, name=f"{name}_norm")(x)
+
+        inputs = keras.Input((size, size, 3))
+        x = keras.layers.ZeroPadding2D(1)(keras.layers.ReLU()(conv("stem", inputs, 2)))  # nothing is below zero
+        x = keras.layers.MaxPooling2D(3, 2)(x)
+        for name, channels, inner, stride in blocks():
+            y = keras.layers.ReLU()(conv(f"{name}_1", x, 1))
+            y = conv(f"{name}_3", keras.layers.ReLU()(conv(f"{name}_2", y, stride)), 1)
+            x = keras.layers.ReLU()(y + (x if channels == 4 * inner else conv(f"{name}_down", x, stride)))
+        x = keras.layers.Dense(1000, name="classify")(keras.layers.GlobalAveragePooling2D()(x))
+        merged = {n: {**p, **statistics.get(n, {})} for n, p in params.items()}
+        return keras_loaded(keras.Model(inputs, x), merged)
+
     variables = {"params": params, "batch_stats": statistics}
-    return Model(variables, (size, size, 3), function, nnx_module, Linen, torch_module, is_variables=True)
+    return Model(variables, (size, size, 3), function, nnx_module, Linen, torch_module, keras_model, is_variables=True)

@@ -5,13 +5,16 @@ those of jax.jit, torch and torch.compile.
   python benchmarks/doors.py --tiny               # small ones in seconds: what CI runs
   python benchmarks/doors.py --model mnist --batch 64 --mode reduce-overhead
 
-Every call gets its input on the device, in its framework's own type, and is waited for; doors take turns. A door whose
-framework or extra is not installed is listed with the reason. Exit code 1 where answers differ.
+Every call gets its input on the device, in its framework's own type, and is waited for; doors take turns. The served
+door is timed by Triton's own statistics of what computing takes, "client" is the same call as its client sees it, with
+input and answer on their way. A door whose framework or extra is not installed is listed with the reason. Exit code 1
+where answers differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -19,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +34,7 @@ import numpy as np
 
 import zenith_jax as zenith
 from zenith_jax.bench.machine import machine
-from zenith_jax.errors import MissingExtraError
+from zenith_jax.errors import MissingExtraError, ServingError
 
 # Of the largest output; float32 products of 768 terms through 12 layers, in another order of summation in each library.
 TOLERANCE = 2e-3
@@ -47,11 +51,13 @@ def made(name: str, tiny: bool) -> door_models.Model:
 
 @dataclasses.dataclass
 class Door:
-    """call(): computes and waits. baseline: not Zenith."""
+    """call(): computes and waits. clock(): seconds. baseline: not compared with the fastest, for it is not Zenith, or
+    more than a call."""
 
     name: str
     call: Callable[[], Any]
     baseline: bool = False
+    clock: Callable[[], float] = time.perf_counter
     median_ms: float = 0.0
     error: float = 0.0
 
@@ -60,8 +66,10 @@ class Missing(Exception):
     """Why a door cannot be tried here."""
 
 
-def doors(model: door_models.Model, x: np.ndarray, mode: str, folder: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """(name, () -> Door), made one after the other."""
+def doors(
+    model: door_models.Model, x: np.ndarray, mode: str, folder: pathlib.Path, stack: contextlib.ExitStack
+) -> Iterator[tuple[str, Any]]:
+    """(name, () -> Door), made one after the other. stack: ends what they start."""
     params = jax.tree.map(jnp.asarray, model.params)
     on_device = jnp.asarray(x)
 
@@ -93,6 +101,14 @@ def doors(model: door_models.Model, x: np.ndarray, mode: str, folder: pathlib.Pa
     yield "torch module", lambda: _torch("torch module", model, x, _compiled(mode))
     yield "zenith.torch", lambda: _torch("zenith.torch", model, x, _zenith_torch)
     yield "torch.compile, zenith", lambda: _torch("torch.compile, zenith", model, x, _zenith_backend)
+    yield "tf.function", lambda: _keras("tf.function", model, x, _tf_function, baseline=True)
+    yield (
+        "Keras",
+        lambda: _keras("Keras", model, x, lambda keras_model, tensor: zenith.compile(keras_model, tensor, mode=mode)),
+    )
+    served = _Served(folder / "served", (model.function, params), x, mode, stack)
+    yield "served", lambda: Door("served", served.call, clock=served.seconds)
+    yield "client", lambda: Door("client", served.call, baseline=True)
 
 
 def _torch_or_missing() -> Any:
@@ -152,6 +168,64 @@ def _zenith_backend(module: Any, _: Any) -> Any:
     return _torch_or_missing().compile(module, backend=dynamo.zenith)
 
 
+def _keras(
+    name: str, model: door_models.Model, x: np.ndarray, wrapped: Callable[[Any, Any], Any], *, baseline: bool = False
+) -> Door:
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise Missing("tensorflow is not installed") from error
+    tensor = tf.constant(x)
+    compiled = wrapped(model.keras(), tensor)
+    return Door(name, lambda: _waited(compiled(tensor)), baseline)
+
+
+def _waited(tensor: Any) -> Any:
+    """TensorFlow computes on the CPU before it returns; a GPU is waited for by reading one number."""
+    tensor[(0,) * tensor.ndim].numpy()
+    return tensor
+
+
+def _tf_function(keras_model: Any, _: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.function(lambda x: keras_model(x, training=False))
+
+
+class _Served:
+    """A Triton server with the model, started at the first call."""
+
+    def __init__(self, folder: pathlib.Path, obj: Any, x: np.ndarray, mode: str, stack: contextlib.ExitStack):
+        self.folder, self.obj, self.x, self.mode, self.stack = folder, obj, x, mode, stack
+        self.server: Any = None
+
+    def start(self) -> None:
+        try:
+            import tritonclient.grpc as triton
+
+            zenith.serving.find_triton()
+        except (ImportError, ServingError) as error:
+            raise Missing(f"no Triton to serve with: {error}") from error
+        compiled = zenith.compile(self.obj, self.x, mode=self.mode)
+        repository = zenith.serving.TritonModelRepository(self.folder)
+        repository.add(compiled, name="model", ahead_of_time=False)
+        self.server = self.stack.enter_context(zenith.serving.TritonServer(repository.path, log=f"{self.folder}.log"))
+        self.client = triton.InferenceServerClient(self.server.grpc)
+        self.input = triton.InferInput(compiled.inputs[0].name, self.x.shape, "FP32")
+        self.input.set_data_from_numpy(self.x)
+        self.output = compiled.outputs[0].name
+
+    def call(self) -> np.ndarray:
+        if self.server is None:
+            self.start()
+        return self.client.infer("model", [self.input]).as_numpy(self.output)
+
+    def seconds(self) -> float:
+        """What Triton counts as computing, of all calls until now."""
+        with urllib.request.urlopen(f"http://{self.server.http}/v2/models/model/stats") as answer:
+            return json.load(answer)["model_stats"][0]["inference_stats"]["compute_infer"]["ns"] * 1e-9
+
+
 def _in_float64(result: Any) -> np.ndarray:
     return np.asarray(result.cpu() if hasattr(result, "cpu") else result, np.float64)
 
@@ -162,12 +236,14 @@ def measured(
     """Every door with its median and its error against jax.jit, and reasons of those that could not be tried."""
     x = np.float32(np.random.default_rng(1).normal(size=(batch, *model.input_shape)))
     found, missing = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, make in doors(model, x, mode, pathlib.Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for name, make in doors(model, x, mode, pathlib.Path(folder), stack):
             if name in skip:
                 continue
             try:
-                found.append(make())
+                door = make()
+                door.call()
+                found.append(door)
             except (Missing, MissingExtraError) as reason:
                 missing[name] = str(reason)
         reference = _in_float64(found[0].call())
@@ -183,9 +259,9 @@ def measured(
                 time.sleep(0.02)
                 door.call()
                 for _ in range(3):
-                    start = time.perf_counter()
+                    start = door.clock()
                     door.call()
-                    times[door.name].append(time.perf_counter() - start)
+                    times[door.name].append(door.clock() - start)
     for door in found:
         door.median_ms = statistics.median(times[door.name]) * 1e3
     return found, missing
@@ -218,7 +294,7 @@ def main() -> int:
                 print(f"{kind}{door.name:24} {door.median_ms:9.3f} ms   error {door.error:.1e}{note}")
             for door, reason in missing.items():
                 print(f"- {door:24} {reason}")
-            rows = [{k: v for k, v in vars(d).items() if k != "call"} for d in found]
+            rows = [{k: v for k, v in vars(d).items() if k not in ("call", "clock")} for d in found]
             figures.append(dict(model=name, batch=batch, doors=rows, missing=missing))
     if options.json:
         options.json.write_text(json.dumps(dict(machine=dataclasses.asdict(machine()), tables=figures), indent=1))
