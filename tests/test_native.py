@@ -5,12 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import subprocess
 import sys
+import textwrap
 import types
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from fresh_process import run_script
 
 from zenith_jax import native
 from zenith_jax.errors import NativeError
@@ -94,6 +96,28 @@ def test_calls_from_many_threads_on_several_devices_finish():
         results = list(threads.map(work, range(64)))
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
+
+
+def test_threads_that_stay_for_the_next_loop_lose_none(tmp_path):
+    """With fewer threads than processors, those of the pool wait for each other's loops; answers are right and none
+    hangs, from several callers at once."""
+    script = """
+        import concurrent.futures, os
+        os.environ["NPROC"] = str(max(1, len(os.sched_getaffinity(0)) - 1))
+        import jax, numpy as np
+        from zenith_jax import ops
+        rng = np.random.default_rng(0)
+        x, w = rng.integers(-4, 5, (64, 32)).astype("f"), rng.integers(-4, 5, (32, 512)).astype("f")
+        layer = jax.jit(lambda x, w: ops.linear(x, w)).lower(x, w).compile()
+
+        def ask(seed):
+            mine = np.roll(x, seed, axis=0)  # whole numbers: exact in any order
+            return all(np.array_equal(layer(mine, w), np.roll(x @ w, seed, axis=0)) for _ in range(200))
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            print(all(pool.map(ask, range(4))))
+    """
+    assert run_script(textwrap.dedent(script), tmp_path, timeout_s=120).strip() == "True"
 
 
 def test_registration_from_many_threads_happens_once(monkeypatch):
