@@ -25,6 +25,7 @@ from formulas import (
     gated_by_the_second_half,
     gelu,
     layer_norm,
+    linear,
     rms_norm,
     silu,
     softmax,
@@ -307,6 +308,25 @@ def test_explicit_axes_are_right_or_refused_clearly(op):
     assert_error_ratio(found, jax.jit(formula)(*args), expected, floor_ulps=16)
     plain_gradient = jax.grad(lambda x, *rest: jnp.sum(jnp.sin(formula(x, *rest))))
     assert_error_ratio(gradients, plain_gradient(*args), in_float64(plain_gradient)(*args), floor_ulps=16)
+
+
+LAYER_SPECS = {"rows": (P("x"), P(), P()), "features": (P("x"), P(None, "y"), P("y"))}
+
+
+@pytest.mark.parametrize("specs", LAYER_SPECS.values(), ids=LAYER_SPECS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_linear_layer_of_explicit_axes_is_split_as_written(specs, transposed):
+    options = dict(activation="silu", transposed=transposed)
+    args = [normal(4, 6, 16), normal(24, 16) if transposed else normal(16, 24), normal(24)]
+    specs = (specs[0], P(*reversed(specs[1])) if transposed else specs[1], specs[2])
+    plain = value_and_gradients(ft.partial(linear, **options), args)
+    mesh = mesh_of((2, 2), AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
+        compiled = jax.jit(value_and_gradients(ft.partial(ops.linear, **options), args)).lower(*placed).compile()
+        found = compiled(*placed)
+    assert collectives(compiled) <= {"all-reduce"}, collectives(compiled)
+    assert_error_ratio(found, jax.jit(plain)(*args), in_float64(plain)(*args), floor_ulps=16)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

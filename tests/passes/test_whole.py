@@ -101,3 +101,36 @@ def test_explicit_axes_are_known_inside_of_a_gradient(rng):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert report.counts() == {"softmax": 1}
     assert report.sites[0].gathered.startswith(f"dimension 2 of float32[8,{T},64] is sharded over 'y'")
+
+
+def test_a_product_of_explicit_axes_is_xlas_and_its_activation_a_site(rng):
+    mesh = mesh_of(AxisType.Explicit)
+    x, w, bias = (jnp.asarray(rng.normal(size=s) / 16, jnp.float32) for s in ((8, 4, 256), (256, 256), (256,)))
+
+    def function(x, w, bias):
+        return jnp.sum(jax.nn.gelu(x @ w + bias) ** 2)
+
+    gradient = jax.grad(function, (0, 1, 2))
+    assert zenith.explain(function)(x, w, bias).counts() == {"linear": 1}
+    with jax.set_mesh(mesh):
+        args = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P("x")), (w, P(None, "y")), (bias, P("y")))]
+        assert zenith.explain(gradient)(*args).counts() == {"gelu_tanh": 1}
+        found = zenith.jit(gradient)(*args)
+    for a, b in zip(found, jax.jit(gradient)(x, w, bias), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_op_that_cannot_be_written_for_a_sharding_loses_its_site_alone(rng, monkeypatch):
+    from zenith_jax.passes.match import softmax
+
+    def emit(*_, **__):
+        raise ValueError("This reshape is not supported.\nMore of it.")
+
+    mesh = mesh_of(AxisType.Explicit)
+    monkeypatch.setattr(softmax, "emit", emit)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.asarray(rng.normal(size=(8, T, 64)), jnp.float32), NamedSharding(mesh, P("x")))
+        report = zenith.explain(lambda x: jax.nn.gelu(jax.nn.softmax(x)))(x)
+    assert report.counts() == {"gelu_tanh": 1}
+    (refused,) = report.refused
+    assert refused.reason == "the op cannot be written for these operands: This reshape is not supported."

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
+from zenith_jax.ir import _compat
 from zenith_jax.ops._op import absent, as_batches, dense, is_absent, is_zero, kernel, widened
 from zenith_jax.ops.activation import FORMULAS, KERNELS
 
@@ -99,8 +100,10 @@ def _with_full_residual(operands: Any, platform: str, **_: Any) -> list[Any]:
 
 
 def _matrix(w: Any, k: int, transposed: bool) -> Any:
-    """w as (k, n)."""
-    return w.reshape(-1, k).T if transposed else w.reshape(k, -1)
+    """w, flat or a matrix, as (k, n)."""
+    if w.ndim == 1:
+        w = w.reshape((-1, k) if transposed else (k, -1))
+    return w.T if transposed else w
 
 
 def _summed_to(x: Any, shape: tuple[int, ...]) -> Any:
@@ -203,6 +206,10 @@ def linear(x, w, bias=None, residual=None, *, activation: str = "none", transpos
             f"linear: bias must have shape {(n,)} and residual {shape}, got {bias.shape} and "
             f"{None if residual is None else residual.shape}"
         )
+    if any(_compat.explicit_sharding(jax.typeof(a)) for a in (x, w)):
+        # XLA splits the product over devices anyway; as it stands here, JAX knows the sharding of its gradients.
+        more = absent(x.dtype) if residual is None else residual
+        return _layer(x, w, bias, more, activation, transposed)[0].astype(x.dtype)
     more = absent(x.dtype) if residual is None else as_batches(residual, 1)
     y = linear_fwd(as_batches(x, 1), w.reshape(-1), bias, more, activation=activation, transposed=transposed)[0]
     return y.reshape(shape)

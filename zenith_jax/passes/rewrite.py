@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.extend.core as jec
 
-from zenith_jax.errors import Refusal
+from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Literal, Var
 from zenith_jax.ir.graph import Graph
@@ -140,6 +140,8 @@ def plan(graph: Graph, context: Context) -> list[Match]:
             )
             if isinstance(found, Match) and refusal is None and context.choices is not None:
                 refusal = context.choices.declined(site.key)
+            if isinstance(found, Match) and refusal is None:
+                refusal = _untraceable(found)
             sites.append((index, _decided(site, refusal, found, graph, context)))
             yields = refusal is not None and isinstance(found, Match) and (found.yields or found.declined is not None)
             if isinstance(found, Match) and not yields:
@@ -208,6 +210,19 @@ def _attempt(matcher: Callable, graph: Graph, eqn: JaxprEqn) -> Match | Refusal 
 
 
 # --- how -------------------------------------------------------------------------------------------------------------
+
+
+def _untraceable(match: Match) -> Refusal | None:
+    """Why the match's op cannot be written for these operands, or None: explicit mesh axes may split a dimension that
+    it reshapes. That loses this site, not the user's program."""
+    try:
+        _trace_of(match)
+    except Exception as error:
+        if not any(_compat.explicit_sharding(a.aval) for a in match.leaves):
+            logger.exception("the op %s failed; please report it", match.op)
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return refuse("the op cannot be written for these operands: {error}", error=first)
+    return None
 
 
 def _trace_of(match: Match) -> Any:

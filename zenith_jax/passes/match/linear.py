@@ -98,6 +98,8 @@ def _product(terms: Terms, eqn: JaxprEqn) -> Layer | None:
     x, w = eqn.invars[:2]
     if eqn.params.get("out_sharding") is not None or not _is_summed_in(eqn, x.aval.dtype):
         return None
+    if any(_compat.explicit_sharding(a.aval) is not None for a in (x, w)):
+        return None  # XLA splits the product over the devices, as it is written
     if batch or not isinstance(x, Var) or not isinstance(w, Var) or x.aval.dtype != w.aval.dtype:
         return None
     left, right = zip(*sorted(zip(left, right, strict=True)), strict=True) if left else ((), ())
