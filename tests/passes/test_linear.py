@@ -177,7 +177,10 @@ def test_layers_are_taken_where_the_table_has_them_ahead():
     on_gpu = Context("cuda")
     assert sites(ahead, many, w, b, context=on_gpu) == [("linear", "gelu_tanh, bias")]
     assert sites(ahead, few, w, b, context=on_gpu) == []
-    assert sites(ahead, many, w, b, context=dataclasses.replace(on_gpu, differentiated=True)) == []
+    differentiated = dataclasses.replace(on_gpu, differentiated=True)
+    assert sites(ahead, many, w, b, context=differentiated) == []
+    exact = lambda x, w, b: jax.nn.gelu(x @ w + b, approximate=False)  # noqa: E731
+    assert sites(exact, many, w, b, context=differentiated) == [("linear", "gelu_erf, bias")]
     assert sites(lambda x, w, b: x @ w + b, many, w, b, context=on_gpu) == []
     gated = lambda x, w, b: jax.nn.silu(x @ w) * (x @ w + b)  # noqa: E731
     assert ("linear", "silu") not in sites(gated, many, w, b, context=on_gpu)
