@@ -8,6 +8,7 @@ program (Monte Carlo arithmetic, Parker 1997). Nothing here is shared with the r
 
 from __future__ import annotations
 
+import contextvars
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -160,6 +161,30 @@ def makes_nan(closed: Any, args: Sequence[Any]) -> bool:
     return bool(found)
 
 
+def narrow_products(closed: Any, args: Sequence[Any]) -> float:
+    """The largest rounding, in absolute terms, of a product of arrays of a narrow dtype: of an attention's logits it
+    has to stay below 1, or rounding decides what a row attends to."""
+    found = [0.0]
+    token = _WATCH.set(lambda eqn, x: found.append(_rounding(eqn, x)))
+    try:
+        evaluate(closed, args)
+    finally:
+        _WATCH.reset(token)
+    return max(found)
+
+
+_WATCH: contextvars.ContextVar[Callable[[Any, np.ndarray], None] | None] = contextvars.ContextVar("watch", default=None)
+
+
+def _rounding(eqn: Any, x: np.ndarray) -> float:
+    if eqn.primitive.name != "dot_general":
+        return 0.0
+    dtype = eqn.invars[0].aval.dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits > 16:
+        return 0.0
+    return float(jnp.finfo(dtype).eps) * float(np.max(np.abs(x[np.isfinite(x)]), initial=0.0))
+
+
 def _opened(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
@@ -184,6 +209,8 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], noise: Any) -> 
         results = _equation(eqn, [read(a) for a in eqn.invars], noise)
         for var, value in zip(eqn.outvars, results, strict=True):
             assert value.shape == var.aval.shape, f"the oracle's {eqn.primitive} has shape {value.shape}: {eqn}"
+            if (watch := _WATCH.get()) is not None:
+                watch(eqn, value)
             env[var] = value
     return [read(a) for a in jaxpr.outvars]
 
