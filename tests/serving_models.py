@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +93,15 @@ class Client:
         outputs = response["outputs"] if isinstance(response, dict) else response.outputs
         names = [o["name"] if isinstance(o, dict) else o.name for o in outputs]
         return {n: result.as_numpy(n) for n in names}
+
+
+def metrics_with(server, pattern: str) -> str:
+    """The server's metrics as soon as they match: a model's counts are published a moment after its answers."""
+    end = time.monotonic() + 10
+    while not re.search(pattern, text := server.metrics()):
+        assert time.monotonic() < end, f"nothing matches {pattern} in\n{text}"
+        time.sleep(0.05)
+    return text
 
 
 def rss_mib(pid: int) -> float:

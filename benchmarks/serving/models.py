@@ -19,12 +19,16 @@ BATCHES = (1, 2, 4, 8, 16)
 NAMES = ("zenith", "onnxruntime")
 
 _ONNXRUNTIME_MODEL = """
-import json, pathlib
+import ctypes, json, pathlib
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb
 
 LENGTH = @LENGTH@
+# NumPy prints a traceback for each capsule that Triton renamed.
+set_name = ctypes.pythonapi.PyCapsule_SetName
+set_name.argtypes, set_name.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_int
+CONSUMED = b"used_dltensor"
 
 
 class TritonPythonModel:
@@ -41,7 +45,9 @@ class TritonPythonModel:
         for part in parts:
             rows = out[start : start + len(part)]
             start += len(part)
-            tensor = pb.Tensor.from_dlpack("vectors", rows.__dlpack__())
+            capsule = rows.__dlpack__()
+            tensor = pb.Tensor.from_dlpack("vectors", capsule)
+            set_name(capsule, CONSUMED)
             answers.append(pb.InferenceResponse(output_tensors=[tensor]))
         return answers
 """.replace("@LENGTH@", str(LENGTH))

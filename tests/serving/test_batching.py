@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,9 +27,13 @@ def identity(call):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.one_of(st.none(), st.tuples(st.integers(1, 6), st.integers(1, 5))), max_size=9))
-def test_every_request_gets_its_own_rows_and_no_others(shapes):
-    batcher = Batcher(INPUTS, DYNAMIC, "batch")
+@given(
+    st.lists(st.one_of(st.none(), st.tuples(st.integers(1, 6), st.integers(1, 5))), max_size=9),
+    st.lists(st.floats(0.001, 1), min_size=6, max_size=6),
+)
+def test_every_request_gets_its_own_rows_and_no_others(shapes, seconds):
+    programs = itertools.product(*DYNAMIC.values())
+    batcher = Batcher(INPUTS, DYNAMIC, "batch", dict(zip(programs, seconds, strict=True)))
     rng = np.random.default_rng(0)
     requests = [
         None if s is None else [rng.normal(size=(*s, 2)).astype(np.float32), rng.integers(0, 99, s[0], np.int32)]
@@ -52,6 +58,36 @@ def test_as_few_calls_as_fit():
         ((0, 1, 2), (2, 2, 2), 6),
         ((3,), (1,), 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "calls"),
+    [
+        ([1] * 5, [4, 1]),
+        ([1] * 7, [4, 1, 1, 1]),
+        ([1] * 8, [4, 4]),
+        ([1] * 14, [4, 4, 4, 1, 1]),
+        ([1] * 15, [16]),  # 16.2 ms either way
+        ([3, 3], [4, 4]),
+        ([2, 2, 1], [4, 1]),
+    ],
+)
+def test_the_calls_that_take_the_least_time(rows, calls):
+    """A program of n rows takes n ms, and each call 0.2 ms besides."""
+    dynamic = {"batch": (1, 4, 16)}
+    seconds = {(n,): n / 1000 for n in dynamic["batch"]}
+    batcher = Batcher((Spec("x", ("batch", 2), "float32"),), dynamic, "batch", seconds)
+    found = batcher.calls([[np.zeros((n, 2), np.float32)] for n in rows])
+    assert [c.bucket["batch"] for c in found] == calls
+
+
+def test_programs_as_fast_for_many_rows_as_for_one_are_called_once():
+    """As on a GPU."""
+    seconds = {(1,): 0.0010, (4,): 0.0011, (16,): 0.0012}
+    batcher = Batcher((Spec("x", ("batch", 2), "float32"),), {"batch": (1, 4, 16)}, "batch", seconds)
+    for n in range(2, 17):
+        (call,) = batcher.calls([[np.zeros((1, 2), np.float32)]] * n)
+        assert call.bucket["batch"] == (4 if n <= 4 else 16)
 
 
 def test_without_a_batch_dimension_each_request_is_a_call():

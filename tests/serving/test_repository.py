@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import sys
@@ -11,6 +12,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from serving_models import compiled_mlp
 
 import zenith_jax as zenith
 from zenith_jax.errors import ServingError
@@ -73,27 +75,63 @@ def test_the_configuration_is_what_tritons_protocol_reads(repository, compiled, 
     ]
 
 
+def started(folder, monkeypatch, kind, names) -> dict[str, str | None]:
+    """The version's model.py, told what Triton tells it: the environment in which it would import JAX."""
+    for name in names:
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # restored behind the test
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
+    backends = []
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils"))
+    monkeypatch.setattr("zenith_jax.serving.backend.Backend", lambda *args: backends.append(args))
+    instance = runpy.run_path(str(folder / "model.py"))["TritonPythonModel"]()
+    device = {"model_instance_kind": kind, "model_instance_device_id": "1"}
+    instance.initialize({"model_repository": str(folder.parent), "model_version": "1", **device})
+    assert [args[0] for args in backends] == [folder]
+    return {name: os.environ.get(name) for name in names}
+
+
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("kind", "visible", "expected"),
     [
-        ("GPU", {"CUDA_VISIBLE_DEVICES": "3", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", "JAX_PLATFORMS": None}),
-        ("CPU", {"CUDA_VISIBLE_DEVICES": None, "XLA_PYTHON_CLIENT_MEM_FRACTION": None, "JAX_PLATFORMS": "cpu"}),
+        ("GPU", "", {"CUDA_VISIBLE_DEVICES": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", "JAX_PLATFORMS": None}),
+        ("GPU", "4,6", {"CUDA_VISIBLE_DEVICES": "6", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45", "JAX_PLATFORMS": None}),
+        ("CPU", "", {"CUDA_VISIBLE_DEVICES": None, "XLA_PYTHON_CLIENT_MEM_FRACTION": None, "JAX_PLATFORMS": "cpu"}),
     ],
 )
-def test_an_instance_has_its_device_to_itself(repository, compiled, monkeypatch, kind, expected):
-    """The model.py of a version, told what Triton tells it, sets its process's environment before it imports JAX."""
-    folder = repository.add(compiled, name="m", instances=2, gpus=(0, 3), **QUICK)
+def test_an_instance_has_its_device_to_itself(repository, compiled, monkeypatch, kind, visible, expected):
+    """Triton counts the GPUs that CUDA_VISIBLE_DEVICES leaves it."""
+    folder = repository.add(compiled, name="m", instances=2, gpus=(0, 1), **QUICK)
     for name in expected:
-        monkeypatch.setenv(name, "")  # restored behind the test
-        monkeypatch.delenv(name)
-    started = []
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils"))
-    monkeypatch.setattr("zenith_jax.serving.backend.Backend", lambda *args: started.append(args))
-    instance = runpy.run_path(str(folder / "model.py"))["TritonPythonModel"]()
-    device = {"model_instance_kind": kind, "model_instance_device_id": "3"}
-    instance.initialize({"model_repository": str(folder.parent), "model_version": "1", **device})
-    assert {name: os.environ.get(name) for name in expected} == expected
-    assert [args[0] for args in started] == [folder]
+        monkeypatch.setenv(name, visible if name == "CUDA_VISIBLE_DEVICES" else "")
+    assert started(folder, monkeypatch, kind, expected) == expected
+
+
+@pytest.mark.parametrize("threads", module.POOL_THREADS)
+def test_an_instance_has_the_threads_that_were_faster(repository, compiled, monkeypatch, threads):
+    """Measured ahead of time; here, so that one is clearly ahead."""
+    monkeypatch.setattr(module, "processors", lambda: 8)
+    ran = []
+
+    def compiled_with(these, version):
+        (version / module.CACHE).mkdir()
+        (version / module.CACHE / these).touch()
+        ran.append(these)
+        return [([1], 0.001 if these == threads else 0.002), ([4], 0.002), ([16], 0.004)]
+
+    monkeypatch.setattr(module, "_compiled_with", compiled_with)
+    with zenith.configured(use_cost=False):
+        fused = compiled_mlp()
+    assert fused.report.fused
+    folder = repository.add(fused, name="m")
+    assert ran == list(module.POOL_THREADS)
+    assert sorted(p.name for p in folder.iterdir()) == ["cache", "model.py", "model.zenith", "serving.json"]
+    assert [p.name for p in (folder / "cache").iterdir()] == [threads]
+    settings = json.loads((folder / "serving.json").read_text())
+    assert settings["seconds"] == [[[1], 0.001], [[4], 0.002], [[16], 0.004]]
+    monkeypatch.setenv("NPROC", "")
+    expected = None if threads == "all" else str(max(1, len(os.sched_getaffinity(0)) - 1))
+    assert started(folder, monkeypatch, "CPU", ["NPROC", "JAX_PLATFORMS"])["NPROC"] == expected
 
 
 def test_versions_follow_each_other(repository, compiled, tmp_path):
@@ -107,7 +145,7 @@ def test_versions_follow_each_other(repository, compiled, tmp_path):
 
 
 def test_a_version_that_cannot_be_compiled_never_appears(repository, compiled, monkeypatch):
-    def broken(version):
+    def broken(version, **_):
         raise ServingError("as a server would")
 
     monkeypatch.setattr(module, "_compile_ahead", broken)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 import urllib.error
 import urllib.request
 
 import ml_dtypes
 import numpy as np
 import pytest
-from serving_models import TOLERANCE, Client, rows, wrong
+from serving_models import TOLERANCE, Client, metrics_with, rows, wrong
 
 import zenith_jax as zenith
 from zenith_jax.errors import ServingError
-from zenith_jax.serving.backend import METRICS
+from zenith_jax.serving.backend import METRICS, PUBLISH_SECONDS
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 5, 16])
@@ -65,12 +66,16 @@ def test_one_output_of_several(client):
 
 
 def test_requests_are_joined_and_everybody_gets_their_own_rows(served):
-    executions = lambda: sum(  # noqa: E731
-        float(line.rsplit(" ", 1)[1])
-        for line in served.server.metrics().splitlines()
-        if line.startswith("zenith_executions_total") and 'model="mlp"' in line
-    )
-    before, barrier = executions(), threading.Barrier(12)
+    def count(metric):
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in served.server.metrics().splitlines()
+            if line.startswith(metric) and 'model="mlp"' in line
+        )
+
+    time.sleep(3 * PUBLISH_SECONDS)  # what was counted before
+    before, rows_before = count("zenith_executions_total"), count("zenith_rows_total")
+    barrier = threading.Barrier(12)
 
     def ask(seed):
         x = rows(1 + seed % 3, seed)
@@ -81,17 +86,20 @@ def test_requests_are_joined_and_everybody_gets_their_own_rows(served):
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         errors = [e for found in pool.map(ask, range(12)) for e in found]
     assert len(errors) == 120 and max(errors) <= TOLERANCE
-    assert executions() - before < 120
+    end = time.monotonic() + 10
+    while count("zenith_rows_total") - rows_before < 240 and time.monotonic() < end:
+        time.sleep(PUBLISH_SECONDS)
+    time.sleep(3 * PUBLISH_SECONDS)
+    assert count("zenith_rows_total") - rows_before == 240  # 4 clients of 1, 2 and 3 rows, 10 times each
+    assert 0 < count("zenith_executions_total") - before < 120
 
 
 def test_metrics_hold_what_the_documentation_lists(client, served):
     client.infer("mlp", x=rows(3))
-    text = served.server.metrics()
+    text = metrics_with(served.server, r'zenith_padding_rows_total\{model="mlp",version="1"\} [1-9]')
     families = {line.split()[2]: line.split()[3] for line in text.splitlines() if line.startswith("# TYPE zenith")}
     assert families == {name: kind for name, (kind, _) in METRICS.items()}
-    assert 'zenith_executions_total{bucket="batch=4",model="mlp",version="1"}' in text
-    padding = [line for line in text.splitlines() if line.startswith('zenith_padding_rows_total{model="mlp"')]
-    assert float(padding[0].rsplit(" ", 1)[1]) >= 1
+    assert metrics_with(served.server, r'zenith_executions_total\{bucket="batch=4",model="mlp",version="1"\}')
 
 
 def test_a_new_version_takes_over_without_losing_a_request(served, compiled):

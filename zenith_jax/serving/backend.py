@@ -6,13 +6,17 @@ give wrong values under NumPy 2 without an error.
 
 from __future__ import annotations
 
+import collections
 import ctypes
+import gc
 import json
 import logging
 import os
 import pathlib
 import shutil
+import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from zenith_jax.compiled import CompiledModel, load
+from zenith_jax.compiled import CompiledModel, buckets, load
+from zenith_jax.compiled.model import random_inputs
 from zenith_jax.errors import SavedModelError, ZenithError
 from zenith_jax.serving.batching import Batcher, Call, split
 from zenith_jax.serving.repository import CACHE, MODEL, SETTINGS
@@ -36,6 +41,7 @@ METRICS = {
     "zenith_padding_rows_total": ("counter", "Rows of zeros that filled compiled sizes"),
     "zenith_refused_requests_total": ("counter", "Requests that were answered with an error"),
 }
+PUBLISH_SECONDS = 0.1  # Prometheus asks every few seconds
 
 
 class Model:
@@ -43,19 +49,26 @@ class Model:
 
     def __init__(self, folder: pathlib.Path):
         started = time.perf_counter()
+        # The calling thread computes: handing each call to a thread of JAX's and back cost 0.1 ms, and there is
+        # nothing to do meanwhile.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         settings = json.loads((folder / SETTINGS).read_text())
         _use_cache(folder / CACHE)
         self.compiled = _loaded(folder / MODEL)
         self.compiled.warm_up()
         self.batch: str | None = settings["batch"]
-        self.batcher = Batcher(self.compiled.inputs, self.compiled.dynamic, self.batch)
+        seconds = {tuple(sizes): took for sizes, took in settings.get("seconds", ())}
+        self.batcher = Batcher(self.compiled.inputs, self.compiled.dynamic, self.batch, seconds)
+        # JAX's hundred thousand objects stay: looking through them for garbage took a tenth of a call's time.
+        gc.collect()
+        gc.freeze()
         self.load_seconds = time.perf_counter() - started
 
     def __call__(self, call: Call) -> list[list[Any]]:
         """The outputs of each request of the call."""
         program = self.compiled.programs[tuple(call.bucket[n] for n in self.compiled.dynamic)]
         # A failed computation raises here; reading its results would end the process (jaxlib 0.10.2).
-        results = [np.asarray(x) for x in jax.block_until_ready(program(call.arrays))]
+        results = [np.asarray(x.block_until_ready()) for x in program(call.arrays)]
         return split(self.compiled.outputs, results, call, self.batch)
 
 
@@ -115,6 +128,9 @@ class Backend:
                 responses[index] = answer
         return responses
 
+    def close(self) -> None:
+        self.metrics.close()
+
     def _inputs(self, request: Any) -> list[np.ndarray]:
         found = []
         for index, spec in enumerate(self.model.compiled.inputs):
@@ -137,6 +153,9 @@ class Backend:
 
 
 class _Metrics:
+    """Counts here, and tells Triton from a thread of its own: each of its calls is a message to the server and back,
+    93 us, for which no request has to wait."""
+
     def __init__(self, utils: Any, labels: dict[str, str]):
         kinds = {"gauge": utils.MetricFamily.GAUGE, "counter": utils.MetricFamily.COUNTER}
         self._families = {
@@ -144,29 +163,61 @@ class _Metrics:
             for name, (kind, text) in METRICS.items()
         }
         self._labels = labels
-        self._plain = {
-            name: family.Metric(labels=labels)
-            for name, family in self._families.items()
-            if name != "zenith_executions_total"
-        }
-        self._executions: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, Any], Any] = {}
+        for name in METRICS:
+            if name != "zenith_executions_total":
+                self._metric(name, None)
+        self._events: collections.deque[tuple[str, Any, int]] = collections.deque()  # metric, bucket, by how much
+        self._counted, self._closed = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._publish, name="zenith-metrics", daemon=True)
+        self._thread.start()
 
     def set(self, name: str, value: float) -> None:
-        self._plain[name].set(value)
+        self._metric(name, None).set(value)
 
     def count(self, call: Call, batch: str | None) -> None:
-        bucket = ",".join(f"{name}={size}" for name, size in call.bucket.items()) or "only"
-        if bucket not in self._executions:
-            family = self._families["zenith_executions_total"]
-            self._executions[bucket] = family.Metric(labels={**self._labels, "bucket": bucket})
-        self._executions[bucket].increment(1)
         rows = sum(call.rows)
-        self._plain["zenith_rows_total"].increment(rows)
+        self._count("zenith_executions_total", 1, tuple(call.bucket.items()))
+        self._count("zenith_rows_total", rows)
         if batch is not None and call.bucket[batch] > rows:
-            self._plain["zenith_padding_rows_total"].increment(call.bucket[batch] - rows)
+            self._count("zenith_padding_rows_total", call.bucket[batch] - rows)
 
     def refused(self) -> None:
-        self._plain["zenith_refused_requests_total"].increment(1)
+        self._count("zenith_refused_requests_total", 1)
+
+    def close(self) -> None:
+        """Tells Triton what is left."""
+        self._closed.set()
+        self._counted.set()
+        self._thread.join()
+
+    def _count(self, name: str, n: int, bucket: Any = None) -> None:
+        self._events.append((name, bucket, n))
+        if not self._counted.is_set():
+            self._counted.set()
+
+    def _publish(self) -> None:
+        while not self._closed.is_set():
+            self._counted.wait()
+            self._closed.wait(PUBLISH_SECONDS)  # what comes meanwhile goes along
+            self._counted.clear()
+            counts = collections.Counter()
+            while self._events:
+                name, bucket, n = self._events.popleft()
+                counts[name, bucket] += n
+            try:
+                for (name, bucket), n in counts.items():
+                    self._metric(name, bucket).increment(n)
+            except Exception:  # a server that ends, for one; requests go on
+                logger.exception("metrics could not be published")
+
+    def _metric(self, name: str, bucket: Any) -> Any:
+        if (name, bucket) not in self._metrics:
+            labels = self._labels
+            if bucket is not None:
+                labels = {**labels, "bucket": ",".join(f"{k}={size}" for k, size in bucket) or "only"}
+            self._metrics[name, bucket] = self._families[name].Metric(labels=labels)
+        return self._metrics[name, bucket]
 
 
 # --- DLPack -----------------------------------------------------------------------------------------------------------
@@ -189,14 +240,29 @@ def _tensor(utils: Any, name: str, x: np.ndarray) -> Any:
     return tensor
 
 
+MEASURED_CALLS, MEASURED_SECONDS = 40, 0.5  # of each program
+
+
 def main(folder: str) -> None:
-    """Compiles all programs of a version into its cache: `python -m zenith_jax.serving.backend FOLDER`."""
+    """Compiles all programs of a version into its cache, and prints the sizes of each and the seconds that a call
+    takes, as JSON: `python -m zenith_jax.serving.backend FOLDER`."""
     version = pathlib.Path(folder)
     (version / CACHE).mkdir(exist_ok=True)
-    Model(version)
+    model = Model(version).compiled
+    seconds = []
+    for sizes in buckets.combinations(model.dynamic):
+        program, inputs = model.programs[tuple(sizes.values())], random_inputs(model.inputs, sizes)
+        times, end = [], time.perf_counter() + MEASURED_SECONDS
+        while not times or (len(times) < MEASURED_CALLS and time.perf_counter() < end):
+            start = time.perf_counter()
+            jax.block_until_ready(program(inputs))
+            times.append(time.perf_counter() - start)
+        seconds.append((list(sizes.values()), statistics.median(times)))
+    print(json.dumps(seconds))
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # jaxlib at times aborts at exit, in its compiler's threads; all is written by now

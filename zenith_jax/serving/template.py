@@ -12,10 +12,14 @@ class TritonPythonModel:
         settings = json.loads((folder / "serving.json").read_text())
         # Before JAX is imported: each instance is a process, and has its device to itself.
         if args["model_instance_kind"] == "GPU":
-            os.environ["CUDA_VISIBLE_DEVICES"] = args["model_instance_device_id"]
+            # Triton counts the devices that it sees itself.
+            device, visible = args["model_instance_device_id"], os.environ.get("CUDA_VISIBLE_DEVICES")
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(device)] if visible else device
             os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(settings["memory_fraction"]))
         else:
             os.environ["JAX_PLATFORMS"] = "cpu"
+            if settings["pool_threads"] == "all but one":
+                os.environ.setdefault("NPROC", str(max(1, len(os.sched_getaffinity(0)) - 1)))
         # The stub's Python ignores PYTHONPATH.
         sys.path += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
         import triton_python_backend_utils  # pyright: ignore[reportMissingImports]
@@ -28,4 +32,4 @@ class TritonPythonModel:
         return self.backend.execute(requests)
 
     def finalize(self):
-        pass
+        self.backend.close()
