@@ -304,6 +304,39 @@ def test_tensors_of_any_layout_and_dtype(x):
         same(actual, expected)
 
 
+def test_an_input_that_is_given_again_is_read_again():
+    module = torch.nn.Linear(8, 8).eval()
+    fast = compiled(module)
+    x = torch.randn(2, 8)
+    for _ in range(3):
+        same(fast(x), module(x))
+        x.mul_(2)  # the very tensor, with other values
+    x.data = torch.randn(2, 8)  # with other memory
+    same(fast(x), module(x))
+    x.set_(torch.randn(8, 2).T)  # and other strides
+    same(fast(x), module(x))
+
+
+def test_a_call_that_takes_long_is_waited_for_without_pythons_lock():
+    """The first result's address was asked for while it was computed: a deadlock, where that lets go of a tensor."""
+    module = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4))).eval()
+    fast = compiled(module)
+    for rows in (2048, 1024):
+        x = torch.randn(rows, 512)
+        same(fast(x), module(x))
+
+
+def test_memory_of_an_input_is_not_kept():
+    fast = compiled(torch.nn.Linear(8, 8))
+    fast(torch.randn(2, 8))  # which the export keeps
+    x = torch.randn(2, 8)
+    fast(x)
+    (inlet,) = next(iter(fast._engine.ready.values())).inlets
+    assert inlet.latest is not None and inlet.latest[0]() is x
+    del x
+    assert inlet.latest is None
+
+
 def test_scalars_cross():
     class Scalar(torch.nn.Module):
         def forward(self, x, n):

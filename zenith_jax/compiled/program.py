@@ -23,8 +23,6 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 # A parameter up to this size becomes a constant of the program in "reduce-overhead": an argument costs 0.3 us of host
 # time a call, whatever its size (AMD EPYC, 2026-11). Biases and norms, three quarters of a transformer's parameters.
 CONSTANT_BYTES = 16384
-# XLA captures commands into a CUDA graph from this number on; 5 by default.
-_GRAPH_OPTIONS: Any = {"xla_gpu_graph_min_graph_size": 1}
 
 
 def program(jitted: Any, params: Sequence[Any], structs: Any, mode: str) -> Program:
@@ -45,7 +43,7 @@ def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) 
         return jitted([next(remaining) if c is None else c for c in constants], inputs)
 
     lowered = jax.jit(with_constants).lower(arguments, structs)
-    executable = lowered.compile(_GRAPH_OPTIONS if native.default_platform() == "cuda" else None)
+    executable = lowered.compile(_compat.least_launches(native.default_platform()))
     execute = _compat.direct_execution(executable, arguments)
     if execute is None:
         logger.info("reduce-overhead: this program has effects or several devices, and is called the usual way")

@@ -297,5 +297,5 @@ def _packed(tf: Any, imported: _Imported, results: Sequence[Any]) -> Any:
 
 
 def _tensor(tf: Any, array: Any, dtype: Any) -> Any:
-    tensor = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    tensor = tf.experimental.dlpack.from_dlpack(array.block_until_ready().__dlpack__())
     return tensor if tensor.dtype == dtype else tf.cast(tensor, dtype)

@@ -272,7 +272,7 @@ def dlpack_of_array(array: jax.Array, stream: int | None) -> Any:
 
     stream: of the device, made to wait until the array is computed; None on the CPU, where the caller waits.
     """
-    return _jax.buffer_to_dlpack_managed_tensor(array.addressable_data(0), stream=stream)
+    return _jax.buffer_to_dlpack_managed_tensor(array, stream=stream)
 
 
 def install_linearize_hook(
@@ -314,6 +314,11 @@ def warn_hook_missing(reason: str) -> None:
 
 
 # --- execution --------------------------------------------------------------------------------------------------------
+
+
+def least_launches(platform: str) -> Any:
+    """Options to compile with: XLA captures sequences of kernels into a CUDA graph from 1 kernel on; 5 by default."""
+    return {"xla_gpu_graph_min_graph_size": 1} if platform == "cuda" else None
 
 
 def direct_execution(compiled: Any, params: Sequence[jax.Array]) -> Callable[[Sequence[jax.Array]], list[Any]] | None:

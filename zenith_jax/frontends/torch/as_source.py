@@ -16,6 +16,7 @@ from zenith_jax.frontends._source import Source
 from zenith_jax.frontends.torch.capture import Alias, Constant, Fresh
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.frontends.torch.module import Engine, all_axes
+from zenith_jax.frontends.torch.program import ordinal
 from zenith_jax.frontends.torch.tensors import Inlet, inlet_of, is_wide, to_torch
 
 
@@ -47,12 +48,12 @@ def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
         return results if others else first
 
     is_single = captured.spec.is_leaf() and len(captured.outputs) == 1 and captured.outputs[0] == Fresh(0)
-    on_gpu = program.platform == "cuda"
+    gpu = ordinal(program)
 
     def restore(results: Any) -> Any:
         if is_single and isinstance(results, jax.Array):
-            return to_torch(results, captured.dtypes[0], on_gpu=on_gpu)
-        flat = [to_torch(r, d, on_gpu=on_gpu) for r, d in zip(jax.tree.leaves(results), captured.dtypes, strict=True)]
+            return to_torch(results, captured.dtypes[0], gpu)
+        flat = [to_torch(r, d, gpu) for r, d in zip(jax.tree.leaves(results), captured.dtypes, strict=True)]
         leaves: list[Any] = []
         for output in captured.outputs:
             assert not isinstance(output, Alias)  # refused above

@@ -91,11 +91,12 @@ class Program:
         started = time.perf_counter()
         function, avals = self.function(shapes), self.avals(shapes)
         traced = jit(function, keep_unused=True).trace(*avals)
+        options = _compat.least_launches(self.platform or "cpu")
         split = None
         if not any(kind == "weight" for kind, _ in self.captured.written):
             split = known.split(traced.jaxpr, len(avals) - len(self.inlets), self.platform or "cpu")
         if split is None:
-            return Executable(self, tuple(shapes), traced.lower().compile(), None)
+            return Executable(self, tuple(shapes), traced.lower().compile(options), None)
         folded = _Folded(self, split)
 
         @ft.wraps(function)
@@ -105,7 +106,7 @@ class Program:
 
         bound = map(_struct, folded(self.weights.arrays))
         lowered = jax.jit(remaining, keep_unused=True).lower(*bound, *avals[-len(self.inlets) :])
-        return Executable(self, tuple(shapes), lowered.compile(), folded)
+        return Executable(self, tuple(shapes), lowered.compile(options), folded)
 
 
 def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -214,7 +215,7 @@ class Executable:
         self.program, self.shapes, self.compiled, self.folded = program, shapes, compiled, folded
         self.inlets = program.inlets
         self.more = list(program.more.values())
-        self.on_gpu = program.platform == "cuda"
+        self.ordinal = ordinal(program)
         self.bound: list[jax.Array] = []
         self.arrays: list[jax.Array] = []
         self.dtypes = program.captured.dtypes
@@ -243,7 +244,7 @@ class Executable:
         results = self.run(inputs)
         if self.to_clone is None:
             self.to_clone = _forwarded(results, (*self.bound, *inputs))
-        fresh = [to_torch(r, d, on_gpu=self.on_gpu) for r, d in zip(results, self.dtypes, strict=True)]
+        fresh = [to_torch(r, d, self.ordinal) for r, d in zip(results, self.dtypes, strict=True)]
         for i in self.to_clone:
             fresh[i] = fresh[i].clone()
         if self.is_single:
@@ -291,6 +292,11 @@ class Executable:
             raise TorchError("it writes into an input that shares its memory with another one")
 
 
+def ordinal(program: Program) -> int | None:
+    """The number of the GPU on which the program computes; None on the CPU."""
+    return program.inlets[0].device.local_hardware_id if program.platform == "cuda" else None
+
+
 def _view(output: Alias, of: torch.Tensor) -> torch.Tensor:
     if output.strided is None:
         return of
@@ -301,6 +307,8 @@ def _view(output: Alias, of: torch.Tensor) -> torch.Tensor:
 
 def _forwarded(results: Sequence[jax.Array], operands: Sequence[jax.Array]) -> frozenset[int]:
     """Results in the memory of an operand or of another result, which jit allows and a new tensor must not be."""
+    # Waits without Python's lock, as asking for a pointer does not: whoever computes may need it to let go of a tensor.
+    jax.block_until_ready(results)
     seen = {a.unsafe_buffer_pointer() for a in operands if a.size}
     shared = set()
     for i, result in enumerate(results):
