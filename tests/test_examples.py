@@ -96,9 +96,10 @@ def test_benchmark_of_loading_onnx_models(tmp_path):
 
 def test_every_door_gives_the_same_answers(tmp_path):
     path = tmp_path / "figures.json"
-    # Doors that torch has a part in take a minute; tests/pytorch tests them.
+    # Doors that torch has a part in take a minute; tests/pytorch, tf_keras_models and serving test these.
     torch = ("ONNX file", "torch eager", "torch module", "zenith.torch", "torch.compile, zenith")
-    skipped = [f"--skip={door}" for door in torch]
+    others = ("tf.function", "Keras", "served", "client")
+    skipped = [f"--skip={door}" for door in (*torch, *others)]
     shown = run("benchmarks/doors.py", "--tiny", "--model", "encoder", *skipped, "--json", str(path))
     tables = json.loads(path.read_text())["tables"]
     assert [t["model"] for t in tables] == ["encoder"]

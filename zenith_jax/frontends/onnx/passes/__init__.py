@@ -6,11 +6,8 @@ Each pass is a pure function that can be run, printed and tested alone:
 
 `load` runs those of PASSES in this order, or the ones that its argument `passes` names.
 
-No pass chooses a layout. XLA does, and convolutions took the same time with channels first and last. Three bottleneck
-blocks of ResNet-50, batch 2, NCHW and NHWC, in ms: 256/64 channels of 56 x 56, 49.0 and 48.7; 1024/256 of 14 x 14, 39.8
-and 39.9; three of MobileNetV2, 144 channels of 56 x 56, 76.6 and 76.5. What does count is how the weights lie: with
-those of 1024/256 as HWIO in memory it is 35.2, but then they would not be the file's parameters any more. (Two cores
-with AVX2, jax 0.10.2, 2026-11.)
+No pass chooses a layout: passes/layout.py does for any program on a CPU, channels first or last, and what it makes of
+weights is made once where they are known. They stay the file's parameters.
 """
 
 from __future__ import annotations
