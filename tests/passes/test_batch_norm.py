@@ -1,4 +1,4 @@
-"""Batch norm with stored statistics, folded into the convolution before it; and what is none."""
+"""Batch norm with stored statistics, folded into the convolution or product before it; and what is none."""
 
 from __future__ import annotations
 
@@ -51,7 +51,20 @@ def channels_first(x, w, mean, variance, scale, bias):
     return scale * ((y - mean) / jnp.sqrt(variance + 1e-3)) + bias
 
 
-@pytest.mark.parametrize("function", [by_hand, conv_bias_first, channels_first], ids=lambda f: f.__name__)
+def dense(x, w, mean, variance, scale, bias):
+    y = x.reshape(-1, C) @ w[0, 0] + bias
+    return jax.nn.relu(scale * ((y - mean) / jnp.sqrt(variance + 1e-3)) + bias)
+
+
+def dense_of_rows(x, w, mean, variance, scale, bias):
+    y = jnp.einsum("bhwc,mc->bhwm", x, w[0, 0].T)
+    return bias + (y - mean) * (scale * jax.lax.rsqrt(variance + 1e-3))
+
+
+FUNCTIONS = [by_hand, conv_bias_first, channels_first, dense, dense_of_rows]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_spelling(check_fused, rng, function):
     check_fused(function, *arguments(rng), counts={"batch_norm": 1}, floor_ulps=64)
 
@@ -100,6 +113,14 @@ MISSES = {
     "an inverse": lambda x, w, m, v, s, b: s / conv(x, w),
     "squared": lambda x, w, m, v, s, b: (lambda y: y * y * s)(conv(x, w)),
     "the convolution returned": lambda x, w, m, v, s, b: (lambda y: (y, y * s))(conv(x, w)),
+    "a product scaled alone": lambda x, w, m, v, s, b: (x @ w[0, 0]) * s,
+    "a product shifted alone": lambda x, w, m, v, s, b: x @ w[0, 0] + b - m,
+    "a product along its rows": lambda x, w, m, v, s, b: (
+        (x[0, 0] @ w[0, 0] - x[1, 0].sum(-1)[:, None]) * x[0, 1].sum(-1)[:, None]
+    ),
+    "a product of batches": lambda x, w, m, v, s, b: (jnp.einsum("bhwc,bcm->bhwm", x, w[:2, 0]) - m) * s,
+    "of two of a weight's dimensions": lambda x, w, m, v, s, b: (jnp.einsum("bhwc,icm->bhwim", x, w[0]) - m) * s,
+    "a product returned": lambda x, w, m, v, s, b: (lambda y: (y, (y - m) * s))(x @ w[0, 0]),
     "float16": lambda x, w, m, v, s, b: conv(x.astype(jnp.float16), w.astype(jnp.float16)) * s,
 }
 
@@ -135,6 +156,27 @@ def test_what_is_refused_is_left_to_other_patterns(rng):
     assert report.counts() == {"grouped_conv": 1}, str(report)
     (refused,) = report.refused
     assert refused.op == "batch_norm" and "1.18 ms with" in refused.reason
+
+
+def test_after_a_dense_layer_it_is_folded_on_request(rng):
+    """And where it is not, the layer is a site without it."""
+    batch_size, features = 64, 512
+    x, w = normal(rng, batch_size, features), normal(rng, features, features)
+    mean, scale, bias = (normal(rng, features) for _ in range(3))
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(features)(x)))
+
+    variables = Layer().init(jax.random.key(0), x)
+    assert zenith.explain(Layer().apply)(variables, x).counts() == {"batch_norm": 1}
+    for platform in ("cpu", "cuda"):
+        with zenith.configured(use_cost=True, platform=platform):
+            report = zenith.explain(lambda x, w, m, s, b: ((x @ w + b) - m) * s)(x, w, mean, scale, bias)
+        (refused,) = [s for s in report.refused if s.op == "batch_norm"]
+        assert "product" in refused.reason, str(report)
+        assert report.counts() == ({"linear": 1} if platform == "cpu" else {}), str(report)
 
 
 def test_is_folded_on_a_gpu(rng):

@@ -238,7 +238,11 @@ def _cuda_small_gated(case: dict[str, Any]) -> Refusal | None:
 
 
 def _cpu_batch_norm(case: dict[str, Any], differentiated: bool) -> Refusal | None:
-    del case, differentiated
+    del differentiated
+    # ms, product / with bias, batch norm and relu / folded: 64 x 512 x 512 0.43 / 0.45 / 0.51, 512 x 1024 x 1024
+    # 32.9 / 31.6 / 34.3, 4096 x 256 x 1024 60 / 68 / 72, 8192 x 64 x 256 9.5 / 13.7 / 12.9 (two cores, 2026-11-26).
+    if case["of"] == "product":
+        return refuse("XLA's pass over a product takes as long as multiplying the weights and a pass for the sum")
     # ms, convolution / with batch norm and relu / folded: 64 to 256 channels of 56 x 56 by 1 x 1 1.07 / 1.18 / 1.19,
     # 64 to 64 by 3 x 3 2.25 / 2.30 / 2.32, 8 x 28 x 28 of 512 to 128 9.47 / 9.66 / 9.65 (two cores, 2026-11-26). One
     # pass is left for the activation in any case.
@@ -251,7 +255,17 @@ def _cpu_batch_norm(case: dict[str, Any], differentiated: bool) -> Refusal | Non
 # cuDNN adds a vector and applies relu in its epilogue, which XLA finds when nothing else stands between. us,
 # convolution / with batch norm and relu / folded, 32 images: 56 x 56 of 64 to 256 by 1 x 1 float32 61 / 131 / 60,
 # bfloat16 46 / 68 / 50; of 64 to 64 by 3 x 3 53 / 67 / 53, 68 / 72 / 72; 14 x 14 of 256 to 256 by 3 x 3
-# 110 / 125 / 116, 73 / 82 / 80 (H100, jax 0.11.2, 2026-11-26). So there is no rule against it.
+# 110 / 125 / 116, 73 / 82 / 80 (H100, jax 0.11.2, 2026-11-26). So there is no rule against a convolution.
+
+
+def _cuda_batch_norm(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del differentiated
+    if case["of"] == "product":
+        return refuse(
+            "folded into a product's weights it is not measured on a GPU yet",
+            advice="zenith.configure(use_cost=False) takes it",
+        )
+    return None
 
 
 def _cuda_grouped_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
@@ -278,6 +292,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cpu", "add_rms_norm"): _cpu_norm,
     ("cuda", "attention"): _cuda_attention,
     ("cuda", "linear"): _cuda_linear,
+    ("cuda", "batch_norm"): _cuda_batch_norm,
     ("cuda", "grouped_conv"): _cuda_grouped_conv,
     ("cuda", "layer_norm"): _cuda_rows,
     ("cuda", "rms_norm"): _cuda_rows,

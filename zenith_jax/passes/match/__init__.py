@@ -2,7 +2,7 @@
 
 None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
 `MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, a linear
-layer before its activation.
+layer before its activation, and batch norm before the layer that it is folded into.
 """
 
 from zenith_jax.passes.match import (
@@ -21,10 +21,10 @@ MATCHERS = (
     attention.match,
     cross_entropy.match,
     norm.match,
+    batch_norm.match,
     linear.match,
     activation.match,
     softmax.match,
-    batch_norm.match,
     grouped_conv.match,
 )
 

@@ -1,9 +1,12 @@
-"""A convolution and what multiplies and shifts its channels after it: batch norm with stored statistics, above all.
+"""A convolution or a product with weights, and what multiplies and shifts its channels after it: batch norm with stored
+statistics, above all.
 
     (conv(x, w) - mean) * scale / sqrt(variance + eps) + bias  ->  conv(x, w * a) + b,  a and b of one element a channel
 
 Read upwards from the convolution, along values that are used once, through additions, subtractions, products and
-quotients by anything that has the channels as its only axis. Whatever a and b are made of stays as it is written.
+quotients by anything that has the channels as its only axis. Whatever a and b are made of stays as it is written. Of a
+product x @ w the channels are w's features, and it must be multiplied and shifted both: a product that is only scaled
+is no batch norm, and common.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from zenith_jax.errors import Refusal, refuse
+from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Atom, Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
@@ -25,6 +29,9 @@ _CONV_PARAMS = (
     "window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count batch_group_count "
     "precision preferred_element_type"
 ).split()
+
+
+_DOT_PARAMS = ("dimension_numbers", "precision", "preferred_element_type")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +46,13 @@ class _Step:
 
 
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
-    """`eqn` is the convolution."""
-    if eqn.primitive.name != "conv_general_dilated" or not is_float(eqn.outvars[0].aval.dtype):
+    """`eqn` is the convolution or the product."""
+    found = _channel(eqn)
+    if found is None:
         return None
+    channel, features = found
+    is_product = eqn.primitive.name == "dot_general"
     terms = Terms(graph)
-    channel = eqn.params["dimension_numbers"][2][1]
     x, w = eqn.invars
     leaves: list[Atom] = [x, w]
     steps: list[_Step] = []
@@ -75,10 +84,12 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         var = new
         if user.primitive.name in _ARITHMETIC:
             inner, pending, result, result_channel = [*inner, *pending], [], var, channel
-    if not any(s.leaf is not None and s.primitive in ("mul", "div") for s in steps):
+    vectors = [s.primitive in ("mul", "div") for s in steps if s.leaf is not None]
+    if not any(vectors) or (is_product and all(vectors)):
         return None
     if graph.escapes(inner, [result]) is not None:
-        return refuse("the convolution's result, before its channels are scaled, is used elsewhere", depth=2)
+        reason = "the {what}'s result, before its channels are scaled, is used elsewhere"
+        return refuse(reason, what=_name(eqn), depth=2)
     if not all(is_float(a.aval.dtype) for a in leaves):
         return None
     if w.aval.dtype == jnp.float16:
@@ -94,15 +105,36 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         emit=emit,
         static=(
             ("channel", result_channel),
-            ("conv", tuple((name, _frozen(eqn.params[name])) for name in _CONV_PARAMS)),
+            ("features", features),
+            ("params", tuple((n, _frozen(eqn.params[n])) for n in (_DOT_PARAMS if is_product else _CONV_PARAMS))),
             ("dtype", result.aval.dtype.name),
             ("shape", tuple(result.aval.shape)),
             ("steps", tuple(steps)),
         ),
-        detail=f"{result.aval.shape[result_channel]} channels, folded into the convolution before it",
-        case=(("dtype", x.aval.dtype.name), ("size", result.aval.size)),
+        detail=f"{result.aval.shape[result_channel]} channels, folded into the {_name(eqn)} before it",
+        case=(("dtype", x.aval.dtype.name), ("size", result.aval.size), ("of", _name(eqn))),
         yields=True,
     )
+
+
+def _channel(eqn: JaxprEqn) -> tuple[int, int] | None:
+    """The dimension of the result, and of the weights, along which the channels are."""
+    if not is_float(eqn.outvars[0].aval.dtype):
+        return None
+    if eqn.primitive.name == "conv_general_dilated":
+        _, weights, result = eqn.params["dimension_numbers"]
+        return result[1], weights[0]
+    if eqn.primitive.name != "dot_general" or eqn.params.get("out_sharding") is not None:
+        return None
+    (_, contracted), (batch, _) = eqn.params["dimension_numbers"]
+    free = [d for d in range(len(eqn.invars[1].aval.shape)) if d not in contracted]
+    if batch or len(free) != 1 or any(_compat.explicit_sharding(a.aval) for a in eqn.invars):
+        return None
+    return len(eqn.outvars[0].aval.shape) - 1, free[0]
+
+
+def _name(eqn: JaxprEqn) -> str:
+    return "product" if eqn.primitive.name == "dot_general" else "convolution"
 
 
 def _frozen(value: Any) -> Any:
@@ -145,9 +177,17 @@ def _same_dimension(old: tuple[int, ...], new: tuple[int, ...], dimension: int) 
     return news[olds.index(dimension)]
 
 
-def emit(x: Any, w: Any, *vectors: Any, channel: int, conv: tuple, dtype: str, shape: tuple, steps: tuple[_Step, ...]):
-    params = dict(conv)
-    _, (features, *_), _ = params["dimension_numbers"]
+def emit(
+    x: Any,
+    w: Any,
+    *vectors: Any,
+    channel: int,
+    features: int,
+    params: tuple,
+    dtype: str,
+    shape: tuple,
+    steps: tuple[_Step, ...],
+):
     operands = (x, w, *vectors)
     wide = jnp.result_type(dtype, jnp.float32, *operands)
     # y = a * conv + b, after no step.
@@ -163,7 +203,8 @@ def emit(x: Any, w: Any, *vectors: Any, channel: int, conv: tuple, dtype: str, s
         else:
             a, b = a / v, b / v
     scaled = (w * _along_axis(a, features, w.ndim)).astype(w.dtype)
-    y = lax.conv_general_dilated(x, scaled, **params).reshape(shape)
+    multiply = lax.conv_general_dilated if "window_strides" in dict(params) else lax.dot_general
+    y = multiply(x, scaled, **dict(params)).reshape(shape)
     # In the convolution's own dtype, where that is wide enough: cuDNN then adds b in its epilogue.
     y = y.astype(jnp.result_type(y.dtype, dtype)) if jnp.finfo(dtype).bits > jnp.finfo(y.dtype).bits else y
     return ((y + _along_axis(b, channel, y.ndim).astype(y.dtype)).astype(dtype),)
