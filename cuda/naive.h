@@ -5,6 +5,7 @@
 #include "ffi/kernels/activation.h"
 #include "ffi/kernels/cross_entropy.h"
 #include "ffi/kernels/gated.h"
+#include "ffi/kernels/group_norm.h"
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
@@ -13,6 +14,8 @@ namespace zenith::naive {
 
 Status NormForward(const NormForwardArgs& args, const Launch& launch);
 Status NormBackward(const NormBackwardArgs& args, const Launch& launch);
+Status GroupNormForward(const GroupNormForwardArgs& args, const Launch& launch);
+Status GroupNormBackward(const GroupNormBackwardArgs& args, const Launch& launch);
 Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch);
 Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch);
 Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch);

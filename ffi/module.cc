@@ -25,8 +25,8 @@ namespace {
 nb::dict Targets() {
   nb::dict capsules;
   const std::span<const Target> groups[] = {
-      NormTargets(),  SoftmaxTargets(),   CrossEntropyTargets(), ActivationTargets(),
-      GatedTargets(), AttentionTargets(), LinearTargets(),
+      NormTargets(),       GroupNormTargets(), SoftmaxTargets(),   CrossEntropyTargets(),
+      ActivationTargets(), GatedTargets(),     AttentionTargets(), LinearTargets(),
   };
   for (std::span<const Target> group : groups) {
     for (const Target& target : group) {

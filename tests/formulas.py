@@ -11,6 +11,18 @@ def layer_norm(x, scale=1.0, bias=0.0, *, eps=1e-5):
     return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + eps) * scale + bias
 
 
+def group_norm(x, scale=1.0, bias=0.0, *, groups, eps=1e-5, channel_axis=-1, activation=None):
+    """Group by group."""
+    x = jnp.moveaxis(x, channel_axis, -1)
+    axes = tuple(range(1, x.ndim))
+    normal = []
+    for part in jnp.split(x, groups, axis=-1):
+        centred = part - part.mean(axes, keepdims=True)
+        normal.append(centred / jnp.sqrt(jnp.mean(centred**2, axes, keepdims=True) + eps))
+    y = jnp.concatenate(normal, axis=-1) * scale + bias
+    return jnp.moveaxis(silu(y) if activation == "silu" else y, -1, channel_axis)
+
+
 def rms_norm(x, scale=1.0, *, eps=1e-6):
     return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + eps) * scale
 

@@ -99,6 +99,22 @@ def layer_norm_fast(x, scale, bias):
     return (x - mean) * (jax.lax.rsqrt(variance + 0.03) * scale) + bias
 
 
+def group_norm_channels_first(x, scale):
+    """Two groups of two channels, (N, N, N) as batch, channels, positions."""
+    grouped = x.reshape(N, 2, 2, N)
+    centred = grouped - grouped.mean((2, 3), keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.square(centred).mean((2, 3), keepdims=True) + 0.03)
+    return (centred * rstd).reshape(x.shape) * scale[:, None]
+
+
+def group_norm_repeated_silu(x, scale, bias):
+    grouped = x.reshape(N, N, N, 2, 2)
+    mean, square = grouped.mean((1, 2, 4)), jnp.square(grouped).mean((1, 2, 4))
+    variance = jnp.maximum(0.0, square - jnp.square(mean))
+    mean, variance = (jnp.repeat(a, 2, axis=1)[:, None, None] for a in (mean, variance))
+    return jax.nn.silu((x - mean) * (jax.lax.rsqrt(variance + 0.03) * scale) + bias)
+
+
 def add_layer_norm(x, y, scale):
     total = x + y
     centred = total - total.mean(-1, keepdims=True)
@@ -241,6 +257,8 @@ PATTERNS: dict[Callable[..., Any], str] = {
     add_layer_norm: "rrp",
     rms_norm: "rp",
     rms_norm_cast: "rp",
+    group_norm_channels_first: "rp",
+    group_norm_repeated_silu: "xpp",
     gelu_erf: "r",
     gelu_tanh: "r",
     gelu_cdf: "r",

@@ -22,6 +22,7 @@ from formulas import (
     gated,
     gated_by_the_second_half,
     gelu,
+    group_norm,
     layer_norm,
     linear,
     rms_norm,
@@ -100,6 +101,11 @@ def linear_case(name, *more, w=(16, 24), **options):
     return Case("linear", name, *functions, ((3, 5, 16), w, *more), shared=(1, 2))
 
 
+def group_norm_case(name, *parameters, shape=(2, 3, 5, 12), **options):
+    functions = (ft.partial(f, **options) for f in (ops.group_norm, group_norm))
+    return Case("group_norm", name, *functions, (shape, *parameters), shared=tuple(range(1, 1 + len(parameters))))
+
+
 CASES = [
     Case("layer_norm", "", ops.layer_norm, layer_norm, (X,)),
     Case("layer_norm", "scale bias", ops.layer_norm, layer_norm, (X, W, W), (1, 2)),
@@ -108,6 +114,12 @@ CASES = [
     Case("rms_norm", "scale", ops.rms_norm, rms_norm, (X, W), (1,)),
     Case("add_layer_norm", "scale bias", ops.add_layer_norm, add_layer_norm, (X, X, W, W), (2, 3)),
     Case("add_rms_norm", "scale", ops.add_rms_norm, add_rms_norm, (X, X, W), (2,)),
+    group_norm_case("channels last", (12,), (12,), groups=3),
+    group_norm_case("channels last, silu", (12,), groups=2, eps=0.1, activation="silu"),
+    group_norm_case("channels first", groups=4, shape=(2, 4, 37), channel_axis=1),
+    group_norm_case(
+        "channels first, silu, scale bias", (6,), (6,), groups=2, shape=(2, 6, 5, 7), channel_axis=1, activation="silu"
+    ),
     Case("softmax", "", ops.softmax, softmax, (X,)),
     Case("softmax", "axis 1", ft.partial(ops.softmax, axis=1), ft.partial(softmax, axis=1), (X,)),
     Case("cross_entropy", "", ops.cross_entropy, cross_entropy, (X, Labels(X[:-1], X[-1]))),
@@ -170,6 +182,7 @@ MAIN_NAMES = (
     "grouped",
     "smoothing, z-loss",
     "second half",
+    "channels first, silu, scale bias",
     "sinks, cap, segments, lengths, mask",
     "gelu erf, bias, residual",
 )

@@ -2,7 +2,7 @@
 zenith_jax/passes/choose.py and lines of docs/matching.md say of gated activations, rotations, group norm, and batch
 norm after a convolution.
 
-    python benchmarks/h100/against_a_copy.py --json FILE
+    python benchmarks/h100/against_a_copy.py --json FILE [--only "group norm"]
 
 bfloat16. A fraction of 1 is a copy's bandwidth, counting each argument and result once.
 """
@@ -68,7 +68,7 @@ def rotation(b: int, t: int, heads: tuple[int, int], d: int, *, pairs: bool) -> 
     return {label: {"XLA": (both, (q, k))}, f"{label} gradient": {"XLA": (backward, ((q, k),))}}
 
 
-def group_norm(*shape: int, groups: int = 32) -> dict[str, Functions]:
+def group_norm(*shape: int, groups: int = 32, silu: bool = False, dtype: Any = jnp.bfloat16) -> dict[str, Functions]:
     """As Flax writes it."""
 
     def function(x: Any, scale: Any, bias: Any) -> Any:
@@ -77,13 +77,16 @@ def group_norm(*shape: int, groups: int = 32) -> dict[str, Functions]:
         mean, square = (y.mean((1, 2, 4)) for y in (grouped, grouped * grouped))
         variance = jnp.maximum(0.0, square - mean * mean)
         mean, variance = (jnp.repeat(v, shape[-1] // groups, -1)[:, None, None] for v in (mean, variance))
-        return ((wide - mean) * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias).astype(x.dtype)
+        y = ((wide - mean) * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias).astype(x.dtype)
+        return jax.nn.silu(y) if silu else y
 
-    x, scale, bias = normal(*shape), jnp.ones(shape[-1]), jnp.zeros(shape[-1])
-    label = f"group norm {'x'.join(map(str, shape))}"
+    fused = ft.partial(zenith.ops.group_norm, groups=groups, eps=1e-6, activation="silu" if silu else None)
+    x, scale, bias = normal(*shape).astype(dtype), jnp.ones(shape[-1]), jnp.zeros(shape[-1])
+    label = f"group norm{', silu' if silu else ''} {'x'.join(map(str, shape))} {jnp.dtype(dtype).name}"
+    both = {"XLA": function, "zenith": fused}
     return {
-        label: {"XLA": (function, (x, scale, bias))},
-        f"{label} gradient": {"XLA": (gradient(function), (x, x, scale, bias))},
+        label: {k: (f, (x, scale, bias)) for k, f in both.items()},
+        f"{label} gradient": {k: (gradient(f), (x, x, scale, bias)) for k, f in both.items()},
     }
 
 
@@ -105,8 +108,10 @@ def cases() -> dict[str, Functions]:
         found |= gated(16384, 3072, name)
     for pairs in (False, True):
         found |= rotation(4, 4096, (32, 8), 128, pairs=pairs)
-    for shape in ((8, 64, 64, 320), (8, 32, 32, 640), (16, 128, 128, 128)):
+    for shape in ((8, 64, 64, 320), (8, 32, 32, 640), (16, 128, 128, 128), (1, 64, 64, 320), (8, 16, 16, 1280)):
         found |= group_norm(*shape)
+    found |= group_norm(8, 64, 64, 320, silu=True)
+    found |= group_norm(8, 64, 64, 320, dtype=jnp.float32)
     for channels, size, kernel in (((64, 256), 56, 1), ((64, 64), 56, 3), ((256, 256), 14, 3)):
         found |= batch_norm(32, size, channels, kernel)
     return found
@@ -123,6 +128,7 @@ def seconds(functions: Functions) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name holds this")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if jax.default_backend() != "gpu":
@@ -133,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: a copy runs at {copy / 1e12:.2f} TB/s")
     rows = {}
     for label, functions in cases().items():
+        if options.only not in label:
+            continue
         times = seconds(functions)
         function, args = functions["XLA"]
         moved = size_bytes(args, jax.eval_shape(function, *args))

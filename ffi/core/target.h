@@ -15,6 +15,7 @@ struct Target {
 };
 
 std::span<const Target> NormTargets();
+std::span<const Target> GroupNormTargets();
 std::span<const Target> SoftmaxTargets();
 std::span<const Target> CrossEntropyTargets();
 std::span<const Target> ActivationTargets();

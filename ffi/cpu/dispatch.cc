@@ -70,6 +70,12 @@ Status NormForward(const NormForwardArgs& args, const Launch& launch) {
 Status NormBackward(const NormBackwardArgs& args, const Launch& launch) {
   return Best().norm_backward(args, launch);
 }
+Status GroupNormForward(const GroupNormForwardArgs& args, const Launch& launch) {
+  return Best().group_norm_forward(args, launch);
+}
+Status GroupNormBackward(const GroupNormBackwardArgs& args, const Launch& launch) {
+  return Best().group_norm_backward(args, launch);
+}
 Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) {
   return Best().attention_forward(args, launch);
 }

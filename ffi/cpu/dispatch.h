@@ -5,6 +5,7 @@
 #include "ffi/kernels/attention.h"
 #include "ffi/kernels/cross_entropy.h"
 #include "ffi/kernels/gated.h"
+#include "ffi/kernels/group_norm.h"
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/softmax.h"
@@ -23,6 +24,8 @@ struct CpuKernels {
   Status (*cross_entropy_backward)(const CrossEntropyBackwardArgs&, const Launch&);
   Status (*norm_forward)(const NormForwardArgs&, const Launch&);
   Status (*norm_backward)(const NormBackwardArgs&, const Launch&);
+  Status (*group_norm_forward)(const GroupNormForwardArgs&, const Launch&);
+  Status (*group_norm_backward)(const GroupNormBackwardArgs&, const Launch&);
   Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);
   Status (*attention_backward)(const AttentionBackwardArgs&, const Launch&);
   Status (*linear_forward)(const LinearForwardArgs&, const Launch&);

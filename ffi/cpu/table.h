@@ -7,6 +7,7 @@
 #include "ffi/cpu/cross_entropy.h"
 #include "ffi/cpu/dispatch.h"
 #include "ffi/cpu/gated.h"
+#include "ffi/cpu/group_norm.h"
 #include "ffi/cpu/linear.h"
 #include "ffi/cpu/norm.h"
 #include "ffi/cpu/softmax.h"
@@ -29,6 +30,8 @@ const CpuKernels kKernels = {
     CrossEntropyBackward,
     NormForward,
     NormBackward,
+    GroupNormForward,
+    GroupNormBackward,
     AttentionForward,
     AttentionBackward,
     LinearForward,

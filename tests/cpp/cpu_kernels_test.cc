@@ -28,6 +28,7 @@ int main(int argc, char** argv) {
       test::TestSoftmax(*kernels, report);
       test::TestCrossEntropy(*kernels, report);
       test::TestNorm(*kernels, report);
+      test::TestGroupNorm(*kernels, report);
       test::TestAttention(*kernels, report);
       test::TestLinear(*kernels, report);
     }

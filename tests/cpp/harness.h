@@ -90,6 +90,7 @@ void TestActivation(const CpuKernels& kernels, Report& report);
 void TestSoftmax(const CpuKernels& kernels, Report& report);
 void TestCrossEntropy(const CpuKernels& kernels, Report& report);
 void TestNorm(const CpuKernels& kernels, Report& report);
+void TestGroupNorm(const CpuKernels& kernels, Report& report);
 void TestAttention(const CpuKernels& kernels, Report& report);
 void TestLinear(const CpuKernels& kernels, Report& report);
 

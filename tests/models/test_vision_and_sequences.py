@@ -133,7 +133,14 @@ def test_unet_block(check_fused, rng):
     check_fused(
         model.apply,
         *(params, *args),
-        counts={"attention": 2, "layer_norm": 1, "add_layer_norm": 2, "silu": 3, "gated_gelu_tanh": 1},
+        counts={
+            "group_norm": 3,
+            "attention": 2,
+            "layer_norm": 1,
+            "add_layer_norm": 2,
+            "silu": 1,
+            "gated_gelu_tanh": 1,
+        },
         floor_ulps=256,
     )
 

@@ -3,6 +3,7 @@
 Whether they compute the right thing is seen where a GPU is (tests/test_targets.py and the rest of this folder there).
 """
 
+import functools as ft
 import re
 
 import jax
@@ -44,6 +45,7 @@ CASES = {
     "rms_norm": (lambda x, s: ops.rms_norm(x, s), [X, SCALE]),
     "add_layer_norm": (lambda x, r, s, b: ops.add_layer_norm(x, r, s, b), [X, X, SCALE, SCALE]),
     "add_rms_norm": (lambda x, r, s: ops.add_rms_norm(x, r, s), [X, X, SCALE]),
+    "group_norm": (ft.partial(ops.group_norm, groups=8, activation="silu"), [X, SCALE, SCALE]),
     "softmax": (ops.softmax, [X]),
     "gelu_erf": (lambda x: ops.gelu(x, approximate=False), [X]),
     "gelu_tanh": (ops.gelu, [X]),

@@ -44,6 +44,36 @@ WRONG = {
         lambda: ops.add_rms_norm(f32((2, 8)), jnp.zeros((2, 8), jnp.bfloat16)),
         "got (2, 8) bfloat16",
     ),
+    "group_norm: groups": (
+        ShapeError,
+        lambda: ops.group_norm(f32((2, 5, 8)), groups=3),
+        "group_norm: groups must divide the 8 channels of axis 2 of x, of shape (2, 5, 8), got 3",
+    ),
+    "group_norm: scale": (
+        ShapeError,
+        lambda: ops.group_norm(f32((2, 8, 5)), f32(5), groups=2, channel_axis=1),
+        "group_norm: scale must have shape (8,) to match x of shape (2, 8, 5), got (5,)",
+    ),
+    "group_norm: axis": (
+        ShapeError,
+        lambda: ops.group_norm(f32((8, 5, 5)), groups=2, channel_axis=0),
+        "channel_axis must be one of the axes 1 to 2 of x, of shape (8, 5, 5), whose axis 0 is the batch, got 0",
+    ),
+    "group_norm: rank": (
+        ShapeError,
+        lambda: ops.group_norm(f32(8), groups=2),
+        "x must have a batch axis and a channel axis, got shape (8,)",
+    ),
+    "group_norm: activation": (
+        ValueError,
+        lambda: ops.group_norm(f32((2, 8)), groups=2, activation="relu"),
+        "activation must be None or one of ['none', 'silu'], got 'relu'",
+    ),
+    "group_norm: dtype": (
+        DTypeError,
+        lambda: ops.group_norm(jnp.zeros((2, 8), jnp.int32), groups=2),
+        "group_norm: x must have a real floating dtype, got int32; convert it first",
+    ),
     "softmax: axis": (
         ShapeError,
         lambda: ops.softmax(f32((2, 8)), axis=2),

@@ -24,6 +24,7 @@ from formulas import (
     gated,
     gated_by_the_second_half,
     gelu,
+    group_norm,
     layer_norm,
     linear,
     rms_norm,
@@ -182,6 +183,14 @@ def test_sharded_features_are_right(op):
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
     both, plain = value_and_gradients(function, args), value_and_gradients(formula, args)
     assert_error_ratio(jax.jit(both)(*placed), jax.jit(plain)(*args), in_float64(plain)(*args), floor_ulps=16)
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_images_stay_on_their_device(channel_axis):
+    options = dict(groups=3, channel_axis=channel_axis, activation="silu")
+    args = [normal(4, 6, 5, 7) if channel_axis == 1 else normal(4, 5, 7, 6), normal(6), normal(6) + 1]
+    functions = (ft.partial(f, **options) for f in (ops.group_norm, group_norm))
+    check(*functions, args, [P("x"), P(), P()], mesh_of((4, 1)), reduces=True)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -98,6 +98,15 @@ def rms_norm(x: Any, scale: Any) -> Any:
     return (wide * jax.lax.rsqrt(mean_square + 1e-6) * scale).astype(x.dtype)
 
 
+def group_norm_silu(x: Any, scale: Any, bias: Any) -> Any:
+    """32 groups of the channels of an image (b, h, w, c), as Flax writes them."""
+    grouped = x.astype(jnp.float32).reshape(*x.shape[:-1], 32, -1)
+    mean, square = grouped.mean((1, 2, 4)), jnp.square(grouped).mean((1, 2, 4))
+    variance = jnp.maximum(0.0, square - jnp.square(mean))
+    mean, variance = (jnp.repeat(v, x.shape[-1] // 32, axis=-1)[:, None, None] for v in (mean, variance))
+    return jax.nn.silu(((x - mean) * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias).astype(x.dtype))
+
+
 def add_layer_norm(x: Any, residual: Any, scale: Any, bias: Any) -> Any:
     total = x + residual
     return layer_norm(total, scale, bias), total
@@ -155,6 +164,14 @@ def gated_case(function: Callable, rows: int, d: int, dtype: str = "float32") ->
     return Case(function.__name__, f"{rows}x{d}", dtype, make, "byte", 3 * size, 5 * size)
 
 
+def image_case(function: Callable, b: int, size: int, c: int, dtype: str = "float32") -> Case:
+    """An image in, with two arrays of its channels, and one out; the gradient reads two and writes one."""
+    shapes = ((b, size, size, c), (c,), (c,))
+    count = float(b * size * size * c * jnp.dtype(dtype).itemsize)
+    make = lambda: (function, _arrays(shapes, dtype))  # noqa: E731
+    return Case(function.__name__, f"{b}x{size}x{size}x{c}", dtype, make, "byte", 2 * count, 3 * count)
+
+
 def encoder_layer_case(b: int, t: int, dtype: str = "float32") -> Case:
     """A layer of the demo's model, stock Flax nnx, with a padding mask."""
     from flax import nnx
@@ -198,6 +215,7 @@ CPU = [
         rows_case("rms_norm", rms_norm, 512, 768, parameters=1),
         rows_case("rms_norm", rms_norm, 4096, 1024, parameters=1),
         rows_case("add + layer_norm", add_layer_norm, 4096, 1024, arrays=2, parameters=2),
+        image_case(group_norm_silu, 1, 64, 320),
         rows_case("softmax", jax.nn.softmax, 512, 768),
         rows_case("softmax", jax.nn.softmax, 4096, 1024),
         encoder_layer_case(8, 128),
@@ -216,6 +234,7 @@ CUDA = _with_gradients(
     rows_case("layer_norm", layer_norm, 8192, 16384, "bfloat16", parameters=2),
     rows_case("rms_norm", rms_norm, 8192, 4096, "bfloat16", parameters=1),
     rows_case("add + layer_norm", add_layer_norm, 32768, 768, "bfloat16", arrays=2, parameters=2),
+    image_case(group_norm_silu, 8, 64, 320, "bfloat16"),
     rows_case("softmax", jax.nn.softmax, 32768, 1024, "bfloat16"),
     encoder_layer_case(32, 512, "bfloat16"),
 )

@@ -9,6 +9,7 @@ Two peeled terms that are the same value with the same axes are equal in every e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -197,29 +198,32 @@ class Terms:
         return Term(operand, tuple(None if n == 1 else next(named) for n in operand.aval.shape))
 
     def _regrouped(self, term: Term, operand: Atom) -> Term | None:
-        """x.reshape(...) where each dimension of one side is some neighbours of the other."""
-        groups = _reshape_groups(operand.aval.shape, term.atom.aval.shape)
-        if groups is None:
+        """x.reshape(...) where the dimensions of both sides are some neighbours of common parts of them."""
+        cut = _common_parts(operand.aval.shape, term.atom.aval.shape)
+        if cut is None:
             return None
-        axes: list[Axis | None] = [None] * len(operand.aval.shape)
-        for below, above in groups:
-            named = tuple(term.axes[d] for d in above)
-            if any(a is None for a in named):
+        below, above = cut
+        parts: list[Axis] = []
+        for d, sizes in above:
+            axis = term.axes[d]
+            if axis is None:
                 return None
-            whole: tuple[Axis, ...] = named  # pyright: ignore[reportAssignmentType]
-            if len(below) > 1:
-                sizes = [operand.aval.shape[d] for d in below]
-                parts = self._parts.get(whole[0]) or tuple(Axis(n, "p") for n in sizes)
-                if [a.size for a in parts] != sizes:
-                    return None
-                self._remember(whole[0], parts)
-                whole = parts
-            elif len(above) > 1:
-                merged = self._merged.get(whole) or Axis(operand.aval.shape[below[0]], "m")
-                self._remember(merged, whole)
-                whole = (merged,)
-            for d, axis in zip(below, whole, strict=True):
-                axes[d] = axis
+            if len(sizes) == 1:
+                parts.append(axis)
+                continue
+            found = self._parts.get(axis) or tuple(Axis(n, "p") for n in sizes)
+            if [a.size for a in found] != sizes:
+                return None
+            self._remember(axis, found)
+            parts += found
+        axes: list[Axis | None] = [None] * len(operand.aval.shape)
+        for d, sizes in below:
+            own, parts = parts[: len(sizes)], parts[len(sizes) :]
+            axis = own[0]
+            if len(own) > 1:
+                axis = self._merged.get(tuple(own)) or Axis(operand.aval.shape[d], "m")
+                self._remember(axis, tuple(own))
+            axes[d] = axis
         return Term(operand, tuple(axes))
 
     def _remember(self, merged: Axis, parts: tuple[Axis, ...]) -> None:
@@ -263,8 +267,8 @@ class Terms:
                     return operands[x]
         return None
 
-    def product(self, term: Term, path: list[JaxprEqn] | None = None) -> Product:
-        """The term as a product, flattened through mul, div, neg and views.
+    def product(self, term: Term, path: list[JaxprEqn] | None = None, also: Sequence[str] = ()) -> Product:
+        """The term as a product, flattened through mul, div, neg, views and what `also` names, as in `peel`.
 
         Not through a value that is used more than once, except at the top: gelu(a * b) is gelu of one value.
         """
@@ -279,7 +283,7 @@ class Terms:
                 coefficient *= value if exponent > 0 else (1 / value if value else float("inf"))
                 return
             steps: list[JaxprEqn] = []
-            inner = self.peel(term, steps)
+            inner = self.peel(term, steps, also)
             eqn = self.graph.producer(inner.atom)
             single = all(self.graph.use_count(e.outvars[0]) == 1 for e in steps)
             if (
@@ -321,18 +325,30 @@ class Terms:
         return self.unify(a, b, ()) is not None
 
 
-def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]] | None:
-    """Dimensions of `old` and of `new` that hold the same elements, sizes over 1 only, one of them single."""
-    olds, news = [d for d, n in enumerate(old) if n != 1], [d for d, n in enumerate(new) if n != 1]
-    groups: list[tuple[list[int], list[int]]] = []
-    while olds and news:
-        below, above = [olds.pop(0)], [news.pop(0)]
-        while (a := math.prod(old[d] for d in below)) != (b := math.prod(new[d] for d in above)):
-            side, rest = (below, olds) if a < b else (above, news)
-            if not rest:
-                return None
-            side.append(rest.pop(0))
-        if len(below) > 1 and len(above) > 1:
-            return None
-        groups.append((below, above))
-    return groups if not olds and not news else None
+_Cut = list[tuple[int, list[int]]]
+
+
+def _common_parts(old: Sequence[int], new: Sequence[int]) -> tuple[_Cut, _Cut] | None:
+    """Dimensions of `old` and of `new`, sizes over 1 only, each with the sizes of its parts, major first: cut wherever
+    a dimension of either begins. (C, H, W) and (G, L) have the parts G, C / G, H, W. None if some part is no integer.
+    """
+    if math.prod(old) != math.prod(new):
+        return None
+
+    def ends(shape: Sequence[int]) -> list[int]:
+        """For each dimension the number of elements of it and all after it."""
+        return [math.prod(shape[d:]) for d in range(len(shape))]
+
+    cuts = sorted({1, *ends(old), *ends(new)})
+    if 0 in cuts or any(b % a for a, b in itertools.pairwise(cuts)):
+        return None
+
+    def cut(shape: Sequence[int]) -> _Cut:
+        found = []
+        for d, (n, end) in enumerate(zip(shape, ends(shape), strict=True)):
+            inside = [c for c in cuts if end // n <= c <= end]
+            if n != 1:
+                found.append((d, [b // a for a, b in itertools.pairwise(inside)][::-1]))
+        return found
+
+    return cut(old), cut(new)

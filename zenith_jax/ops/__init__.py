@@ -5,6 +5,7 @@ from zenith_jax.ops.activation import gelu, silu
 from zenith_jax.ops.attention import attention
 from zenith_jax.ops.cross_entropy import cross_entropy
 from zenith_jax.ops.gated import gated_activation, gated_activation_of_halves
+from zenith_jax.ops.group_norm import group_norm
 from zenith_jax.ops.linear import linear
 from zenith_jax.ops.linear_cross_entropy import linear_cross_entropy
 from zenith_jax.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "gated_activation",
     "gated_activation_of_halves",
     "gelu",
+    "group_norm",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -183,20 +183,20 @@ def layer_norm(x, scale=None, bias=None, *, eps: float = 1e-5):
     and 0. The result has x's shape and dtype. Statistics in float32, two-pass. Bit-reproducible for a device and shape.
     Raises ShapeError or DTypeError. Differentiable in all three arrays, forward and reverse, to any order.
     """
-    scale, bias = _parameters("layer_norm", x, scale, bias)
+    scale, bias = parameters("layer_norm", x, _width("layer_norm", x), scale, bias)
     return layer_norm_fwd(as_batches(x, 1), scale, bias, eps=float(eps))[0].reshape(x.shape)
 
 
 def rms_norm(x, scale=None, *, eps: float = 1e-6):
     """x / sqrt(mean(x^2) + eps) * scale along the last axis. Shapes, dtypes and errors as in `layer_norm`."""
-    scale, _ = _parameters("rms_norm", x, scale, None)
+    scale, _ = parameters("rms_norm", x, _width("rms_norm", x), scale, None)
     return rms_norm_fwd(as_batches(x, 1), scale, eps=float(eps))[0].reshape(x.shape)
 
 
 def add_layer_norm(x, residual, scale=None, bias=None, *, eps: float = 1e-5):
     """(layer_norm(x + residual), x + residual) in one pass over memory. residual: x's shape and dtype."""
     _check_residual("add_layer_norm", x, residual)
-    scale, bias = _parameters("add_layer_norm", x, scale, bias)
+    scale, bias = parameters("add_layer_norm", x, _width("add_layer_norm", x), scale, bias)
     y, total = add_layer_norm_fwd(as_batches(x, 1), as_batches(residual, 1), scale, bias, eps=float(eps))
     return y.reshape(x.shape), total.reshape(x.shape)
 
@@ -204,7 +204,7 @@ def add_layer_norm(x, residual, scale=None, bias=None, *, eps: float = 1e-5):
 def add_rms_norm(x, residual, scale=None, *, eps: float = 1e-6):
     """(rms_norm(x + residual), x + residual) in one pass over memory. residual: x's shape and dtype."""
     _check_residual("add_rms_norm", x, residual)
-    scale, _ = _parameters("add_rms_norm", x, scale, None)
+    scale, _ = parameters("add_rms_norm", x, _width("add_rms_norm", x), scale, None)
     y, total = add_rms_norm_fwd(as_batches(x, 1), as_batches(residual, 1), scale, eps=float(eps))
     return y.reshape(x.shape), total.reshape(x.shape)
 
@@ -217,13 +217,16 @@ def _check_residual(name: str, x: Any, residual: Any) -> None:
         )
 
 
-def _parameters(name: str, x: Any, scale: Any, bias: Any) -> tuple[Any, Any]:
-    """scale and bias as arrays of one dtype, that of x or float32, with their defaults."""
+def _width(name: str, x: Any) -> int:
     if x.ndim < 1:
         raise ShapeError(f"{name}: x must have at least one axis, the normalised one, got shape {x.shape}")
+    return x.shape[-1]
+
+
+def parameters(name: str, x: Any, width: int, scale: Any, bias: Any) -> tuple[Any, Any]:
+    """scale and bias as arrays (width,) of one dtype, that of x or float32, with their defaults."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise DTypeError(f"{name}: x must have a real floating dtype, got {x.dtype}; convert it first")
-    width = x.shape[-1]
     given = [p for p in (scale, bias) if p is not None]
     narrow = given and all(p.dtype == x.dtype for p in given)
     dtype = x.dtype if narrow else jnp.promote_types(x.dtype, jnp.float32)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ops._op import check_kernel_dtype
 from zenith_jax.ops.attention_kernels import unsupported as attention_unsupported
+from zenith_jax.ops.group_norm import unsupported as group_norm_unsupported
 from zenith_jax.ops.linear import unsupported as linear_unsupported
 from zenith_jax.passes.match import Match
 
@@ -268,6 +269,29 @@ def _cuda_batch_norm(case: dict[str, Any], differentiated: bool) -> Refusal | No
     return None
 
 
+# bfloat16, XLA / ours in us, forward and with gradient, through JAX with the kernel's first version: 8x64x64x320 59/38,
+# 138/88, with silu 64/48, 168/120; 8x32x32x640 70/50, 43/59; 16x128x128x128 93/97, 139/264. The present one alone takes
+# 29, 47, 36, 70; 17, 27; 65, 137. float32 8x64x64x320 59/55, 107/135 (32 groups, H200, jax 0.11.2, 2026-11-26).
+_GROUP_NORM_ELEMENTS = 1 << 22
+_GROUP_NORM_GRADIENT_ELEMENTS = 1 << 23, 1 << 24
+_GROUP_NORM_ROWS = 16384
+
+
+def _cuda_group_norm(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    if jnp.dtype(case["dtype"]).itemsize != 2:
+        return refuse("the kernel is not measured ahead of XLA's code for {dtype}", dtype=case["dtype"])
+    least, most = _GROUP_NORM_GRADIENT_ELEMENTS if differentiated else (_GROUP_NORM_ELEMENTS, 1 << 60)
+    if not least <= case["size"] <= most or case["rows"] > _GROUP_NORM_ROWS:
+        return refuse(
+            "the kernel is not measured ahead of XLA's code for {n} elements, {rows} positions{gradient}",
+            n=case["size"],
+            rows=case["rows"],
+            gradient=" with their gradient" if differentiated else "",
+            advice="zenith.configure(use_cost=False) takes it",
+        )
+    return None
+
+
 def _cuda_grouped_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     del case, differentiated
     return refuse("a loop of products is faster than XLA's convolution on the CPU; on a GPU that is cuDNN's")
@@ -294,6 +318,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cuda", "linear"): _cuda_linear,
     ("cuda", "batch_norm"): _cuda_batch_norm,
     ("cuda", "grouped_conv"): _cuda_grouped_conv,
+    ("cuda", "group_norm"): _cuda_group_norm,
     ("cuda", "layer_norm"): _cuda_rows,
     ("cuda", "rms_norm"): _cuda_rows,
     ("cuda", "add_layer_norm"): _cuda_rows,
@@ -337,6 +362,12 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
         return refuse("an operand is empty")
     if match.op == "attention":
         unsupported = attention_unsupported(platform, head_size=max(case["d"], case["e"]))
+        if unsupported is not None:
+            return unsupported
+    if match.op == "group_norm":
+        unsupported = group_norm_unsupported(
+            platform, **{name: case[name] for name in ("dtype", "channels_last", "width", "groups")}
+        )
         if unsupported is not None:
             return unsupported
     if match.op == "linear":

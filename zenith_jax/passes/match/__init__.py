@@ -2,7 +2,7 @@
 
 None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
 `MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, a linear
-layer before its activation, and batch norm before the layer that it is folded into.
+layer and a norm before their activation, and batch norm before the layer that it is folded into.
 """
 
 from zenith_jax.passes.match import (
@@ -10,6 +10,7 @@ from zenith_jax.passes.match import (
     attention,
     batch_norm,
     cross_entropy,
+    group_norm,
     grouped_conv,
     linear,
     norm,
@@ -20,6 +21,7 @@ from zenith_jax.passes.match._match import Match
 MATCHERS = (
     attention.match,
     cross_entropy.match,
+    group_norm.match,
     norm.match,
     batch_norm.match,
     linear.match,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import VIEWS, Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
 from zenith_jax.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from zenith_jax.passes.match._match import Match, as_precise
+from zenith_jax.passes.match.moments import eps_and_variance, mean_of, square_of, unclamped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +33,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     rstd = terms.of(eqn.outvars[0])
     inner: list[JaxprEqn] = [eqn]
     inside = terms.peel(terms.operands(rstd, eqn)[0], inner)
-    addition = terms.producer(inside, "add")
-    if addition is None:
+    if terms.producer(inside, "add") is None:
         if isinstance(_moments(terms, inside, []), Moments):
             return refuse(
                 "there is no eps inside the square root",
@@ -43,85 +41,27 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
                 advice="x / sqrt(var + eps) is fused; sqrt(var) + eps is another function",
             )
         return None
-    operands = terms.operands(inside, addition)
-    constants = [terms.constant(t) for t in operands]
-    if (constants[0] is None) == (constants[1] is None):
+    below_root = eps_and_variance(terms, inside)
+    if below_root is None:
         return None
-    eps, variance = (constants[0], operands[1]) if constants[1] is None else (constants[1], operands[0])
+    eps, variance, addition = below_root
     inner.append(addition)
     moments = _moments(terms, variance, inner)
     if moments is None or isinstance(moments, Refusal):
         return moments
-    assert eps is not None
-    return _climb(terms, eqn, rstd, moments, float(eps), inner)
+    return _climb(terms, eqn, rstd, moments, eps, inner)
 
 
 # --- mean and variance ------------------------------------------------------------------------------------------------
 
 
 def _mean(terms: Terms, term: Term, path: list[JaxprEqn]) -> tuple[Term, Axis] | Refusal | None:
-    """sum(x) / N or sum(x) * (1/N) along one axis of size N: (x, axis)."""
-    walked: list[JaxprEqn] = []
-    term = terms.peel(term, walked)
-    eqn = terms.producer(term, "div", "mul", "reduce_sum")
-    if eqn is None:
-        return None
-    divisor, inverse = 1.0, False
-    literal_dtype: Any = np.float32
-    if eqn.primitive.name != "reduce_sum":
-        walked.append(eqn)
-        operands = terms.operands(term, eqn)
-        constants = [terms.constant(t) for t in operands]
-        if constants[1] is not None:
-            divisor, term, literal_dtype = constants[1], operands[0], operands[1].dtype
-        elif constants[0] is not None and eqn.primitive.name == "mul":
-            divisor, term, literal_dtype = constants[0], operands[1], operands[0].dtype
-        else:
-            return None
-        inverse = eqn.primitive.name == "mul"
-        term = terms.peel(term, walked)
-        eqn = terms.producer(term, "reduce_sum")
-        if eqn is None:
-            return None
-    operand, reduced = terms.reduced(term, eqn)
-    walked.append(eqn)
-    if len(reduced) != 1:
-        return refuse("the mean runs over {n} axes, a layer norm over one", n=len(reduced)) if reduced else None
-    size = reduced[0].size
-    if divisor == 1.0:
-        return None  # a sum, as in an L2 norm: nothing like a mean
-    # As the program computes it: N or 1/N rounded to the literal's dtype, and nothing else.
-    rounded = np.asarray(size, literal_dtype)
-    expected = (
-        {float(np.asarray(1.0 / size, literal_dtype)), float(np.asarray(1.0, literal_dtype) / rounded)}
-        if (inverse)
-        else {float(rounded)}
-    )
-    if divisor not in expected:
-        return refuse(
-            "the sum over {n} elements is divided by {d}",
-            n=size,
-            depth=2,
-            d=(1 / divisor if divisor else 0) if inverse else divisor,
-            advice="a mean divides by their number",
-        )
-    path.extend(walked)
-    return terms.peel(operand, path), reduced[0]
-
-
-def _square(terms: Terms, term: Term, path: list[JaxprEqn]) -> Term | None:
-    """x of x*x, square(x), integer_pow(x, 2)."""
-    term = terms.peel(term, path)
-    eqn = terms.producer(term, "square", "integer_pow", "mul")
-    if eqn is None:
-        return None
-    operands = terms.operands(term, eqn)
-    if eqn.primitive.name == "integer_pow" and eqn.params["y"] != 2:
-        return None
-    if eqn.primitive.name == "mul" and not terms.same(*operands):
-        return None
-    path.append(eqn)
-    return terms.peel(operands[0], path)
+    """The mean of x along one axis: (x, axis). Over several it is a group norm's."""
+    found = mean_of(terms, term, path)
+    if found is None or isinstance(found, Refusal):
+        return found
+    x, reduced = found
+    return (x, reduced[0]) if len(reduced) == 1 else None
 
 
 def _is_mean_of(terms: Terms, mean: Term, x: Term, axis: Axis, path: list[JaxprEqn]) -> bool:
@@ -136,14 +76,10 @@ def _is_mean_of(terms: Terms, mean: Term, x: Term, axis: Axis, path: list[JaxprE
 
 def _moments(terms: Terms, term: Term, path: list[JaxprEqn]) -> Moments | Refusal | None:
     """Reads a term as a variance or a mean square. The term may be clamped at 0: max(0, v)."""
-    term = terms.peel(term, path)
-    clamp = terms.producer(term, "max")
-    if clamp is not None:
-        sides = [t for t in terms.operands(term, clamp) if terms.constant(t) != 0.0]
-        if len(sides) != 1:
-            return None
-        path.append(clamp)
-        term = terms.peel(sides[0], path)
+    below = unclamped(terms, term, path)
+    if below is None:
+        return None
+    term = below
     difference = terms.producer(term, "sub")
     if difference is not None:
         return _difference_of_moments(terms, term, difference, path)
@@ -151,7 +87,7 @@ def _moments(terms: Terms, term: Term, path: list[JaxprEqn]) -> Moments | Refusa
     if found is None or isinstance(found, Refusal):
         return found
     squared, axis = found
-    base = _square(terms, squared, path)
+    base = square_of(terms, squared, path)
     if base is None:
         return None
     # base is indexed by `axis`, the fresh axis of the reduction.
@@ -179,8 +115,8 @@ def _difference_of_moments(terms: Terms, term: Term, eqn: JaxprEqn, path: list[J
     if found is None or isinstance(found, Refusal):
         return found
     squared, axis = found
-    x = _square(terms, squared, steps)
-    mean = _square(terms, second, steps)
+    x = square_of(terms, squared, steps)
+    mean = square_of(terms, second, steps)
     if x is None or mean is None:
         return None
     if not _is_mean_of(terms, mean, x, axis, steps):

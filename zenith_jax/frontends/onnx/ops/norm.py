@@ -117,9 +117,11 @@ def batch_normalization_by_outputs(
 
 @operator("InstanceNormalization")
 @in_jax
-def instance_normalization(x, scale, bias, *, epsilon=1e-5, consumed_inputs=None):
+def instance_normalization(x, scale=None, bias=None, *, epsilon=1e-5, consumed_inputs=None):
+    """Without scale and bias: the pass `instance_norm` leaves out those of 1 and 0."""
     del consumed_inputs
-    return _by_group(x, x.shape[1], _channels(scale, x), _channels(bias, x), epsilon, np.float32)
+    scale, bias = (None if v is None else _channels(v, x) for v in (scale, bias))
+    return _by_group(x, x.shape[1], scale, bias, epsilon, np.float32)
 
 
 @operator("GroupNormalization", since=18)
@@ -143,7 +145,8 @@ def _by_group(x: Any, groups: int, scale: Any, bias: Any, epsilon: float, stash:
     centred = wide - mean
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
     y = (centred * lax.rsqrt(variance + epsilon)).reshape(x.shape)
-    return (y * scale + bias).astype(x.dtype)
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
 
 
 @operator("LRN")

@@ -15,7 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from zenith_jax.frontends.onnx.parsed import Parsed
-from zenith_jax.frontends.onnx.passes import batch_norm, constants, identities, quantized, transposes, unread
+from zenith_jax.frontends.onnx.passes import (
+    batch_norm,
+    constants,
+    identities,
+    instance_norm,
+    quantized,
+    transposes,
+    unread,
+)
 
 PASSES: Mapping[str, Callable[[Parsed], Parsed]] = {
     "transposes": transposes.composed,
@@ -23,5 +31,6 @@ PASSES: Mapping[str, Callable[[Parsed], Parsed]] = {
     "integers": quantized.in_integers,  # before dequantised weights are folded
     "constants": constants.folded,
     "batch_norm": batch_norm.into_products,  # finds weights only where no Identity is in between
+    "instance_norm": instance_norm.without_unit_parameters,
     "unread": unread.without_unread,  # what the others have left over
 }
