@@ -220,8 +220,8 @@ def _match(terms: Terms, eqn: JaxprEqn, base: LogSum, readings: list[Reading]) -
     odd = next((r.pick for r in readings if r.pick is not None and r.pick.on * r.pick.off < 0), None)
     if odd is not None:
         # on * x[label] + off * sum(x) is then inf - inf for x[label] = -inf, where the program has an infinity.
-        weights = dict(a=odd.on + odd.off, b=odd.off)
-        return refuse("its label weighs {a:.3g} of a row, every other class {b:.3g}", **weights, depth=3)
+        a, b = odd.on + odd.off, odd.off
+        return refuse("its label weighs {a:.3g} of a row, every other class {b:.3g}", a=a, b=b, depth=3)
     labels = picked.pick.labels
     class_dim = base.x.axes.index(base.axis)
     batch_dims = [d for d, a in enumerate(base.x.axes) if a is not None and d != class_dim]
