@@ -141,6 +141,52 @@ def norm_cases() -> dict[str, Case]:
     return cases
 
 
+def group_norm_cases(*, last: bool) -> dict[str, Case]:
+    """x (B, R, G, K), or (B, G, K, R) with channels first; silu after one of both."""
+    g, k = 2, 3
+    axes = (1, 3) if last else (2, 3)
+    shape = (B, R, g, k) if last else (B, g, k, R)
+    along = (g, k) if last else (g, k, 1)
+    x, dy, scale, bias = normal(*shape) + 1, normal(*shape), normal(g * k) + 1, normal(g * k)
+    mean = x.mean(axes)
+    rstd = F32(1 / np.sqrt(x.var(axes) + EPS))
+    full, groups, partial = (shape, F32), ((B, g), F32), ((B, g * k), F32)
+    attributes = {"channels_last": np.int32(last), "silu": np.int32(not last)}
+
+    def before_silu(x, scale, bias, mean, rstd):
+        spread = lambda v: np.expand_dims(v, axes)  # noqa: E731
+        xhat = (x - spread(mean)) * spread(rstd)
+        z = xhat * scale.reshape(along) + bias.reshape(along)
+        return xhat, z, (np.ones_like(z) if last else 1 / (1 + np.exp(-z)))
+
+    def forward(x, scale, bias):
+        mean, rstd = x.mean(axes), 1 / np.sqrt(x.var(axes) + EPS)
+        _, z, s = before_silu(x, scale, bias, mean, rstd)
+        return z * s, mean, rstd
+
+    def backward(x, scale, bias, dy, mean, rstd):
+        xhat, z, s = before_silu(x, scale, bias, mean, rstd)
+        dz = dy * (s if last else s + z * s * (1 - s))
+        of_g, of_gx = ((dz * scale.reshape(along) * v).mean(axes, keepdims=True) for v in (1, xhat))
+        dx = np.expand_dims(rstd, axes) * (dz * scale.reshape(along) - of_g - xhat * of_gx)
+        rows = 1 if last else 3
+        return dx, (dz * xhat).sum(rows).reshape(B, -1), dz.sum(rows).reshape(B, -1)
+
+    name = "group_norm" if last else "group_norm_first"
+    operands = {"x": x, "scale": scale, "bias": bias}
+    return {
+        f"{name}_fwd": Case(
+            operands, {"y": full, "mean": groups, "rstd": groups}, forward, attributes | {"eps": F32(EPS)}
+        ),
+        f"{name}_bwd": Case(
+            operands | {"dy": dy, "mean": mean, "rstd": rstd},
+            {"dx": full, "dscale": partial, "dbias": partial},
+            backward,
+            attributes,
+        ),
+    }
+
+
 def softmax_cases() -> dict[str, Case]:
     x, dy = 3 * normal(B, R, D), normal(B, R, D)
     y = softmax(x)
@@ -297,7 +343,17 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
 
 STRUCTURED = attention_cases(structured=True)
 LINEAR = {"cpu": linear_cases(F32), "cuda": linear_cases(np.float16)}
-CASES = norm_cases() | softmax_cases() | cross_entropy_cases() | activation_cases() | gated_cases() | attention_cases()
+CHANNELS_FIRST = group_norm_cases(last=False)
+CASES = (
+    norm_cases()
+    | group_norm_cases(last=True)
+    | CHANNELS_FIRST
+    | softmax_cases()
+    | cross_entropy_cases()
+    | activation_cases()
+    | gated_cases()
+    | attention_cases()
+)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -329,7 +385,9 @@ def test_every_target_has_a_case(device):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_target_computes_its_formula(name):
+def test_target_computes_its_formula(device, name):
+    if device == "cuda" and name in CHANNELS_FIRST:
+        pytest.skip("on a GPU the channels are last")
     case = CASES[name]
     for actual, wanted in zip(call(name, case.operands, case.results, case.attributes), expected(case), strict=True):
         if wanted is not None:

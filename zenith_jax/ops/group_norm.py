@@ -1,7 +1,8 @@
 """group_norm, with silu after it where asked.
 
-Canonical shape: x (*b, r, g, k): r positions, g groups of k channels; scale and bias (g * k,). How x lies in memory is
-the attribute channels_last: in this order, or (*b, g, k, r). The forward kernel writes mean and 1/standard deviation of
+Canonical shape: x (*b, r, g, k) or, with channels first, (*b, g, k, r): r positions, g groups of k channels; scale and
+bias (g * k,). Two signatures and not one with two memory layouts: XLA's CPU compiler copies an array whose layout it is
+told. The forward kernel writes mean and 1/standard deviation of
 each group too, for the backward kernel, which sums the cotangents of scale and bias over the positions of each sample;
 the sum over samples is XLA's, so that a sharded batch stays sharded.
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
-from zenith_jax.ops._op import WIDENED, as_batches, check_kernel_dtype, kernel, widened
+from zenith_jax.ops._op import WIDENED, Kernel, as_batches, check_kernel_dtype, kernel, widened
 from zenith_jax.ops.activation import silu_formula
 from zenith_jax.ops.norm import parameters
 
@@ -76,13 +77,8 @@ _VECTOR_BYTES, _BLOCK_VECTORS = 16, 256
 
 def _supports(avals: Any, platform: str, *, channels_last: bool, **_: Any) -> Refusal | None:
     x = avals[0]
-    return unsupported(
-        platform,
-        dtype=x.dtype,
-        channels_last=channels_last,
-        width=x.shape[-2] * x.shape[-1],
-        groups=x.shape[-2],
-    )
+    *_, groups, channels = x.shape if channels_last else x.shape[:-1]
+    return unsupported(platform, dtype=x.dtype, channels_last=channels_last, width=groups * channels, groups=groups)
 
 
 def _forward_attributes(avals: Any, *, eps: float, **rest: Any) -> dict[str, Any]:
@@ -94,68 +90,66 @@ def _backward_attributes(avals: Any, *, eps: float, activation: str, channels_la
     return dict(silu=np.int32(activation == "silu"), channels_last=np.int32(channels_last))
 
 
-def _order(rank: int, channels_last: bool) -> tuple[int, ...] | None:
-    """Major to minor, of x."""
-    return None if channels_last else (*range(rank), rank + 1, rank + 2, rank)
-
-
-def _forward_layouts(rank: int, *, channels_last: bool, **_: Any) -> tuple[list, list]:
-    x = _order(rank, channels_last)
-    return [x, None, None], [x, None, None]
-
-
-def _backward_layouts(rank: int, *, channels_last: bool, **_: Any) -> tuple[list, list]:
-    x = _order(rank, channels_last)
-    return [x, None, None, x, None, None], [x, None, None]
-
-
 def _parameter_cotangent(partials: Any, parameter: Any) -> Any:
     return jnp.sum(partials, axis=tuple(range(partials.ndim - 1))).astype(parameter.dtype)
 
 
-def _backward(operands, results, cotangents, needed, **attributes):
-    del needed
-    x, scale, bias = operands
-    dx, dscale, dbias = group_norm_bwd(x, scale, bias, cotangents[0], *results[1:], **attributes)
-    return {0: dx, 1: _parameter_cotangent(dscale, scale), 2: _parameter_cotangent(dbias, bias)}
+def _kernels(stem: str, x_axes: str, *, last: bool) -> Kernel:
+    """The forward kernel for x (*b, *x_axes), tied to its backward kernel."""
+
+    def with_channels_last(x: Any) -> Any:
+        return x if last else jnp.moveaxis(x, -1, -3)
+
+    def as_given(y: Any) -> Any:
+        return y if last else jnp.moveaxis(y, -3, -1)
+
+    @kernel(
+        f"{stem}_bwd",
+        f"*b {x_axes}, d, d, *b {x_axes}, *b g, *b g -> *b {x_axes}, *b d, *b d",
+        (0, WIDENED, WIDENED),
+        visible=3,
+        supports=_supports,
+        ffi_attributes=_backward_attributes,
+    )
+    def backward_kernel(x, scale, bias, dy, mean, rstd, *, eps, activation, channels_last):
+        del mean, rstd, channels_last  # made of x again: a derivative of this must see that they depend on it
+        x, dy = with_channels_last(x), with_channels_last(dy)
+        mean, rstd = _statistics(x, eps)
+        xhat, z = _before_activation(x, scale, bias, mean, rstd)
+        dz = jax.vjp(ACTIVATIONS[activation], z)[1](widened(dy))[0]
+        g = dz * _by_group(scale, x)
+        mean_g = jnp.mean(g, axis=(-3, -1), keepdims=True)
+        mean_gx = jnp.mean(g * xhat, axis=(-3, -1), keepdims=True)
+        dx = (g - mean_g - xhat * mean_gx) * _along_groups(rstd)
+        by_channel = (jnp.sum(v, axis=-3).reshape(*v.shape[:-3], -1) for v in (dz * xhat, dz))
+        return as_given(dx.astype(x.dtype)), *by_channel
+
+    def backward(operands, results, cotangents, needed, **attributes):
+        del needed
+        x, scale, bias = operands
+        dx, dscale, dbias = backward_kernel(x, scale, bias, cotangents[0], *results[1:], **attributes)
+        return {0: dx, 1: _parameter_cotangent(dscale, scale), 2: _parameter_cotangent(dbias, bias)}
+
+    @kernel(
+        f"{stem}_fwd",
+        f"*b {x_axes}, d, d -> *b {x_axes}, *b g, *b g",
+        (0, WIDENED, WIDENED),
+        backward=backward,
+        supports=_supports,
+        ffi_attributes=_forward_attributes,
+    )
+    def forward_kernel(x, scale, bias, *, eps, activation, channels_last):
+        del channels_last
+        x = with_channels_last(x)
+        mean, rstd = _statistics(x, eps)
+        _, z = _before_activation(x, scale, bias, mean, rstd)
+        return as_given(ACTIVATIONS[activation](z).astype(x.dtype)), mean, rstd
+
+    return forward_kernel
 
 
-@kernel(
-    "group_norm_bwd",
-    "*b r g k, d, d, *b r g k, *b g, *b g -> *b r g k, *b d, *b d",
-    (0, WIDENED, WIDENED),
-    visible=3,
-    supports=_supports,
-    ffi_attributes=_backward_attributes,
-    layouts=_backward_layouts,
-)
-def group_norm_bwd(x, scale, bias, dy, mean, rstd, *, eps, activation, channels_last):
-    del mean, rstd, channels_last  # made of x again: a derivative of this must see that they depend on it
-    mean, rstd = _statistics(x, eps)
-    xhat, z = _before_activation(x, scale, bias, mean, rstd)
-    dz = jax.vjp(ACTIVATIONS[activation], z)[1](widened(dy))[0]
-    g = dz * _by_group(scale, x)
-    mean_g = jnp.mean(g, axis=(-3, -1), keepdims=True)
-    mean_gx = jnp.mean(g * xhat, axis=(-3, -1), keepdims=True)
-    dx = (g - mean_g - xhat * mean_gx) * _along_groups(rstd)
-    by_channel = (jnp.sum(v, axis=-3).reshape(*v.shape[:-3], -1) for v in (dz * xhat, dz))
-    return dx.astype(x.dtype), *by_channel
-
-
-@kernel(
-    "group_norm_fwd",
-    "*b r g k, d, d -> *b r g k, *b g, *b g",
-    (0, WIDENED, WIDENED),
-    backward=_backward,
-    supports=_supports,
-    ffi_attributes=_forward_attributes,
-    layouts=_forward_layouts,
-)
-def group_norm_fwd(x, scale, bias, *, eps, activation, channels_last):
-    del channels_last
-    mean, rstd = _statistics(x, eps)
-    _, z = _before_activation(x, scale, bias, mean, rstd)
-    return ACTIVATIONS[activation](z).astype(x.dtype), mean, rstd
+_LAST = _kernels("group_norm", "r g k", last=True)
+_FIRST = _kernels("group_norm_first", "g k r", last=False)
 
 
 # --- op ---------------------------------------------------------------------------------------------------------------
@@ -202,13 +196,13 @@ def group_norm_canonical(x, scale, bias, *, groups: int, eps: float, activation:
     """x: (*b, r, c), or (*b, c, r) without `channels_last`; scale and bias: (c,), or None."""
     width, rows = x.shape[-1 if channels_last else -2], x.shape[-2 if channels_last else -1]
     scale, bias = parameters("group_norm", x, width, scale, bias)
-    lead, grouped = x.shape[:-2], (groups, width // groups)
+    grouped = (groups, width // groups)
     last = channels_last or rows == 1
-    canonical = x.reshape(*lead, rows, *grouped) if last else jnp.moveaxis(x.reshape(*lead, *grouped, rows), -1, -3)
-    y = group_norm_fwd(
+    canonical = x.reshape(*x.shape[:-2], *((rows, *grouped) if last else (*grouped, rows)))
+    y = (_LAST if last else _FIRST)(
         as_batches(canonical, 3), scale, bias, eps=float(eps), activation=activation or "none", channels_last=last
-    )[0].reshape(canonical.shape)
-    return (y if last else jnp.moveaxis(y, -3, -1)).reshape(x.shape)
+    )[0]
+    return y.reshape(x.shape)
 
 
 def _channel_axis(x: Any, channel_axis: int) -> int:
