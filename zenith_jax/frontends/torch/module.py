@@ -42,7 +42,7 @@ class Engine:
         self.ready: dict[Any, Executable] = {}
         self.programs: dict[Any, list[Program]] = {}
         self.refused: dict[Any, str] = {}
-        self.find = finder(_Root(self.module))
+        self.place = finder(_Root(self.module))
         self.modules = list(self.module.modules())
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,7 +115,7 @@ class Engine:
         return self._program(call, tensors, no_axes(tensors), autocast)
 
     def _program(self, call: Callable[..., Any], tensors: Any, axes: Any, autocast: Any) -> Program:
-        return Program(capture(call, self.module, tensors, axes, autocast), tensors, self.find)
+        return Program(capture(call, self.module, tensors, axes, autocast), tensors, self.place)
 
 
 class _Root(torch.nn.Module):

@@ -20,7 +20,7 @@ from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.torch.capture import Alias, Captured, Constant, Fresh, NotDynamicError, to_onnx
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.frontends.torch.tensors import Inlet, is_wide, to_torch
-from zenith_jax.frontends.torch.weights import Weights, version
+from zenith_jax.frontends.torch.weights import Place, Weights
 from zenith_jax.ir import _compat
 from zenith_jax.passes import known
 from zenith_jax.report import Report
@@ -33,14 +33,14 @@ _SMALL = 1024
 class Program:
     """A captured module. `accepts(shapes)` says for which sizes it holds, `executable(shapes)` compiles for them."""
 
-    def __init__(self, captured: Captured, tensors: Sequence[torch.Tensor], find: Callable[[str], Any]):
+    def __init__(self, captured: Captured, tensors: Sequence[torch.Tensor], place: Callable[[str], Place]):
         self.captured = captured
         self.example_shapes = tuple(tuple(t.shape) for t in tensors)
         self.wide = bool(jax.config.read("jax_enable_x64")) or any(map(is_wide, (*tensors, *captured.weights.values())))
         self.inlets = [Inlet(t, self.wide) for t in tensors]
         self.onnx, names = _imported(captured)
         self.input_names = [i.name for i in self.onnx.inputs][: len(tensors)]
-        self.weights = Weights(captured.weights, names, self.wide, find)
+        self.weights = Weights(captured.weights, names, self.wide, place)
         self.more = {**self.onnx.params, **self.onnx.constants}  # what the exporter computed from constants
         self.platform = {"gpu": "cuda"}.get(self.inlets[0].device.platform, "cpu") if self.inlets else None
 
@@ -152,18 +152,22 @@ class _Folded:
         self.kept = split.kept
         # Numbers of weights; what else there is never changes.
         self.read = sorted({i for of in split.made_of for i in of if i < len(self.weights.names)})
-        self.seen: Any = None
+        self.followed: list[torch.Tensor] = []
+        self.versions: list[int] = []
         self.arrays: list[jax.Array] = []
         self.values: list[jax.Array] = []
 
     def __call__(self, arrays: list[jax.Array]) -> list[jax.Array]:
         """What the program takes before its inputs."""
-        tensors = self.weights.tensors
-        seen = [(id(tensors[i]), version(tensors[i])) for i in self.read]
-        if seen != self.seen or arrays is not self.arrays:
+        if arrays is not self.arrays:
+            tensors = [self.weights.tensors[i] for i in self.read]
+            self.followed = [t for t in tensors if not t.is_inference()]  # torch does not count writes to the others
+            self.versions = []
+        versions = [t._version for t in self.followed]
+        if versions != self.versions or arrays is not self.arrays:
             full = [*arrays, *self.more]
             self.values = [*self.prepare(*full), *(full[i] for i in self.kept)]
-            self.seen, self.arrays = seen, arrays
+            self.versions, self.arrays = versions, arrays
         return self.values
 
 

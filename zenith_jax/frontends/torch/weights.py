@@ -7,6 +7,8 @@ A weight that torch changes in place has changed in JAX too, since both have the
 
 from __future__ import annotations
 
+import functools as ft
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from zenith_jax.frontends.torch.tensors import Inlet, shares_memory
 
 _address = torch.Tensor.data_ptr
+Place = tuple[dict[str, Any], str]
 
 
 class Changed(Exception):
@@ -25,22 +28,27 @@ class Changed(Exception):
 class Weights:
     """tensors: by name, of which `names` are arrays, in this order, and the rest are constants of the program.
 
-    find: name -> the module's present tensor of that name.
+    place: name -> the dictionary that holds the module's tensor of that name, and its key there.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], names: list[str], wide: bool, find: Callable[[str], torch.Tensor]
+        self, tensors: Mapping[str, torch.Tensor], names: list[str], wide: bool, place: Callable[[str], Place]
     ):
-        self.names, self.find = names, find
+        self.names, self.place = names, place
         self.tensors = [tensors[name] for name in names]
         self.inlets = [Inlet(t, wide) for t in self.tensors]
-        self.ids = list(map(id, self.tensors))
+        self.places = list(map(place, names))
         self.addresses = list(map(_address, self.tensors))
         self.arrays: list[jax.Array] = [inlet(t) for inlet, t in zip(self.inlets, self.tensors, strict=True)]
         self.copied: dict[int, int] = {}
         for i in range(len(self.arrays)):
             self._note_copy(i)
         self.constants = {k: (t, version(t)) for k, t in tensors.items() if k not in set(names)}
+
+    def find(self, name: str) -> Any:
+        """The module's present tensor of that name."""
+        holder, key = self.place(name)
+        return holder.get(key)
 
     @property
     def copied_names(self) -> list[str]:
@@ -49,8 +57,11 @@ class Weights:
 
     def current(self) -> list[jax.Array]:
         """The arrays, after a look at whether the module still has these tensors. Raises Changed."""
-        tensors = list(map(self.find, self.names))
-        if list(map(id, tensors)) != self.ids or list(map(_address, tensors)) != self.addresses:
+        try:
+            tensors = [holder[name] for holder, name in self.places]
+        except KeyError:  # deleted, or another kind of attribute now
+            tensors = list(map(self.find, self.names))
+        if not all(map(operator.is_, tensors, self.tensors)) or list(map(_address, tensors)) != self.addresses:
             self._rebind(tensors)
         for i, known in self.copied.items():
             if version(self.tensors[i]) != known:
@@ -73,7 +84,7 @@ class Weights:
                 raise Changed(self.names[i])
             arrays[i] = self.inlets[i](new)
         self.arrays, self.tensors = arrays, tensors
-        self.ids, self.addresses = list(map(id, tensors)), list(map(_address, tensors))
+        self.addresses = list(map(_address, tensors))
         for i in range(len(arrays)):
             self._note_copy(i)
 
@@ -95,17 +106,14 @@ def version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # torch does not count the writes to inference tensors
 
 
-def finder(module: torch.nn.Module) -> Callable[[str], Any]:
-    """name -> the module's tensor of that name now; each name is resolved to its dictionary once."""
-    places: dict[str, tuple[dict[str, Any], str]] = {}
+def finder(module: torch.nn.Module) -> Callable[[str], Place]:
+    """name -> where the module's tensor of that name is; each name is resolved once."""
 
-    def find(name: str) -> Any:
-        place = places.get(name)
-        if place is None:
-            path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(path)
-            holders = (owner._parameters, owner._buffers, vars(owner))
-            places[name] = place = next((h for h in holders if leaf in h), owner._parameters), leaf
-        return place[0].get(place[1])
+    @ft.cache
+    def place(name: str) -> Place:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        holders = (owner._parameters, owner._buffers, vars(owner))
+        return next((h for h in holders if leaf in h), owner._parameters), leaf
 
-    return find
+    return place
