@@ -24,6 +24,7 @@ TINY = [
     cases.rows_case("rms_norm", cases.rms_norm, 64, 256, parameters=1),
     cases.rows_case("add + layer_norm", cases.add_layer_norm, 64, 256, arrays=2, parameters=2),
     cases.rows_case("softmax", jax.nn.softmax, 64, 256),
+    cases.image_case(cases.group_norm_silu, 2, 8, 64),
     cases.encoder_layer_case(2, 64),
 ]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formulas import add_layer_norm, add_rms_norm, gated, gelu, layer_norm, rms_norm, silu, softmax
+from formulas import add_layer_norm, add_rms_norm, gated, gelu, group_norm, layer_norm, rms_norm, silu, softmax
 from numerics import in_float64
 from op_cases import GRADIENT_ULPS, SEED, VALUE_ULPS, Case, Mask, attention_case, close, gradient_of
 
@@ -152,6 +152,28 @@ def test_large_values_do_not_overflow():
 def test_layer_norm_of_a_large_mean_does_not_cancel():
     x = jnp.asarray(np.random.default_rng(SEED).normal(size=(4, 512)) + 1e4, jnp.float32)
     close(lambda f: f, Case("layer_norm", "", ops.layer_norm, layer_norm, ()), [x], 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4)], ids=str)
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_empty_images_give_empty_arrays_and_zero_gradients(shape, channel_axis):
+    x = jnp.zeros(shape if channel_axis == -1 else (shape[0], shape[2], shape[1]))
+    function = ft.partial(ops.group_norm, groups=2, channel_axis=channel_axis, activation="silu")
+    args = x, jnp.ones(4), jnp.zeros(4)
+    assert jax.jit(function)(*args).shape == x.shape
+    for gradient, arg in zip(jax.jit(gradient_of(function, args))(*args), args, strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros(arg.shape))
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_group_norm_keeps_nan_in_its_group_and_a_large_mean_from_cancelling(channel_axis):
+    options = dict(groups=3, channel_axis=channel_axis)
+    function, formula = (ft.partial(f, **options) for f in (ops.group_norm, group_norm))
+    x = jnp.asarray(np.random.default_rng(SEED).normal(size=(2, 6, 37, 6)) + 1e4, jnp.float32)
+    close(lambda f: f, Case("group_norm", "", function, formula, ()), [x], 4)
+    bad = x.at[1, 3, 4, 3].set(jnp.nan)
+    nans = np.isnan(np.moveaxis(function(bad), channel_axis, -1))
+    assert nans[1, ..., 2:4].all() and nans.sum() == nans[1, ..., 2:4].size
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -123,6 +123,15 @@ def test_scale_of_each_sample_stays_beside_the_norm(rng, check_fused):
     check_fused(function, image(rng), *vectors(rng), time, counts={"group_norm": 1})
 
 
+@pytest.mark.parametrize("function", [in_groups, as_pytorch_exports_it, by_repeated_moments], ids=lambda f: f.__name__)
+def test_a_batch_of_one_is_a_batch(rng, function, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.N", 1)
+    args = image(rng, first=function is as_pytorch_exports_it), *vectors(rng)
+    report = zenith.explain(function)(*args)
+    assert report.counts() == {"group_norm": 1}, report
+    np.testing.assert_allclose(zenith.jit(function)(*args), function(*args), rtol=1e-4, atol=1e-5)
+
+
 def test_silu_of_a_norm_that_is_returned_too_is_apart(rng, check_fused):
     def function(x, scale, bias):
         y = in_groups(x, scale, bias)
@@ -271,3 +280,28 @@ def test_groups_as_many_as_their_channels_are_told_apart(rng, check_refused):
     miss, twin = (ft.partial(function, spread=f) for f in (lambda m: tiled(m, 3), lambda m: jnp.repeat(m, 3, 1)))
     check_refused(miss, x, op="group_norm", reason="not its mean over a group")
     assert zenith.explain(twin)(x).counts() == {"group_norm": 1}
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, first, reason",
+    [
+        ((8, 64, 64, 320), jnp.bfloat16, False, ""),
+        ((8, 64, 64, 320), jnp.float32, False, "not measured ahead of XLA's code for float32"),
+        ((1, 8, 8, 320), jnp.bfloat16, False, "not measured ahead of XLA's code for 20480 elements, 64 positions"),
+        ((8, 320, 64, 64), jnp.bfloat16, True, "on a GPU group norm has a kernel for channels last only"),
+        ((1, 64, 4, 6000), jnp.bfloat16, False, "a group of 3000 channels is wider than a block of threads"),
+    ],
+    ids=["measured", "float32", "small", "channels first", "wide groups"],
+)
+def test_what_a_gpu_takes(shape, dtype, first, reason):
+    def function(x):
+        grouped = x.astype(jnp.float32).reshape((shape[0], 2, -1, *shape[2:]) if first else (*shape[:-1], 2, -1))
+        axes = (2, 3, 4) if first else (1, 2, 4)
+        mean, variance = (f(grouped, axes, keepdims=True) for f in (jnp.mean, jnp.var))
+        scale = jnp.arange(float(shape[1 if first else -1])).reshape((-1, 1, 1) if first else -1)
+        return (((grouped - mean) * lax.rsqrt(variance + 1e-5)).reshape(shape) * scale).astype(dtype)
+
+    with zenith.configured(platform="cuda", use_cost=True):
+        report = zenith.explain(function)(jnp.zeros(shape, dtype))
+    (site,) = report.sites
+    assert site.op == "group_norm" and site.fused == (not reason) and reason in (site.reason or "")

@@ -71,13 +71,14 @@ def unsupported(platform: str, *, dtype: Any, channels_last: bool, width: int, g
     return check_kernel_dtype("group_norm", dtype)
 
 
-# What cuda/group_norm.cu takes: the channels of some whole groups, one vector a thread.
+# What cuda/group_norm.cuh takes: the channels of some whole groups, one vector a thread.
 _VECTOR_BYTES, _BLOCK_VECTORS = 16, 256
 
 
-def _supports(avals: Any, platform: str, *, channels_last: bool, **_: Any) -> Refusal | None:
+def _supports(avals: Any, platform: str, *, channels_last: bool, **rest: Any) -> Refusal | None:
+    del rest
     x = avals[0]
-    *_, groups, channels = x.shape if channels_last else x.shape[:-1]
+    groups, channels = x.shape[-2:] if channels_last else x.shape[-3:-1]
     return unsupported(platform, dtype=x.dtype, channels_last=channels_last, width=groups * channels, groups=groups)
 
 

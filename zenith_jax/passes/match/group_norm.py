@@ -335,8 +335,11 @@ def _layout(terms: Terms, reading: _Reading, parameters: Sequence[Term]) -> _Lay
         kinds = "kg" if axis in channels else "rb"
         return kinds[0] if axis in reading.reduced else kinds[1]
 
-    order = [a for a in terms.split(reading.x).axes if a is not None]
+    axes_of_x = terms.split(reading.x).axes
+    order = [a for a in axes_of_x if a is not None]
     runs = [(name, list(axes)) for name, axes in itertools.groupby(order, kind)]
+    if axes_of_x[:1] == (None,) and runs and runs[0][0] in "rk":
+        runs.insert(0, ("b", []))  # a batch of one
     names = "".join(name for name, _ in runs)
     if names.startswith(("r", "k")):
         return refuse(
