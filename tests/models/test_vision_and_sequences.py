@@ -167,8 +167,8 @@ def test_resnet_block_has_no_site_in_training_and_else_its_batch_norms(rng):
         variables = model.init(jax.random.key(0), x)
         function = lambda v, x, model=model: model.apply(v, x, mutable=["batch_stats"])[0]  # noqa: E731
         if train:
-            jaxprs = (jax.make_jaxpr(f)(variables, x) for f in (zenith.fuse(function), function))
-            assert len(set(map(str, jaxprs))) == 1
+            report = zenith.explain(function)(variables, x)  # its convolutions are laid out anew, which is no site
+            assert not report.fused and all("batch norm in training" in site.reason for site in report.sites)
         else:
             assert zenith.explain(function)(variables, x).counts() == {"batch_norm": 3}
             np.testing.assert_allclose(zenith.jit(function)(variables, x), function(variables, x), rtol=1e-5, atol=1e-5)
