@@ -285,15 +285,13 @@ def test_groups_as_many_as_their_channels_are_told_apart(rng, check_refused):
 @pytest.mark.parametrize(
     "shape, dtype, first, reason",
     [
-        ((8, 64, 64, 320), jnp.bfloat16, False, ""),
-        ((8, 64, 64, 320), jnp.float32, False, "not measured ahead of XLA's code for float32"),
-        ((1, 8, 8, 320), jnp.bfloat16, False, "not measured ahead of XLA's code for 20480 elements, 64 positions"),
+        ((8, 64, 64, 320), jnp.bfloat16, False, "not measured through JAX on a GPU yet"),
         ((8, 320, 64, 64), jnp.bfloat16, True, "on a GPU group norm has a kernel for channels last only"),
         ((1, 64, 4, 6000), jnp.bfloat16, False, "a group of 3000 channels is wider than a block of threads"),
     ],
-    ids=["measured", "float32", "small", "channels first", "wide groups"],
+    ids=["channels last", "channels first", "wide groups"],
 )
-def test_what_a_gpu_takes(shape, dtype, first, reason):
+def test_what_a_gpu_leaves_to_xla(shape, dtype, first, reason):
     def function(x):
         grouped = x.astype(jnp.float32).reshape((shape[0], 2, -1, *shape[2:]) if first else (*shape[:-1], 2, -1))
         axes = (2, 3, 4) if first else (1, 2, 4)
@@ -304,4 +302,4 @@ def test_what_a_gpu_takes(shape, dtype, first, reason):
     with zenith.configured(platform="cuda", use_cost=True):
         report = zenith.explain(function)(jnp.zeros(shape, dtype))
     (site,) = report.sites
-    assert site.op == "group_norm" and site.fused == (not reason) and reason in (site.reason or "")
+    assert site.op == "group_norm" and not site.fused and reason in site.reason
