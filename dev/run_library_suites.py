@@ -35,13 +35,37 @@ SUITES = {
 }
 SHIPPED = {"flax"}
 
-# Before any test module is imported. zenith.jit calls jax.jit, which is why its two parts are put together here.
+# Before any test module is imported. zenith.jit calls jax.jit, which is why its two parts are put together here. Most
+# tests call layers without jit: functions of jax.nn, and Equinox's layers, are fused call by call. But not softmax,
+# whose residuals a test counts, nor attention, which without jit catches that CPUs refuse a float16 product.
 PLUGIN = """
-import collections, os
+import collections, functools, importlib.util, inspect, os
 import jax
 import zenith_jax as zenith
+
+def fused_call(function):
+    @functools.wraps(function)
+    def call(*args, **options):
+        leaves, tree = jax.tree.flatten((args, options))
+        arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+        def of_arrays(*values):
+            full = list(leaves)
+            for i, value in zip(arrays, values):
+                full[i] = value
+            args, options = jax.tree.unflatten(tree, full)
+            return function(*args, **options)
+        return zenith.fuse(of_arrays)(*(leaves[i] for i in arrays))
+    return call
+
 if os.environ["REPLACE_JIT"] == "1":
     zenith.configure(use_cost=False)
+    for name in "gelu log_softmax logsumexp silu standardize swish".split():
+        setattr(jax.nn, name, fused_call(getattr(jax.nn, name)))
+    if importlib.util.find_spec("equinox"):
+        import equinox
+        for layer in vars(equinox.nn).values():
+            if inspect.isclass(layer) and "__call__" in vars(layer):
+                layer.__call__ = fused_call(layer.__call__)
     plain = jax.jit
     def jit(function=None, **options):
         if function is None:
