@@ -119,12 +119,12 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
 
 def _channel(eqn: JaxprEqn) -> tuple[int, int] | None:
     """The dimension of the result, and of the weights, along which the channels are."""
-    if not is_float(eqn.outvars[0].aval.dtype):
+    if eqn.primitive.name not in ("conv_general_dilated", "dot_general") or not is_float(eqn.outvars[0].aval.dtype):
         return None
     if eqn.primitive.name == "conv_general_dilated":
         _, weights, result = eqn.params["dimension_numbers"]
         return result[1], weights[0]
-    if eqn.primitive.name != "dot_general" or eqn.params.get("out_sharding") is not None:
+    if eqn.params.get("out_sharding") is not None:
         return None
     (_, contracted), (batch, _) = eqn.params["dimension_numbers"]
     free = [d for d in range(len(eqn.invars[1].aval.shape)) if d not in contracted]
