@@ -30,15 +30,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch allocat
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from gpt2_train_step import JITS, gpt2, token_ids, training_step
 from rich.console import Console
 from rich.table import Table
 
 import zenith_jax as zenith
 from zenith_jax.bench.machine import machine
 from zenith_jax.bench.timing import interleaved
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
-import gpt2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +54,8 @@ class Case:
 
 def gpt2_step(tiny: bool) -> Case:
     config = dataclasses.replace(gpt2.TINY, dtype=jnp.bfloat16) if tiny else gpt2.SMALL
-    graph, state = nnx.split(gpt2.GPT2(config, nnx.Rngs(0)))
-    ids = jax.random.randint(jax.random.key(0), (8, config.length + 1), 0, config.vocabulary)
-
-    def step(state: Any, ids: jax.Array) -> Any:
-        return jax.value_and_grad(lambda s: gpt2.next_token_loss(nnx.merge(graph, s), ids))(state)
+    step, state = training_step(config)
+    ids = token_ids(config, batch=8)
 
     def torch_step() -> Callable[[], Any]:
         import torch
@@ -137,7 +132,7 @@ def bert_forward(tiny: bool) -> Case:
 # --- both in torch ----------------------------------------------------------------------------------------------------
 
 
-def TorchTransformer(config: gpt2.Config, causal: bool) -> Any:  # noqa: N802: a class, once torch is there
+def TorchTransformer(config: gpt2.Config, causal: bool) -> Any:  # a class, once torch is there
     """GPT-2's decoder, norms before, or BERT's encoder, norms behind."""
     import torch
     from torch import nn
@@ -202,7 +197,7 @@ def torch_call(case: Case) -> Callable[[], Any]:
     return call
 
 
-def measured(case: Case, console: Console, runs: int, seconds: float) -> dict[str, Any]:
+def measured(case: Case, runs: int, seconds: float) -> dict[str, Any]:
     functions = {n: ft.partial(jit(case.function), *case.arguments) for n, jit in JITS.items()}
     missing = {}
     try:
@@ -217,7 +212,6 @@ def measured(case: Case, console: Console, runs: int, seconds: float) -> dict[st
     }  # fmt: skip
 
 
-JITS: dict[str, Callable[..., Any]] = {"jax.jit": jax.jit, "zenith.jit": zenith.jit}
 KINDS = {  # by the kernel's name; the first that it holds
     "zenith attention": "attention",
     "zenith norms": "norm|row",
@@ -280,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         case = make(options.tiny)
         if options.only.lower() not in case.name.lower():
             continue
-        rows.append(measured(case, console, options.runs, options.seconds))
+        rows.append(measured(case, options.runs, options.seconds))
         if options.profile:
             print_profile(case, console)
     table = Table("model", "jax.jit, ms", "zenith.jit", "torch.compile", "against jax.jit", "against torch.compile")

@@ -112,15 +112,12 @@ def _check(program: Program, tally: Tally) -> None:
         # The unfused program is compiled, which takes most of the time, only where it could excuse the fused one.
         # A derivative inside of it may be of NaN, in a row without any key, although its own results are numbers:
         # they depend on how it is written, as above.
-        if cancels and narrow_products(written, arrays) > 1:
-            # Which key a row attends to is decided by rounding, or nearly. The gradient's sum over keys, dout . out, is
-            # of the rounded result then, and large where the gradient is small.
-            tally.programs["fused"] -= 1
-            tally.programs["overflowing"] += 1
-            return
         unfused = _compiled(written, arrays)
         pairs = zip(unfused, oracle, strict=False)
-        if program.poison is None and any(np.any(np.isfinite(o) & ~np.isfinite(u)) for u, o in pairs):
+        overflows = program.poison is None and any(np.any(np.isfinite(o) & ~np.isfinite(u)) for u, o in pairs)
+        # Which key a row attends to is decided by rounding, or nearly. The gradient's sum over keys, dout . out, is of
+        # the rounded result then, and large where the gradient is small.
+        if overflows or (cancels and narrow_products(written, arrays) > 1):
             tally.programs["fused"] -= 1
             tally.programs["overflowing"] += 1  # on the way, though not in float64
             return
