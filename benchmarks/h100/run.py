@@ -42,7 +42,7 @@ BENCHMARKS = (
     Benchmark("attention.py", 120, ("--runs", "5", "--seconds", "0.2")),
     Benchmark("attention_masks.py", 60, ("--runs", "5", "--seconds", "0.2")),
     Benchmark("attention_crossover.py", 60),
-    Benchmark("kernels.py", 70, ("--runs", "7", "--seconds", "0.3")),
+    Benchmark("rows.py", 70, ("--seconds", "0.1")),
     Benchmark("linear.py", 60, ("--shapes", "2")),
     Benchmark("linear_cross_entropy.py", 45),
     Benchmark("against_a_copy.py", 30),
