@@ -24,21 +24,22 @@ def interleaved(
     runs: int = 20,
     seconds: float = 10.0,
     queued: bool | None = None,
+    queued_seconds: float = QUEUED_SECONDS,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """{name: median time of a call in seconds}, until the device is done, of about `runs` calls and at least 3 rounds.
 
     The functions are called in bursts, in turn, so that a change of clock or of other load meets all of them, and first
     in both orders, so that compilation and first use of memory are not counted. Stops early after `seconds`. queued: a
-    burst is as many calls as take 5 ms, timed as one, for short kernels on a GPU; default: where JAX's device is not
-    a CPU.
+    burst is as many calls as take `queued_seconds`, timed as one, for short kernels on a GPU; default: where JAX's
+    device is not a CPU.
     `step` is called once for each of the `runs`, also for those that were left out.
     """
     for function in (*functions.values(), *reversed(list(functions.values()))):
         jax.block_until_ready(function())
     if queued is None:
         queued = jax.default_backend() != "cpu"
-    calls = {name: _calls(function) if queued else 1 for name, function in functions.items()}
+    calls = {name: _calls(function, queued_seconds) if queued else 1 for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     counted = 1 if queued else BURST - 1
@@ -61,5 +62,5 @@ def _time(function: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _calls(function: Callable[[], Any]) -> int:
-    return min(100, math.ceil(QUEUED_SECONDS / _time(function, 10)))
+def _calls(function: Callable[[], Any], seconds: float) -> int:
+    return min(100, math.ceil(seconds / _time(function, 10)))

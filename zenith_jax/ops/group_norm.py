@@ -122,7 +122,7 @@ def _kernels(stem: str, x_axes: str, *, last: bool) -> Kernel:
         mean_g = jnp.mean(g, axis=(-3, -1), keepdims=True)
         mean_gx = jnp.mean(g * xhat, axis=(-3, -1), keepdims=True)
         dx = (g - mean_g - xhat * mean_gx) * _along_groups(rstd)
-        by_channel = (jnp.sum(v, axis=-3).reshape(*v.shape[:-3], -1) for v in (dz * xhat, dz))
+        by_channel = (jnp.sum(v, axis=-3).reshape(*v.shape[:-3], v.shape[-2] * v.shape[-1]) for v in (dz * xhat, dz))
         return as_given(dx.astype(x.dtype)), *by_channel
 
     def backward(operands, results, cotangents, needed, **attributes):
