@@ -31,6 +31,12 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   const int64_t step = int64_t{width} * kSize;
   const T* gX = static_cast<const T*>(args.logits) + row * args.cols;
 
+  // Now, and not behind the reductions: two loads, the second from where the first says.
+  float picked = 0;
+  if (team.rank() == 0 && row < args.rows) {
+    const int64_t label = args.labels[row];
+    if (label >= 0 && label < args.cols) picked = ToFloat(gX[label]);
+  }
   float thread_max = Max::kIdentity;
   float sums[2] = {};  // of exponentials, of logits
   for (int64_t col = team.rank() * kSize; col < cols; col += kUnroll * step) {
@@ -50,10 +56,10 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
       // While all was -inf there is nothing to rescale, and -inf - -inf would be NaN; nor inf -
       // inf.
       const float base = IsInfinite(new_max) ? 0.0f : new_max;
-      sums[0] *= Exp<float>(thread_max - base);
+      sums[0] *= Exp<T>(thread_max - base);
 #pragma unroll
       for (float value : values) {
-        sums[0] += Exp<float>(value - base);
+        sums[0] += Exp<T>(value - base);
         sums[1] += value;
       }
       thread_max = new_max;
@@ -62,12 +68,11 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
   const float max = team.AllReduce<Max>(thread_max, scratch);
   const float base = IsInfinite(max) ? 0.0f : max;
   // A thread that saw only -inf has sum 0, which any finite factor keeps.
-  sums[0] *= Exp<float>(thread_max - base);
+  sums[0] *= Exp<T>(thread_max - base);
   team.AllReduce<Add>(sums, sum_scratch);
   if (team.rank() != 0 || row >= args.rows) return;
-  const int64_t label = args.labels[row];
   args.lse[row] = base + logf(sums[0]);
-  args.picked[row] = label >= 0 && label < args.cols ? ToFloat(gX[label]) : 0.0f;
+  args.picked[row] = picked;
   args.total[row] = sums[1];
 }
 
@@ -112,7 +117,7 @@ Status DispatchLoop(int64_t cols, bool aligned, Body&& body) {
   constexpr int kSize = kVectorSize<T>;
   if (aligned && cols % kSize == 0) {
     return body.template operator()<kSize>(
-        ShapeFor(cols / kSize, kVectorsPerThread, kBlockThreads));
+        ShapeFor(cols / kSize, kVectorsPerThread, kBlockThreads, kLeastShared));
   }
   return body.template operator()<1>(ShapeFor(cols, kVectorsPerThread, kBlockThreads));
 }

@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
 Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch) {
   if (args.rows == 0 || args.cols == 0) return {};
   return DispatchDType(args.dtype, [&]<typename T>() -> Status {
-    return DispatchRow<T, 8>(
+    return DispatchRow<T, 8, true>(
         args.cols, AreAligned(args.x, args.y), [&]<int kSize, int kVectors>(RowShape shape) {
           if constexpr (kVectors == kLooped) {
             softmax_forward_looped_kernel<T, kSize>
@@ -215,7 +215,7 @@ Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch) {
 Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch) {
   if (args.rows == 0 || args.cols == 0) return {};
   return DispatchDType(args.dtype, [&]<typename T>() -> Status {
-    return DispatchRow<T, 4>(
+    return DispatchRow<T, 4, true>(
         args.cols, AreAligned(args.y, args.dy, args.dx),
         [&]<int kSize, int kVectors>(RowShape shape) {
           if constexpr (kVectors == kLooped) {

@@ -20,16 +20,15 @@ struct RowShape {
 };
 
 /// The team for a row of `units` (vectors or elements), about `per_thread` of them a thread. Rows
-/// up to 32 * per_thread stay within a warp, which needs no barrier. As many narrow
+/// up to 32 * per_thread stay within a warp, which needs no barrier: of at least `least` threads,
+/// if there are so many units, so that a step of the team reads neighbouring units. As many narrow
 /// teams as `block_threads` has room for share a block.
-inline RowShape ShapeFor(int64_t units, int per_thread, int block_threads) {
+inline RowShape ShapeFor(int64_t units, int per_thread, int block_threads, int least = 32) {
   constexpr int kWarp = 32;
   const int64_t wanted = (units + per_thread - 1) / per_thread;
   int width = 1;
   if (wanted <= kWarp) {
-    // Up to a warp per row even where fewer threads would do: rows of 33 to 32 * per_thread units
-    // are read in steps of 32 neighbouring units.
-    while (width < units && width < kWarp) width *= 2;
+    while (width < wanted || (width < units && width < least)) width *= 2;
   } else {
     const int64_t warps = (wanted + kWarp - 1) / kWarp;
     width = kWarp *
@@ -56,13 +55,18 @@ struct RowSlice {
 inline constexpr int kNarrowThreads = 512;
 inline constexpr int kWideThreads = 256;
 
+/// Threads that read 64 neighbouring bytes: two of memory's sectors.
+inline constexpr int kLeastShared = 4;
+
 inline constexpr int kLooped = 0;  // in place of a number of vectors: the row is in no registers
 
 /// Picks how a team goes over a row of `cols` elements of T and calls
 /// `body.template operator()<kSize, kVectors>(RowShape)`: kSize elements move together (16 bytes
 /// if the pointers and rows are `aligned`, else one) and a thread holds kVectors of them, up to
-/// kMaxVectors (8, or 4 for kernels that hold two rows: 64 registers a thread), or loops.
-template <typename T, int kMaxVectors, typename Body>
+/// kMaxVectors (8, or 4 for kernels that hold two rows: 64 registers a thread), or loops. Rows of
+/// up to 32 vectors have a warp, of one vector each; or, kShared, a few threads of 4 vectors, and
+/// several rows a warp: reductions then have fewer steps.
+template <typename T, int kMaxVectors, bool kShared, typename Body>
 Status DispatchRow(int64_t cols, bool aligned, Body&& body) {
   constexpr int kSize = kVectorSize<T>;
   if (!aligned || cols % kSize != 0) {
@@ -71,11 +75,14 @@ Status DispatchRow(int64_t cols, bool aligned, Body&& body) {
                                         : body.template operator()<1, kLooped>(shape);
   }
   const int64_t vectors = cols / kSize;
-  if (vectors <= 32) {
-    return body.template operator()<kSize, 1>(ShapeFor(vectors, 1, kNarrowThreads));
+  if constexpr (!kShared) {
+    if (vectors <= 32) {
+      return body.template operator()<kSize, 1>(ShapeFor(vectors, 1, kNarrowThreads));
+    }
   }
   if (vectors <= 4 * kMaxBlockThreads) {
-    return body.template operator()<kSize, 4>(ShapeFor(vectors, 4, kWideThreads));
+    return body.template operator()<kSize, 4>(
+        ShapeFor(vectors, 4, kWideThreads, kShared ? kLeastShared : 32));
   }
   const RowShape shape = ShapeFor(vectors, kMaxVectors, kWideThreads);
   if constexpr (kMaxVectors > 4) {
