@@ -8,6 +8,7 @@ fused into both of them, what it computes once and uses twice may not.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class Graph:
     producers: Mapping[Var, int]
     users: Mapping[Var, Sequence[int]]
     numbers: Mapping[Var, Var]  # a value that is computed again -> the first one
+    outputs: Mapping[Var, int]  # how often it is a result
     _constants: dict[Var, Any] = dataclasses.field(default_factory=dict)
     _arrays: Mapping[Var, Any] = dataclasses.field(default_factory=dict)
 
@@ -73,6 +75,7 @@ class Graph:
             producers,
             users,
             _numbered(eqns),
+            collections.Counter(v for v in outvars if isinstance(v, Var)),
             scalars,
             known,
         )
@@ -96,10 +99,10 @@ class Graph:
         return [self.eqns[i] for i in self.users.get(var, ())]
 
     def is_output(self, var: Var) -> bool:
-        return any(v is var for v in self.outvars)
+        return var in self.outputs
 
     def use_count(self, var: Var) -> int:
-        return len(self.users.get(var, ())) + sum(v is var for v in self.outvars)
+        return len(self.users.get(var, ())) + self.outputs.get(var, 0)
 
     def escapes(self, inner: Iterable[JaxprEqn], results: Iterable[Var]) -> Var | None:
         """A value computed by `inner`, other than `results`, that something outside of `inner` uses.

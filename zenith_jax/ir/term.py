@@ -96,8 +96,11 @@ class Terms:
 
     def operands(self, term: Term, eqn: JaxprEqn) -> list[Term]:
         """Operands of an elementwise equation at the axes of its result."""
+        shape = term.atom.aval.shape
         return [
-            Term(a, tuple(None if n == 1 else axis for n, axis in zip(a.aval.shape, term.axes, strict=True)))
+            Term(a, term.axes)
+            if a.aval.shape == shape
+            else Term(a, tuple(None if n == 1 else axis for n, axis in zip(a.aval.shape, term.axes, strict=True)))
             if a.aval.shape
             else Term(a, ())
             for a in eqn.invars
