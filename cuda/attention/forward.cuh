@@ -120,11 +120,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 1));  // a row lies in 4 lanes
         row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 2));
         const float shift = row_max == -INFINITY ? 0.f : row_max;  // no -inf - -inf
+        const float rounded_shift = __fmul_rn(shift, factor);
         const auto weight = [&](float score) {
           return Exp2(kSubtractFirst<T, kModified> ? (score - shift) * factor
-                                                   : score * factor - shift * factor);
+                                                   : score * factor - rounded_shift);
         };
-        const float decay = weight(max[r][half]);
+        // Exactly 1 while the maximum stays: what the product's rounding would leave, 2^-20 at a
+        // maximum of 20, would be in what was summed once more with each tile.
+        const float decay = kSubtractFirst<T, kModified>
+                                ? weight(max[r][half])
+                                : Exp2(__fmul_rn(max[r][half], factor) - rounded_shift);
         max[r][half] = row_max;
         float row_sum = 0;
 #pragma unroll
@@ -170,7 +175,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           WriteLse(args, row, row_sum == 0, row_max * (kModified ? 1.f : args.scale),
                    logf(row_sum));
         } else {
-          args.lse[row] = row_sum == 0 ? -INFINITY : kLn2 * (row_max * factor + log2f(row_sum));
+          args.lse[row] =
+              row_sum == 0 ? -INFINITY : kLn2 * (__fmul_rn(row_max, factor) + log2f(row_sum));
           args.lse_rest[row] = 0;
         }
       }

@@ -365,6 +365,14 @@ void AddManyTiles(std::vector<Problem>& problems, DType dtype) {
                           .segments = *bias == 0});
     }
   }
+  // A hundred tiles of keys: an error that is made once a tile, below the tolerance, adds up.
+  problems.push_back({.dtype = dtype,
+                      .kv_heads = 2,
+                      .groups = 2,
+                      .q_len = 130,
+                      .kv_len = 9000,
+                      .qk_dim = 128,
+                      .v_dim = 128});
   for (const auto& [t, s] :
        {std::pair{1700, 1700}, {70, 4200}}) {  // other tiles from some length on
     for (const int64_t d : {64, 128}) {

@@ -111,11 +111,12 @@ struct OnlineSoftmax {
       }
       const float row_max = fmaxf(max[half], QuadReduce<Max>(fmaxf(high[0], high[1])));
       const float finite_max = row_max == -INFINITY ? 0.f : row_max;  // no -inf - -inf
-      const float shift = finite_max * factor;
+      const float shift = __fmul_rn(finite_max, factor);
       const auto weight = [&](float score) {
         return Exp2(kSubtractFirst ? (score - finite_max) * factor : score * factor - shift);
       };
-      decay[half] = weight(max[half]);
+      // Exactly 1 while the maximum stays: what rounding left would come once more with each tile.
+      decay[half] = kSubtractFirst ? weight(max[half]) : Exp2(__fmul_rn(max[half], factor) - shift);
       max[half] = row_max;
       float low[2] = {sum[half] * decay[half], 0};
 #pragma unroll
@@ -248,7 +249,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
         if constexpr (Config::kModified) {
           WriteLse(p.args, index, sum == 0, softmax.max[half], logf(sum));
         } else {
-          p.args.lse[index] = kLn2 * (softmax.max[half] * factor + log2f(sum));
+          p.args.lse[index] = kLn2 * (__fmul_rn(softmax.max[half], factor) + log2f(sum));
           p.args.lse_rest[index] = 0;
         }
       }
