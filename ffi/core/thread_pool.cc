@@ -1,5 +1,7 @@
 #include "ffi/core/thread_pool.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -38,6 +40,22 @@ void SpinUntil(Ready ready) {
   } while (std::chrono::steady_clock::now() < end);
 }
 
+/// Moves this thread from `processor`, where the caller of its loop works, to any other that it may
+/// run on. Linux starts a thread where it ran last when the processors are busy (it looks for no
+/// idle one near 85 % of their capacity, SIS_UTIL), and two threads that then take turns on one
+/// stay for hundreds of loops. An encoder with one sentence, 2 EPYC cores: 28 % of the calls in one
+/// run and none in another, p99 8.2 ms, now 4.3; beside a busy process p50 5.7 ms, now 2.6
+/// (2026-11-26).
+void Leave(int processor) {
+  if (processor < 0 || sched_getcpu() != processor) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;  // more than 1024 processors
+  cpu_set_t others = allowed;
+  CPU_CLR(processor, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return;
+  sched_setaffinity(0, sizeof(allowed), &allowed);  // moved; where it goes later is Linux's choice
+}
+
 /// One parallel loop. Threads draw indices from `next` until none is left; who finishes the last
 /// one wakes the caller. Helpers that the pool starts only after that still own the loop, find
 /// nothing to draw and leave: `context` and `body` are touched only while the caller waits.
@@ -45,6 +63,7 @@ struct Loop {
   const int64_t count;
   void* const context;
   void (*const body)(void* context, int64_t i);
+  const int caller_processor = sched_getcpu();
   std::atomic<int64_t> next = 0;
   std::atomic<int64_t> done = 0;
   std::atomic<bool> failed = false;
@@ -66,6 +85,12 @@ struct Loop {
     if (finished > 0 && done.fetch_add(finished, std::memory_order_acq_rel) + finished == count) {
       done.notify_one();
     }
+  }
+
+  /// Work of another thread than the caller.
+  void Help() {
+    Leave(caller_processor);
+    Work();
   }
 
   bool IsDone() const { return done.load(std::memory_order_acquire) == count; }
@@ -134,7 +159,7 @@ void ParallelForOnPool(void* pool, int64_t count, void* context,
     helpers -= standby.Give(loop, helpers);
     for (int64_t i = 0; i < helpers; ++i) {
       auto help = [loop]() mutable {
-        for (; loop; loop = standby.Wait()) loop->Work();
+        for (; loop; loop = standby.Wait()) loop->Help();
       };
       threads.Schedule(std::move(help));  // XLA's Schedule compiles for rvalues only
     }
@@ -142,7 +167,7 @@ void ParallelForOnPool(void* pool, int64_t count, void* context,
     SpinUntil([&] { return loop->IsDone(); });
   } else {
     for (int64_t i = 0; i < helpers; ++i) {
-      auto help = [loop] { loop->Work(); };
+      auto help = [loop] { loop->Help(); };
       threads.Schedule(std::move(help));
     }
     loop->Work();
