@@ -16,8 +16,8 @@ from serving_models import compiled_mlp
 
 import zenith_jax as zenith
 from zenith_jax.errors import ServingError
+from zenith_jax.serving import ahead, wire
 from zenith_jax.serving import repository as module
-from zenith_jax.serving import wire
 from zenith_jax.serving.repository import Batching, batch_dimension
 
 QUICK = dict(ahead_of_time=False)
@@ -107,24 +107,29 @@ def test_an_instance_has_its_device_to_itself(repository, compiled, monkeypatch,
     assert started(folder, monkeypatch, kind, expected) == expected
 
 
-@pytest.mark.parametrize("threads", module.POOL_THREADS)
+@pytest.mark.parametrize("threads", ahead.POOL_THREADS)
 def test_an_instance_has_the_threads_that_were_faster(repository, compiled, monkeypatch, threads):
     """Measured ahead of time; here, so that one is clearly ahead."""
-    monkeypatch.setattr(module, "processors", lambda: 8)
-    ran = []
+    monkeypatch.setattr(ahead, "processors", lambda: 8)
 
-    def compiled_with(these, version):
-        (version / module.CACHE).mkdir()
-        (version / module.CACHE / these).touch()
-        ran.append(these)
-        return [([1], 0.001 if these == threads else 0.002), ([4], 0.002), ([16], 0.004)]
+    class Process:
+        def __init__(self, version, these):
+            (version / f"cache-{these.replace(' ', '-')}").mkdir()
+            (version / f"cache-{these.replace(' ', '-')}" / these).touch()
+            self.seconds = 0.001 if these == threads else 0.002
 
-    monkeypatch.setattr(module, "_compiled_with", compiled_with)
+        def measure(self):
+            return [([1], self.seconds), ([4], 0.002), ([16], 0.004)]
+
+        answer = measure
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda self, *_: None  # noqa: E731
+
+    monkeypatch.setattr(ahead, "_Process", Process)
     with zenith.configured(use_cost=False):
         fused = compiled_mlp()
     assert fused.report.fused
     folder = repository.add(fused, name="m")
-    assert ran == list(module.POOL_THREADS)
     assert sorted(p.name for p in folder.iterdir()) == ["cache", "model.py", "model.zenith", "serving.json"]
     assert [p.name for p in (folder / "cache").iterdir()] == [threads]
     settings = json.loads((folder / "serving.json").read_text())
@@ -148,7 +153,7 @@ def test_a_version_that_cannot_be_compiled_never_appears(repository, compiled, m
     def broken(version, **_):
         raise ServingError("as a server would")
 
-    monkeypatch.setattr(module, "_compile_ahead", broken)
+    monkeypatch.setattr(ahead, "compile_ahead", broken)
     with pytest.raises(ServingError, match="as a server would"):
         repository.add(compiled, name="m")
     assert list(repository.path.iterdir()) == []

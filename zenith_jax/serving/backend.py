@@ -14,8 +14,6 @@ import logging
 import os
 import pathlib
 import shutil
-import statistics
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,11 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from zenith_jax.compiled import CompiledModel, buckets, load
-from zenith_jax.compiled.model import random_inputs
+from zenith_jax.compiled import CompiledModel, load
 from zenith_jax.errors import SavedModelError, ZenithError
+from zenith_jax.serving.ahead import CACHE
 from zenith_jax.serving.batching import Batcher, Call, split
-from zenith_jax.serving.repository import CACHE, MODEL, SETTINGS
+from zenith_jax.serving.repository import MODEL, SETTINGS
 
 logger = logging.getLogger("zenith_jax")
 
@@ -45,15 +43,15 @@ PUBLISH_SECONDS = 0.1  # Prometheus asks every few seconds
 
 
 class Model:
-    """A saved model, compiled and warm: every program has run before this returns."""
+    """A saved model, compiled and warm: every program has run before this returns. cache: of compiled programs."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, cache: pathlib.Path):
         started = time.perf_counter()
         # The calling thread computes: handing each call to a thread of JAX's and back cost 0.1 ms, and there is
         # nothing to do meanwhile.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         settings = json.loads((folder / SETTINGS).read_text())
-        _use_cache(folder / CACHE)
+        _use_cache(cache)
         self.compiled = _loaded(folder / MODEL)
         self.compiled.warm_up()
         self.batch: str | None = settings["batch"]
@@ -86,7 +84,7 @@ def _loaded(path: pathlib.Path) -> CompiledModel:
 
 
 def _use_cache(folder: pathlib.Path) -> None:
-    """JAX's compilation cache: holds the programs that `add(ahead_of_time=True)` compiled, and takes no others."""
+    """JAX's compilation cache: holds the programs that ahead.py compiled, and takes no others."""
     if not folder.is_dir():
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -99,7 +97,7 @@ class Backend:
 
     def __init__(self, folder: pathlib.Path, args: dict[str, Any], utils: Any):
         self.utils = utils
-        self.model = Model(folder)
+        self.model = Model(folder, folder / CACHE)
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self.metrics = _Metrics(utils, labels)
         self.metrics.set("zenith_model_fused_sites", len(self.model.compiled.report.fused))
@@ -238,31 +236,3 @@ def _tensor(utils: Any, name: str, x: np.ndarray) -> Any:
     tensor = utils.Tensor.from_dlpack(name, capsule)
     _set_name(capsule, _CONSUMED)  # Triton calls it "used_dlpack", which NumPy complains about when it frees it
     return tensor
-
-
-MEASURED_CALLS, MEASURED_SECONDS = 40, 0.5  # of each program
-
-
-def main(folder: str) -> None:
-    """Compiles all programs of a version into its cache, and prints the sizes of each and the seconds that a call
-    takes, as JSON: `python -m zenith_jax.serving.backend FOLDER`."""
-    version = pathlib.Path(folder)
-    (version / CACHE).mkdir(exist_ok=True)
-    model = Model(version).compiled
-    seconds = []
-    for sizes in buckets.combinations(model.dynamic):
-        program, inputs = model.programs[tuple(sizes.values())], random_inputs(model.inputs, sizes)
-        times, end = [], time.perf_counter() + MEASURED_SECONDS
-        while not times or (len(times) < MEASURED_CALLS and time.perf_counter() < end):
-            start = time.perf_counter()
-            jax.block_until_ready(program(inputs))
-            times.append(time.perf_counter() - start)
-        seconds.append((list(sizes.values()), statistics.median(times)))
-    print(json.dumps(seconds))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # jaxlib at times aborts at exit, in its compiler's threads; all is written by now

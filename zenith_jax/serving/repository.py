@@ -21,19 +21,14 @@ import os
 import pathlib
 import re
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from zenith_jax.errors import ServingError
-from zenith_jax.serving import wire
+from zenith_jax.serving import ahead, wire
 
-MODEL, SETTINGS, CACHE = "model.zenith", "serving.json", "cache"
-# Of JAX's CPU client: one for each processor, or one fewer, for the thread that calls.
-POOL_THREADS = ("all", "all but one")
+MODEL, SETTINGS = "model.zenith", "serving.json"
 _TEMPLATE = pathlib.Path(__file__).parent / "template.py"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -83,7 +78,8 @@ class TritonModelRepository:
         instance; default 0.9 shared by the instances on it.
         dtypes: {input: "int64"}: what clients send where the model computes in 32 bits.
         ahead_of_time: also store compiled programs, for a start without a compiler on machines like this one, and
-        measure how many threads a CPU's programs are faster with.
+        measure what each of them takes and, on a CPU, how many threads they are faster with: two processes hold the
+        model meanwhile.
 
         Raises ServingError.
         """
@@ -115,7 +111,7 @@ class TritonModelRepository:
             batch=batch,
             max_batch_size=largest,
             memory_fraction=memory_fraction if memory_fraction is not None else 0.9 / max(instances, 1),
-            pool_threads=POOL_THREADS[0],
+            pool_threads=ahead.POOL_THREADS[0],
             seconds=[],
         )
         self.path.mkdir(parents=True, exist_ok=True)
@@ -127,7 +123,7 @@ class TritonModelRepository:
             shutil.copyfile(_TEMPLATE, staged / "model.py")
             (staged / SETTINGS).write_text(json.dumps(settings, indent=1))
             if ahead_of_time:
-                settings.update(_compile_ahead(staged, of_cpu=not gpus, fused=bool(model.report.fused)))
+                settings.update(ahead.compile_ahead(staged, of_cpu=not gpus, fused=bool(model.report.fused)))
                 (staged / SETTINGS).write_text(json.dumps(settings, indent=1))
             return self._publish(staged, name, version, config)
 
@@ -252,45 +248,3 @@ def _checked_dtypes(model: Any, dtypes: Mapping[str, str]) -> Mapping[str, str]:
             allowed = (own[name], *wire.WIDER.get(own[name], ()))
             raise ServingError(f"clients may send {name} as {' or '.join(allowed)}, got {dtype}")
     return dtypes
-
-
-def _compile_ahead(version: pathlib.Path, *, of_cpu: bool, fused: bool) -> dict[str, Any]:
-    """Fills the version's cache, and returns the settings that were measured: which of POOL_THREADS it is to have, and
-    seconds of a call of each program.
-
-    JAX's CPU client has a thread for each processor, beside the one that calls. Where Zenith's kernels are most of a
-    model, these are one too many: an encoder's p90 with one sentence was 4.0 ms, and 2.2 ms without the last. XLA's own
-    loops go to the threads of the pool alone: up to 2.2 x as slow with one of two. So it is measured, where anything is
-    fused.
-    """
-    all_threads, all_but_one = POOL_THREADS
-    if not of_cpu or processors() == 1 or not fused:
-        return dict(pool_threads=all_threads, seconds=_compiled_with(all_threads, version))
-    seconds, mean = {}, {}
-    for threads in POOL_THREADS:
-        seconds[threads] = _compiled_with(threads, version)
-        mean[threads] = statistics.geometric_mean(took for _, took in seconds[threads])
-        (version / CACHE).rename(version / f"{CACHE}-{threads}")
-    # The tail of `all` hardly shows in so few calls, and a neighbour on the machine moves them by as much.
-    best = all_but_one if mean[all_but_one] < 1.1 * mean[all_threads] else all_threads
-    (version / f"{CACHE}-{best}").rename(version / CACHE)
-    for threads in set(POOL_THREADS) - {best}:
-        shutil.rmtree(version / f"{CACHE}-{threads}")
-    return dict(pool_threads=best, seconds=seconds[best])
-
-
-def _compiled_with(threads: str, version: pathlib.Path) -> list[tuple[list[int], float]]:
-    """Seconds of a call, by sizes. In a process of its own, whose JAX has no other work and no other options."""
-    command = [sys.executable, "-m", "zenith_jax.serving.backend", str(version)]
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # beside us on a GPU
-    if threads != POOL_THREADS[0]:
-        environment["NPROC"] = str(processors() - 1)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False, env=environment)
-    if done.returncode != 0:
-        raise ServingError(f"the model cannot be compiled as a server would: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def processors() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
