@@ -15,7 +15,7 @@ import zenith_jax as zenith
 from zenith_jax.serving import TritonModelRepository
 
 LENGTH, LAYERS, HIDDEN, VOCABULARY = 32, 3, 384, 30522
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)
 NAMES = ("zenith", "onnxruntime")
 
 _ONNXRUNTIME_MODEL = """

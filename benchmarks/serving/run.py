@@ -1,12 +1,13 @@
 """The same encoder behind the same Triton server, by Zenith and by ONNX Runtime.
 
-    python benchmarks/serving/run.py [--part accuracy|start|closed|loadgen] [--seconds 6] [--json FILE]
+    python benchmarks/serving/run.py [--part accuracy|start|closed|loadgen] [--seconds 20] [--json FILE]
 
 Parts: accuracy against ONNX Runtime in this process; start, from the server's start to ready, with and without
 programs compiled ahead of time; closed, perf_analyzer with 1 and 16 requests in flight; loadgen, the four scenarios.
-The two models take turns. Needs torch, transformers, onnxscript, onnx, onnxruntime, tritonclient[grpc] and
-mlcommons-loadgen, a Triton server as for the tests, and for `closed` the perf_analyzer of the wheel
-tritonclient==2.51.0, named by PERF_ANALYZER.
+The two models take turns: three minutes for loadgen.
+
+Needs torch, transformers, onnxscript, onnx, onnxruntime, tritonclient[grpc] and mlcommons-loadgen, a Triton server as
+for the tests, and for `closed` the perf_analyzer of the wheel tritonclient==2.51.0, named by PERF_ANALYZER.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import models
@@ -31,8 +33,11 @@ from zenith_jax.bench.machine import machine
 from zenith_jax.serving import TritonServer, find_triton
 
 SAMPLES = 64
+TURN_SECONDS = 2.0  # of one model in one scenario
+RESAMPLED = 1000
+TITLES = {"loadgen": "LoadGen scenarios", "compared": "Zenith against ONNX Runtime: above 1 it is ahead"}
 WINDOW = 400  # requests of one of perf_analyzer's windows: two seconds or so
-EXPECTED = 700.0  # samples a second, for Offline to send enough to be valid; fewer are fine
+EXPECTED = 500.0  # samples a second, of which Offline sends as many as its turn takes
 
 
 def accuracy(server: TritonServer, onnx_file: pathlib.Path) -> list[dict[str, Any]]:
@@ -126,25 +131,68 @@ def closed(server: TritonServer) -> list[dict[str, Any]]:
 
 
 def loadgen(server: TritonServer, seconds: float) -> list[dict[str, Any]]:
-    """Offline first: Server then sends both models 60 % of the slower one's throughput."""
+    """Each scenario in short turns, the models alternating, so that what else happens on the machine meets both alike;
+    the queries of all turns are pooled. Offline is first: Server then sends both models 60 % of the slower one's
+    throughput. Behind them, Zenith against ONNX Runtime."""
     import scenarios
 
     samples = models.sentences(SAMPLES)
-    found, offline = [], {}
+    found, compared, offline = [], [], {}
     for scenario in ("Offline", "SingleStream", "MultiStream", "Server"):
-        for name in models.NAMES:
-            qps = 0.6 * min(offline.values()) if scenario == "Server" else offline.get(name, EXPECTED)
-            result = scenarios.run(server.grpc, name, samples, scenario, seconds=seconds, qps=qps, bound_ms=500)
-            if scenario == "Offline":
-                offline[name] = result["per_second"]
-            found.append(dict(part="loadgen", model=name, case=scenario, **result))
-    return found
+        turns: dict[str, list[Any]] = {name: [] for name in models.NAMES}
+        for turn in range(max(1, round(seconds / TURN_SECONDS))):
+            for name in models.NAMES if turn % 2 == 0 else reversed(models.NAMES):
+                qps = 0.6 * min(offline.values()) if scenario == "Server" else offline.get(name, EXPECTED)
+                turns[name].append(
+                    scenarios.run(server.grpc, name, samples, scenario, seconds=TURN_SECONDS, qps=qps, seed=turn)
+                )
+        results = {name: _pooled(scenario, turns[name]) for name in models.NAMES}
+        if scenario == "Offline":
+            offline = {name: result["per_second"] for name, result in results.items()}
+        found += [dict(part="loadgen", model=name, case=scenario, **result) for name, result in results.items()]
+        compared.append(dict(part="compared", case=scenario, **_compared(scenario, turns)))
+    return found + compared
+
+
+def _pooled(scenario: str, turns: Sequence[Any]) -> dict[str, Any]:
+    """p50, p90 and p99 of all queries in ms, and samples a second. Offline has one query a turn: its latency says
+    nothing."""
+    from scenarios import ROWS
+
+    latencies = np.concatenate([t.latencies_ms for t in turns])
+    if scenario in ("SingleStream", "MultiStream"):  # LoadGen's own time between two queries does not count
+        per_second = ROWS[scenario] * 1000 / latencies.mean()
+    else:
+        per_second = sum(t.samples for t in turns) / sum(t.seconds for t in turns)
+    percentiles = {f"p{p}_ms": float(np.percentile(latencies, p)) for p in (50, 90, 99)}
+    if scenario == "Offline":
+        percentiles = dict.fromkeys(percentiles, "")
+    return dict(queries=len(latencies), **percentiles, per_second=float(per_second))
+
+
+def _compared(scenario: str, turns: dict[str, list[Any]]) -> dict[str, Any]:
+    """ONNX Runtime's p99 by Zenith's, and Zenith's throughput by ONNX Runtime's: above 1, Zenith is ahead. With the
+    range of 90 % of samples, with replacement, of the pairs of turns."""
+    rng, count = np.random.default_rng(0), len(turns[models.NAMES[0]])
+    drawn = [np.arange(count), *(rng.integers(0, count, count) for _ in range(RESAMPLED))]
+    ratios: dict[str, list[float]] = {"p99_ms": [], "per_second": []}
+    for indices in drawn:
+        ours, theirs = (_pooled(scenario, [turns[name][i] for i in indices]) for name in models.NAMES)
+        if scenario != "Offline":
+            ratios["p99_ms"].append(theirs["p99_ms"] / ours["p99_ms"])
+        ratios["per_second"].append(ours["per_second"] / theirs["per_second"])
+
+    def text(values: list[float]) -> str:
+        low, high = np.percentile(values, [5, 95]) if values else (0, 0)
+        return f"{values[0]:.2f} ({low:.2f} to {high:.2f})" if values else ""
+
+    return {f"{name} ahead": text(values) for name, values in ratios.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=("accuracy", "start", "closed", "loadgen"))
-    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=20, help="of each scenario and model")
     parser.add_argument("--onnx", type=pathlib.Path, help="use this file, and write it where it is not there")
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
@@ -177,7 +225,7 @@ def main() -> None:
     console.print(machine().text(), highlight=False)
     for part in dict.fromkeys(row["part"] for row in found):
         rows = [{k: v for k, v in row.items() if k != "part"} for row in found if row["part"] == part]
-        table = Table(*rows[0], title="LoadGen scenarios" if part == "loadgen" else part)
+        table = Table(*rows[0], title=TITLES.get(part, part))
         for row in rows:
             table.add_row(*(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()))
         console.print(table)
