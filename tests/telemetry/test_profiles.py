@@ -57,6 +57,17 @@ def test_a_compiled_program_names_the_op_and_the_users_line(function):
     assert sorted("zenith.attention_bwd" in name for name, _, _ in found) == [False, True]
 
 
+def test_a_saved_model_names_them_too(tmp_path):
+    with zenith.configured(use_cost=False):
+        zenith.compile(attend, Q).save(tmp_path / "attend.zenith")
+    loaded = zenith.load(tmp_path / "attend.zenith")
+    loaded.warm_up()
+    (program,) = loaded.programs.values()
+    ((op_name, file, line),) = calls(program.func.as_text())
+    assert op_name.endswith("/zenith.attention/zenith_call")
+    assert (file, line) == (__file__, inspect.getsourcelines(attend)[1] + 1)
+
+
 # jaxlib makes a type without __module__ where events have statistics; as an error on Python 3.13 this ends the process.
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_a_profile_leads_to_the_op(tmp_path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import textwrap
 import threading
 
 import jax
 import jax.numpy as jnp
 import pytest
+from fresh_process import started_script
 
 import zenith_jax as zenith
 from zenith_jax.config import JsonFormatter
@@ -221,3 +223,24 @@ def test_a_line_of_json_for_each_compilation():
     (compiled,) = [p["zenith"] for p in parsed if "zenith" in p]
     assert compiled == json.loads(json.dumps(the_record().as_dict()))
     assert any("left to XLA because" in p["message"] for p in parsed)
+
+
+@pytest.mark.parametrize("level", ["info", "json"])
+def test_zenith_log_writes_to_stderr(tmp_path, level):
+    script = """
+        import jax.numpy as jnp, zenith_jax as zenith
+        def block(x):
+            y = x * 2
+            return (y - y.mean(-1, keepdims=True)) / jnp.sqrt(y.var(-1, keepdims=True, ddof=1) + 1e-5)
+        zenith.jit(block).lower(jnp.ones((4, 64))).compile()
+    """
+    process = started_script(textwrap.dedent(script), tmp_path, ZENITH_LOG=level, ZENITH_COST="0")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out == "", err
+    lines = err.splitlines()
+    if level == "json":
+        records = [r["zenith"] for r in map(json.loads, lines) if "zenith" in r]
+        assert [(r["function"], r["stage"], r["refused"]) for r in records] == [("block", "compiled", 1)]
+    else:
+        assert all(line.startswith("zenith: ") for line in lines)
+        assert any("left to XLA because" in line for line in lines) and any("compile " in line for line in lines)
