@@ -131,8 +131,10 @@ def _cpu_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
 
 # bfloat16 forward, XLA / ours in us: 16384x768x3072 gelu_erf 280/153, gelu_tanh 206/155, silu 200/146, but bias alone
 # 127/144, relu 125/145, residual 151/187; 8192x3072x768 89/72, 71/70, 71/70 (H100, 2026-11-26, with more in
-# docs/kernels/linear_hopper.md). With its gradient, gelu_erf: GPT-2's training step, 12 layers of 8192x768x3072, took
-# 19.15 ms with the kernel and 20.21 without (H100, 2026-11-26); others are not measured.
+# docs/kernels/linear_hopper.md). That was before the kernel read its bias ahead: 0.8 of the cycles with gelu_erf, and
+# bias alone or a residual near cuBLAS's product; to be measured again through JAX. With its gradient, gelu_erf: GPT-2's
+# training step, 12 layers of 8192x768x3072, took 19.15 ms with the kernel and 20.21 without (H100, 2026-11-26); others
+# are not measured.
 _LINEAR_ACTIVATIONS = ("gelu_erf", "gelu_tanh", "silu")
 _LINEAR_MIN_ROWS = 4096
 

@@ -4,13 +4,14 @@
 // on neighbouring rows and the same columns: each fetches its x and half of the w that both need. A
 // consumer owns a whole tile, kRows x kCols of float32 in its registers; while it multiplies, the
 // other one applies the epilogue to its last tile and stores it, so that the tensor cores wait for
-// no epilogue ("ping-pong"). x and w cross memory once, for the most part, and L2 once a tile. y
-// leaves through shared memory and the copy engine. What was tried and measured:
-// docs/kernels/linear_hopper.md.
+// no epilogue ("ping-pong"). x and w cross memory once, for the most part, and L2 once a tile. The
+// residual comes and results leave through shared memory and the copy engine. What was tried and
+// measured: docs/kernels/linear_hopper.md.
 #pragma once
 
 #include "cuda/core/launch.h"
-#include "cuda/core/quad.cuh"
+#include "cuda/core/mma.cuh"
+#include "cuda/core/reduce.cuh"
 #include "cuda/core/tensor_map.h"
 #include "cuda/core/tma.cuh"
 #include "cuda/core/tma_store.cuh"
@@ -35,19 +36,19 @@ struct Config {
   static constexpr int kXBytes = kRows * kBlockRowBytes;
   static constexpr int kWBytes = kCols * kBlockRowBytes;
   static constexpr int kStageBytes = kXBytes + kWBytes;
-  static constexpr int kBarrierBytes = 16;                  // of a stage
-  static constexpr int kOutBytes = kRows * kBlockRowBytes;  // 64 columns, of a consumer
-  static constexpr int kOutsBytes = kConsumers * kOutBytes;
-  static constexpr int kStages =
-      (kMaxSharedBytes - kTileAlignment - kOutsBytes) / (kStageBytes + kBarrierBytes);
+  static constexpr int kBarrierBytes = 16;             // of a stage
+  static constexpr int kOutBytes = kRows * kCols * 2;  // a tile of results, of a consumer
+  static constexpr int kConsumerBytes = kOutBytes + kCols * 4 + kConsumerWarps * 8;
+  static constexpr int kStages = (kMaxSharedBytes - kTileAlignment - kConsumers * kConsumerBytes) /
+                                 (kStageBytes + kBarrierBytes);
   static constexpr int kSharedBytes =
-      kTileAlignment + kOutsBytes + kStages * (kStageBytes + kBarrierBytes);
+      kTileAlignment + kConsumers * kConsumerBytes + kStages * (kStageBytes + kBarrierBytes);
   /// Rows of a box of w: half of a tile of (n, k), or half of each 64-column block of (k, n).
   static constexpr int kWBoxRows = (kMajor == Major::kK ? kCols : kDepth) / kCluster;
 };
 
 struct Params {
-  CUtensorMap x, w, y, pre;
+  CUtensorMap x, w, residual, y, pre;
   LinearForwardArgs args;
   int row_pairs, col_tiles, steps;  // of tiles; of kDepth
 };
@@ -67,10 +68,11 @@ struct Tile {
   }
 };
 
-/// A ring of stages. `full`: a producer's thread has announced a stage and all its copies, the
-/// other block's too, have come. `empty`: the consumers of both blocks are done with it.
+/// Shared memory: a ring of stages, the consumers' tiles of results and biases, barriers. `full`: a
+/// producer's thread has announced a stage and all its copies, the other block's too, have come.
+/// `empty`: the consumers of both blocks are done with it. `residual`: a warp's part has come.
 template <typename Config>
-struct Stages {
+struct Layout {
   uint32_t base;
 
   __device__ __forceinline__ uint32_t x(uint32_t stage) const {
@@ -80,14 +82,20 @@ struct Stages {
   __device__ __forceinline__ uint32_t out(int consumer) const {
     return x(Config::kStages) + consumer * Config::kOutBytes;
   }
+  __device__ __forceinline__ uint32_t bias(int consumer) const {
+    return out(kConsumers) + consumer * Config::kCols * 4;
+  }
+  __device__ __forceinline__ uint32_t residual(int consumer, int warp) const {
+    return bias(kConsumers) + (consumer * kConsumerWarps + warp) * 8;
+  }
   __device__ __forceinline__ uint32_t full(uint32_t stage) const {
-    return out(kConsumers) + stage * Config::kBarrierBytes;
+    return residual(kConsumers, 0) + stage * Config::kBarrierBytes;
   }
   __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return full(stage) + 8; }
 };
 
 template <typename Config>
-__device__ __forceinline__ void Produce(const Params& p, const Stages<Config>& stages, int clusters,
+__device__ __forceinline__ void Produce(const Params& p, const Layout<Config>& shared, int clusters,
                                         uint32_t rank) {
   constexpr uint16_t kBoth = (1 << kCluster) - 1;
   constexpr int kHalfBytes = Config::kWBoxRows * kBlockRowBytes;
@@ -100,12 +108,12 @@ __device__ __forceinline__ void Produce(const Params& p, const Stages<Config>& s
     const int col = tile.col_tile * Config::kCols;
     const int half = static_cast<int>(rank) * Config::kWBoxRows;
     for (int step = 0; step < p.steps; ++step, ring.Advance()) {
-      const uint32_t stage = ring.stage, full = stages.full(stage);
+      const uint32_t stage = ring.stage, full = shared.full(stage);
       const int depth = step * Config::kDepth;
-      BarrierWait(stages.empty(stage), ring.parity ^ 1);
+      BarrierWait(shared.empty(stage), ring.parity ^ 1);
       BarrierExpect(full, Config::kStageBytes);
-      TmaLoad(stages.x(stage), p.x, full, depth, row, 0, 0);
-      const uint32_t target = stages.w(stage) + rank * kHalfBytes;
+      TmaLoad(shared.x(stage), p.x, full, depth, row, 0, 0);
+      const uint32_t target = shared.w(stage) + rank * kHalfBytes;
       if constexpr (Config::kMajor == Major::kK) {
         TmaLoadTo(kBoth, target, p.w, full, depth, col + half, 0, 0);
       } else {
@@ -134,190 +142,116 @@ __device__ __forceinline__ void Multiply(float (&acc)[2][Config::kCols / 2], uin
           accumulate || k > 0);
 }
 
-template <typename T>
-__device__ __forceinline__ float2 LoadPair(const void* base, bool is_float, int index) {
-  if (is_float)
-    return __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(base) + index));
-  return UnpackPair<T>(
-      __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(base) + index)));
-}
-
-/// A tile and a lane's part of it. In the accumulators the lane has columns 8 j + 2 (lane % 4) of
-/// its rows; of the residual it reads 8 neighbours in a row, a chunk of 16 bytes of each group of
-/// 32, which the four lanes that have a row exchange. Unit u is row 64 (u / 2) + 8 (u % 2).
-struct Place {
-  static constexpr int kUnits = 4;
-  int tile_row, row, col, rows_left, cols_left, n;
-
-  __device__ __forceinline__ Place(const LinearForwardArgs& args, int first_row, int tile_col) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kConsumerWarps;
-    tile_row = first_row;
-    row = tile_row + 16 * warp + lane / 4;
-    col = tile_col;
-    n = static_cast<int>(args.n);
-    rows_left = static_cast<int>(args.rows) - row;
-    cols_left = n - col;
-  }
-  __device__ __forceinline__ int64_t origin() const {
-    return int64_t{row} * n + col + 8 * (threadIdx.x % 4);
-  }
-  /// From `origin` on, in 32 bits: at most 72 n + 96 (n < 2^24, cuda/linear.cu).
-  __device__ __forceinline__ int offset(int unit, int group) const {
-    return (unit / 2 * 64 + unit % 2 * 8) * n + 32 * group;
-  }
-  __device__ __forceinline__ bool has(int unit, int group) const {
-    return unit / 2 * 64 + unit % 2 * 8 < rows_left &&
-           32 * group + 8 * static_cast<int>(threadIdx.x % 4) < cols_left;
-  }
-};
-
-/// Brings the lines of the residual that a warpgroup will read into L2.
-template <typename Config>
-__device__ __forceinline__ void PrefetchResidual(const LinearForwardArgs& args, int row, int col) {
-  using T = typename Config::T;
-  constexpr int kLine = 128 / sizeof(T);
-  static_assert(Config::kRows == kWarpgroupSize);
-  const int64_t r = row + static_cast<int>(threadIdx.x) % kWarpgroupSize;
-  if (r >= args.rows) return;
-  const T* line = static_cast<const T*>(args.residual) + r * args.n + col;
-#pragma unroll
-  for (int i = 0; i < Config::kCols / kLine; ++i)
-    if (col + i * kLine < args.n)
-      asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line + i * kLine));
-}
-
-/// Four 8 x 8 matrices of 16-bit elements to shared memory: lane l gives the address of row l % 8
-/// of matrix l / 8 and has two neighbours of row l / 4 of each, as a fragment has.
-__device__ __forceinline__ void StoreMatrices(uint32_t shared, const uint32_t (&words)[4]) {
+/// Four 8 x 8 matrices of 16-bit elements to shared memory, as LoadMatrix4 reads them.
+__device__ __forceinline__ void StoreMatrix4(uint32_t shared, const uint32_t (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
+__device__ __forceinline__ void StoreShared(uint32_t shared, float value) {
+  asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(shared), "f"(value) : "memory");
+}
+__device__ __forceinline__ float2 LoadSharedPair(uint32_t shared) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(pair.x), "=f"(pair.y) : "r"(shared));
+  return pair;
+}
 
-/// The consumer's tile of 64 columns in shared memory, through which results leave: the copy engine
-/// writes whole lines, at times when nobody waits for it.
-struct Out {
-  uint32_t tile;
-  int barrier;  // of the consumer's threads
+/// A warp's part of a consumer's tile in shared memory: kPieces of 16 rows and 64 columns, piece p
+/// at row 64 (p % 2) + 16 warp and column 64 (p / 2), each with its own copies. No warp waits for
+/// another one, and none for the copy engine unless the piece has been used less than a tile ago.
+template <typename Config>
+struct Pieces {
+  static constexpr int kCount = Config::kCols / 32, kRows = 16, kBytes = kRows * kBlockRowBytes;
+  uint32_t base, barrier;
+  int row, col;  // of the tile, and of the warp in it
 
-  __device__ __forceinline__ bool copies() const { return threadIdx.x % kWarpgroupSize == 0; }
-
-  /// Before the first Put: the copy engine has read what was there.
-  __device__ __forceinline__ void Acquire() const {
-    if (copies()) TmaStoreWait<0>();
-    NamedBarrierWait(barrier, kWarpgroupSize);
+  __device__ __forceinline__ static bool copies() { return threadIdx.x % kWarpSize == 0; }
+  __device__ __forceinline__ uint32_t piece(int p) const { return base + p * kBytes; }
+  __device__ __forceinline__ int row_of(int p) const { return row + p % 2 * 64; }
+  __device__ __forceinline__ int col_of(int p) const { return col + p / 2 * 64; }
+  /// What lane l gives LoadMatrix4 and StoreMatrix4 for columns 16 j .. + 15 of a piece: words[m]
+  /// of a lane are then columns 16 j + 8 (m / 2) + 2 (l % 4) and + 1 of row 8 (m % 2) + l / 4.
+  __device__ __forceinline__ uint32_t matrices(int p, int j) const {
+    const int lane = threadIdx.x % kWarpSize, r = lane % 16;
+    return piece(p) + r * kBlockRowBytes + ((2 * j + lane / 16) ^ r % 8) * 16;
   }
-  /// Columns 32 half .. + 31 of the 64, of this lane's rows.
-  template <typename T>
-  __device__ __forceinline__ void Put(const float (&values)[Place::kUnits][8], int half) const {
-    const int lane = threadIdx.x % kWarpSize;
-    const int row = threadIdx.x / kWarpSize % kConsumerWarps * 16 + lane % 16;
-    const uint32_t start = tile + row * kBlockRowBytes;
+
+  __device__ __forceinline__ void LoadAll(const CUtensorMap& map) const {
+    if (!copies()) return;
+    TmaStoreWait<0>();
+    BarrierExpect(barrier, kCount * kBytes);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {  // of 16 columns
-        uint32_t words[4];
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const float* pair = &values[2 * i + m % 2][4 * j + m / 2 * 2];
-          words[m] = PackPair<T>(pair[0], pair[1]);
-        }
-        const int chunk = 4 * half + 2 * j + lane / 16;
-        StoreMatrices(start + i * 64 * kBlockRowBytes + (chunk ^ row % 8) * 16, words);
-      }
+    for (int p = 0; p < kCount; ++p) TmaLoad(piece(p), map, barrier, col_of(p), row_of(p), 0, 0);
   }
-  __device__ __forceinline__ void Copy(const CUtensorMap& map, int row, int col) const {
+  /// Before any piece is filled again: the copy engine has read what is there.
+  __device__ __forceinline__ static void Acquire() {
+    if (copies()) TmaStoreWait<kCount - 1>();
+    __syncwarp();
+  }
+  __device__ __forceinline__ void Store(int p, const CUtensorMap& map) const {
     TmaStoreFence();
-    NamedBarrierWait(barrier, kWarpgroupSize);
-    if (copies()) TmaStore(map, tile, col, row, 0, 0);
+    __syncwarp();
+    if (copies()) TmaStore(map, piece(p), col_of(p), row_of(p), 0, 0);
   }
 };
 
-/// Applies the epilogue to a tile and stores it, 64 columns after another.
-template <typename Config, Body kBody, bool kHasResidual, bool kHasPre>
-__device__ __forceinline__ void Finish(const Params& p, const float (&acc)[2][Config::kCols / 2],
-                                       const float2 (&bias)[Config::kCols / 8], const Place& place,
-                                       const Out& out) {
+/// Stores f(x w + bias) of a warp's part of a tile, plus, where it is there, what the pieces hold.
+template <typename Config, bool kHasResidual, typename F>
+__device__ __forceinline__ void StoreTile(const CUtensorMap& map,
+                                          const float (&acc)[2][Config::kCols / 2], uint32_t bias,
+                                          const Pieces<Config>& pieces, F&& f) {
   using T = typename Config::T;
-  const T* gResidual = static_cast<const T*>(p.args.residual) + (kHasResidual ? place.origin() : 0);
+  float2 biases[8];  // of 64 columns
 #pragma unroll
-  for (int block = 0; block < Config::kCols / 64; ++block) {
-    const int col = place.col + 64 * block;
-    const auto biased = [&](int half, float (&values)[Place::kUnits][8]) {
+  for (int p = 0; p < Pieces<Config>::kCount; ++p) {
+    if (p % 2 == 0) {
 #pragma unroll
-      for (int u = 0; u < Place::kUnits; ++u)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int group = 2 * block + half, at = 16 * group + 4 * j + u % 2 * 2;
-          values[u][2 * j] = acc[u / 2][at] + bias[4 * group + j].x;
-          values[u][2 * j + 1] = acc[u / 2][at + 1] + bias[4 * group + j].y;
-        }
-    };
-    if constexpr (kHasPre) {
-      out.Acquire();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float values[Place::kUnits][8];
-        biased(half, values);
-        out.Put<T>(values, half);
-      }
-      out.Copy(p.pre, place.tile_row, col);
+      for (int j = 0; j < 8; ++j)
+        biases[j] = LoadSharedPair(bias + (32 * p + 8 * j + threadIdx.x % 4 * 2) * 4);
     }
-    out.Acquire();
+    if constexpr (!kHasResidual) Pieces<Config>::Acquire();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int group = 2 * block + half;
-      uint4 residual[Place::kUnits];
-      if constexpr (kHasResidual) {
+    for (int j = 0; j < 4; ++j) {  // of 16 columns
+      uint32_t residual[4], words[4];
+      if constexpr (kHasResidual) LoadMatrix4(residual, pieces.matrices(p, j));
 #pragma unroll
-        for (int u = 0; u < Place::kUnits; ++u) {
-          residual[u] = uint4{0, 0, 0, 0};
-          if (place.has(u, group))
-            residual[u] = __ldg(reinterpret_cast<const uint4*>(gResidual + place.offset(u, group)));
+      for (int m = 0; m < 4; ++m) {
+        const int group = 2 * j + m / 2;  // of 8 columns
+        const float* sums = &acc[p % 2][p / 2 * 32 + 4 * group + m % 2 * 2];
+        float2 y = {f(sums[0] + biases[group].x), f(sums[1] + biases[group].y)};
+        if constexpr (kHasResidual) {
+          const float2 added = UnpackPair<T>(residual[m]);
+          y.x += added.x;
+          y.y += added.y;
         }
+        words[m] = PackPair<T>(y.x, y.y);
       }
-      float values[Place::kUnits][8];
-      biased(half, values);
-#pragma unroll
-      for (int u = 0; u < Place::kUnits; ++u)
-#pragma unroll
-        for (float& value : values[u]) value = Apply<T, kBody>(p.args.epilogue, value);
-      if constexpr (kHasResidual) {
-#pragma unroll
-        for (int u = 0; u < Place::kUnits; ++u) {
-          uint32_t words[4] = {residual[u].x, residual[u].y, residual[u].z, residual[u].w};
-          QuadTranspose(words);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float2 pair = UnpackPair<T>(words[j]);
-            values[u][2 * j] += pair.x;
-            values[u][2 * j + 1] += pair.y;
-          }
-        }
-      }
-      out.Put<T>(values, half);
+      StoreMatrix4(pieces.matrices(p, j), words);
     }
-    out.Copy(p.y, place.tile_row, col);
+    pieces.Store(p, map);
   }
 }
 
+/// Applies the epilogue to a tile and stores it. turn: how many tiles there were before.
 template <typename Config, Body kBody>
 __device__ __forceinline__ void Finish(const Params& p, const float (&acc)[2][Config::kCols / 2],
-                                       const float2 (&bias)[Config::kCols / 8], const Place& place,
-                                       const Out& out) {
-  if (p.args.residual == nullptr && p.args.pre == nullptr)
-    Finish<Config, kBody, false, false>(p, acc, bias, place, out);
-  else if (p.args.residual == nullptr)
-    Finish<Config, kBody, false, true>(p, acc, bias, place, out);
-  else if (p.args.pre == nullptr)
-    Finish<Config, kBody, true, false>(p, acc, bias, place, out);
-  else
-    Finish<Config, kBody, true, true>(p, acc, bias, place, out);
+                                       uint32_t bias, const Pieces<Config>& pieces, int turn) {
+  const auto activation = [&](float x) {
+    return Apply<typename Config::T, kBody>(p.args.epilogue, x);
+  };
+  if (p.args.residual == nullptr) {
+    StoreTile<Config, false>(p.y, acc, bias, pieces, activation);
+  } else {
+    BarrierWait(pieces.barrier, turn % 2);
+    StoreTile<Config, true>(p.y, acc, bias, pieces, activation);
+  }
+  if (p.args.pre != nullptr)
+    StoreTile<Config, false>(p.pre, acc, bias, pieces, [](float x) { return x; });
 }
 
 template <typename Config>
-__device__ __forceinline__ void Consume(const Params& p, const Stages<Config>& stages, int clusters,
+__device__ __forceinline__ void Consume(const Params& p, const Layout<Config>& shared, int clusters,
                                         uint32_t rank) {
   const int consumer =
       __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroupSize, 0) - 1;
@@ -332,34 +266,44 @@ __device__ __forceinline__ void Consume(const Params& p, const Stages<Config>& s
     ring.stage %= Config::kStages;
   };
   const auto release = [&](uint32_t stage) {
-    if (lane < kCluster) BarrierArriveAt(stages.empty(stage), static_cast<uint32_t>(lane));
+    if (lane < kCluster) BarrierArriveAt(shared.empty(stage), static_cast<uint32_t>(lane));
   };
   if (consumer == 1) skip();
   float acc[2][Config::kCols / 2];
   const int items = p.row_pairs * p.col_tiles;
-  const Out out{stages.out(consumer), 3 + consumer};
-  const bool float_bias = p.args.bias_dtype == DType::kF32;
-  for (int item = static_cast<int>(blockIdx.x) / kCluster + consumer * clusters; item < items;
-       item += kConsumers * clusters) {
+  const int thread = threadIdx.x % kWarpgroupSize, warp = thread / kWarpSize;
+  // Of the next tile, column `thread`: on its way while the last one is stored. Read where it is
+  // needed, 16 pairs a lane, each behind a branch, the biases took as long as the product.
+  float next_bias = 0;
+  const auto load_bias = [&](int item) {
+    static_assert(Config::kCols == kWarpgroupSize);
+    const int column = Tile(p, item).col_tile * Config::kCols + thread;
+    next_bias = 0;
+    if (item >= items || column >= p.args.n) return;
+    next_bias = p.args.bias_dtype == DType::kF32
+                    ? __ldg(static_cast<const float*>(p.args.bias) + column)
+                    : ToFloat(__ldg(static_cast<const typename Config::T*>(p.args.bias) + column));
+  };
+  const uint32_t bias = shared.bias(consumer);
+  Pieces<Config> pieces{
+      shared.out(consumer) + warp * Pieces<Config>::kCount * Pieces<Config>::kBytes,
+      shared.residual(consumer, warp), 0, 0};
+  const int first = static_cast<int>(blockIdx.x) / kCluster + consumer * clusters;
+  load_bias(first);
+  int turn = 0;
+  for (int item = first; item < items; item += kConsumers * clusters, ++turn) {
     const Tile tile(p, item);
-    const int row = (tile.row_pair * kCluster + static_cast<int>(rank)) * Config::kRows;
-    const Place place(p.args, row, tile.col_tile * Config::kCols);
-    // While the other consumer multiplies: what the epilogue would wait for.
-    if (p.args.residual != nullptr) PrefetchResidual<Config>(p.args, row, place.col);
-    float2 bias[Config::kCols / 8];
-#pragma unroll
-    for (int j = 0; j < Config::kCols / 8; ++j) {
-      const int column = 8 * j + 2 * (lane % 4);
-      bias[j] = column < place.cols_left
-                    ? LoadPair<typename Config::T>(p.args.bias, float_bias, place.col + column)
-                    : float2{0, 0};
-    }
+    pieces.row = (tile.row_pair * kCluster + static_cast<int>(rank)) * Config::kRows + 16 * warp;
+    pieces.col = tile.col_tile * Config::kCols;
+    if (p.args.residual != nullptr) pieces.LoadAll(p.residual);
+    NamedBarrierWait(3 + consumer, kWarpgroupSize);  // all warps have read the last tile's biases
+    StoreShared(bias + thread * 4, next_bias);
     NamedBarrierWait(1 + consumer, kTurnThreads);
     uint32_t last = 0;
     for (int step = 0; step < p.steps; ++step, ring.Advance()) {
-      BarrierWait(stages.full(ring.stage), ring.parity);
+      BarrierWait(shared.full(ring.stage), ring.parity);
       WgmmaFence();
-      Multiply<Config>(acc, stages.x(ring.stage), stages.w(ring.stage), step > 0);
+      Multiply<Config>(acc, shared.x(ring.stage), shared.w(ring.stage), step > 0);
       WgmmaCommit();
       if (step > 0) {
         WgmmaWait<1>();
@@ -373,24 +317,25 @@ __device__ __forceinline__ void Consume(const Params& p, const Stages<Config>& s
     FenceRegisters(acc[1]);
     release(last);
     skip();
+    load_bias(item + kConsumers * clusters);
     switch (p.args.epilogue) {
       case Epilogue::kTanh:
-        Finish<Config, Body::kTanh>(p, acc, bias, place, out);
+        Finish<Config, Body::kTanh>(p, acc, bias, pieces, turn);
         break;
       case Epilogue::kSilu:
-        Finish<Config, Body::kSilu>(p, acc, bias, place, out);
+        Finish<Config, Body::kSilu>(p, acc, bias, pieces, turn);
         break;
       case Epilogue::kGeluTanh:
-        Finish<Config, Body::kGeluTanh>(p, acc, bias, place, out);
+        Finish<Config, Body::kGeluTanh>(p, acc, bias, pieces, turn);
         break;
       case Epilogue::kGeluErf:
-        Finish<Config, Body::kGeluErf>(p, acc, bias, place, out);
+        Finish<Config, Body::kGeluErf>(p, acc, bias, pieces, turn);
         break;
       default:
-        Finish<Config, Body::kLinear>(p, acc, bias, place, out);
+        Finish<Config, Body::kLinear>(p, acc, bias, pieces, turn);
     }
   }
-  if (out.copies()) TmaStoreWait<0>();  // the tile goes with the block
+  if (Pieces<Config>::copies()) TmaStoreWait<0>();  // the pieces go with the block
 }
 
 template <typename Config>
@@ -399,22 +344,24 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   extern __shared__ unsigned char shared_bytes[];
   // The same offset in both blocks: copies and arrivals of the other one go by it.
   const uint32_t address = SharedAddress(shared_bytes);
-  const Stages<Config> stages{(address + kTileAlignment - 1) / kTileAlignment * kTileAlignment};
+  const Layout<Config> shared{(address + kTileAlignment - 1) / kTileAlignment * kTileAlignment};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      BarrierInit(stages.full(stage), 1);
-      BarrierInit(stages.empty(stage), kCluster * kConsumerWarps);
+      BarrierInit(shared.full(stage), 1);
+      BarrierInit(shared.empty(stage), kCluster * kConsumerWarps);
     }
+    for (int warp = 0; warp < kConsumers * kConsumerWarps; ++warp)
+      BarrierInit(shared.residual(0, warp), 1);
     BarrierInitFence();
   }
   ClusterBarrier();
   const int clusters = static_cast<int>(gridDim.x) / kCluster;
   if (threadIdx.x < kWarpgroupSize) {
     LowerRegisters<kProducerRegisters>();
-    if (threadIdx.x == 0) Produce<Config>(p, stages, clusters, ClusterRank());
+    if (threadIdx.x == 0) Produce<Config>(p, shared, clusters, ClusterRank());
   } else {
     RaiseRegisters<kConsumerRegisters>();
-    Consume<Config>(p, stages, clusters, ClusterRank());
+    Consume<Config>(p, shared, clusters, ClusterRank());
   }
   __syncwarp();
   ClusterBarrier();  // nobody leaves while the other block may still arrive here
@@ -426,6 +373,7 @@ Status LaunchHopper(const LinearForwardArgs& a, const Launch& launch) {
   const int64_t row_tiles = (a.rows + Config::kRows - 1) / Config::kRows;
   Params p{.x = {},
            .w = {},
+           .residual = {},
            .y = {},
            .pre = {},
            .args = a,
@@ -439,9 +387,13 @@ Status LaunchHopper(const LinearForwardArgs& a, const Launch& launch) {
   if (status.ok())
     status = MakeTensorMap(transposed ? matrix(a.w, a.n, a.k) : matrix(a.w, a.k, a.n),
                            Config::kWBoxRows, p.w);
-  if (status.ok()) status = MakeTensorMap(matrix(a.y, a.rows, a.n), Config::kRows, p.y);
-  if (status.ok() && a.pre != nullptr)
-    status = MakeTensorMap(matrix(a.pre, a.rows, a.n), Config::kRows, p.pre);
+  const auto pieces = [&](const void* base, CUtensorMap& map) {
+    if (status.ok() && base != nullptr)
+      status = MakeTensorMap(matrix(base, a.rows, a.n), Pieces<Config>::kRows, map);
+  };
+  pieces(a.residual, p.residual);
+  pieces(a.y, p.y);
+  pieces(a.pre, p.pre);
   if (!status.ok()) return status;
   const auto kernel = hopper_linear_kernel<Config>;
   int device = 0, processors = 0;
