@@ -35,7 +35,10 @@ from zenith_jax.serving import TritonServer, find_triton
 SAMPLES = 64
 TURN_SECONDS = 2.0  # of one model in one scenario
 RESAMPLED = 1000
-TITLES = {"loadgen": "LoadGen scenarios", "compared": "Zenith against ONNX Runtime: above 1 it is ahead"}
+TITLES = {
+    "loadgen": "LoadGen scenarios",
+    "compared": "Zenith against ONNX Runtime: above 1 it is ahead. others: of a processor, by other processes",
+}
 WINDOW = 400  # requests of one of perf_analyzer's windows: two seconds or so
 EXPECTED = 500.0  # samples a second, of which Offline sends as many as its turn takes
 
@@ -131,32 +134,35 @@ def closed(server: TritonServer) -> list[dict[str, Any]]:
 
 
 def loadgen(server: TritonServer, seconds: float) -> list[dict[str, Any]]:
-    """Each scenario in short turns, the models alternating, so that what else happens on the machine meets both alike;
-    the queries of all turns are pooled. Offline is first: Server then sends both models 60 % of the slower one's
-    throughput. Behind them, Zenith against ONNX Runtime."""
+    """Each scenario in short turns, the models alternating, so that what else happens on the machine meets both alike.
+    Offline is first: Server then sends both models 60 % of the slower one's throughput. Behind them, Zenith against
+    ONNX Runtime."""
     import scenarios
 
     samples = models.sentences(SAMPLES)
     found, compared, offline = [], [], {}
     for scenario in ("Offline", "SingleStream", "MultiStream", "Server"):
         turns: dict[str, list[Any]] = {name: [] for name in models.NAMES}
+        before = time.perf_counter(), *_processor_seconds(server)
         for turn in range(max(1, round(seconds / TURN_SECONDS))):
             for name in models.NAMES if turn % 2 == 0 else reversed(models.NAMES):
                 qps = 0.6 * min(offline.values()) if scenario == "Server" else offline.get(name, EXPECTED)
                 turns[name].append(
                     scenarios.run(server.grpc, name, samples, scenario, seconds=TURN_SECONDS, qps=qps, seed=turn)
                 )
-        results = {name: _pooled(scenario, turns[name]) for name in models.NAMES}
+        took, all_used, we_used = np.subtract((time.perf_counter(), *_processor_seconds(server)), before)
+        results = {name: _measured(scenario, turns[name]) for name in models.NAMES}
         if scenario == "Offline":
             offline = {name: result["per_second"] for name, result in results.items()}
         found += [dict(part="loadgen", model=name, case=scenario, **result) for name, result in results.items()]
-        compared.append(dict(part="compared", case=scenario, **_compared(scenario, turns)))
+        others = f"{100 * (all_used - we_used) / took:.0f} %"
+        compared.append(dict(part="compared", case=scenario, **_compared(scenario, turns), others=others))
     return found + compared
 
 
-def _pooled(scenario: str, turns: Sequence[Any]) -> dict[str, Any]:
-    """p50, p90 and p99 of all queries in ms, and samples a second. Offline has one query a turn: its latency says
-    nothing."""
+def _measured(scenario: str, turns: Sequence[Any]) -> dict[str, Any]:
+    """p50, p90 and p99 in ms of the queries of all turns; p99 of the turn in the middle, which a neighbour that comes
+    and goes does not move; samples a second. Offline has one query a turn, whose latency says nothing."""
     from scenarios import ROWS
 
     latencies = np.concatenate([t.latencies_ms for t in turns])
@@ -164,10 +170,11 @@ def _pooled(scenario: str, turns: Sequence[Any]) -> dict[str, Any]:
         per_second = ROWS[scenario] * 1000 / latencies.mean()
     else:
         per_second = sum(t.samples for t in turns) / sum(t.seconds for t in turns)
-    percentiles = {f"p{p}_ms": float(np.percentile(latencies, p)) for p in (50, 90, 99)}
+    shown: dict[str, Any] = {f"p{p}_ms": float(np.percentile(latencies, p)) for p in (50, 90, 99)}
+    shown["p99_ms of a turn"] = float(np.median([np.percentile(t.latencies_ms, 99) for t in turns]))
     if scenario == "Offline":
-        percentiles = dict.fromkeys(percentiles, "")
-    return dict(queries=len(latencies), **percentiles, per_second=float(per_second))
+        shown = dict.fromkeys(shown, "")
+    return dict(queries=len(latencies), **shown, per_second=float(per_second))
 
 
 def _compared(scenario: str, turns: dict[str, list[Any]]) -> dict[str, Any]:
@@ -175,18 +182,33 @@ def _compared(scenario: str, turns: dict[str, list[Any]]) -> dict[str, Any]:
     range of 90 % of samples, with replacement, of the pairs of turns."""
     rng, count = np.random.default_rng(0), len(turns[models.NAMES[0]])
     drawn = [np.arange(count), *(rng.integers(0, count, count) for _ in range(RESAMPLED))]
-    ratios: dict[str, list[float]] = {"p99_ms": [], "per_second": []}
+    ratios: dict[str, list[float]] = {"p99_ms": [], "p99_ms of a turn": [], "per_second": []}
     for indices in drawn:
-        ours, theirs = (_pooled(scenario, [turns[name][i] for i in indices]) for name in models.NAMES)
-        if scenario != "Offline":
-            ratios["p99_ms"].append(theirs["p99_ms"] / ours["p99_ms"])
-        ratios["per_second"].append(ours["per_second"] / theirs["per_second"])
+        ours, theirs = (_measured(scenario, [turns[name][i] for i in indices]) for name in models.NAMES)
+        for key, found in ratios.items():
+            if key == "per_second":
+                found.append(ours[key] / theirs[key])
+            elif scenario != "Offline":
+                found.append(theirs[key] / ours[key])
 
     def text(values: list[float]) -> str:
         low, high = np.percentile(values, [5, 95]) if values else (0, 0)
         return f"{values[0]:.2f} ({low:.2f} to {high:.2f})" if values else ""
 
-    return {f"{name} ahead": text(values) for name, values in ratios.items()}
+    return {key: text(values) for key, values in ratios.items()}
+
+
+def _processor_seconds(server: TritonServer) -> tuple[float, float]:
+    """That everybody has used, with what a hypervisor took, and that this process, the server and its models have."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, irq, softirq, stolen, *_ = map(int, file.readline().split()[1:])
+    ours = 0
+    assert server.process is not None
+    for pid in {os.getpid(), server.process.pid, *server.backends()}:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ours += int(fields[11]) + int(fields[12])  # utime and stime
+    return (user + nice + system + irq + softirq + stolen) / ticks, ours / ticks
 
 
 def main() -> None:
