@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics-port", type=int, default=8002, metavar="N")
     parser.add_argument("--exit-seconds", type=int, default=30, metavar="N", help="for requests in flight at the end")
     parser.add_argument("--triton", metavar="PATH", help="a tritonserver, or an unpacked nvidia-pytriton")
+    parser.add_argument(
+        "--triton-option",
+        metavar="OPTION",
+        action="append",
+        default=[],
+        help="one of tritonserver's own, such as --triton-option=--trace-config=mode=opentelemetry",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -121,6 +128,7 @@ def _server(arguments: argparse.Namespace, repository: pathlib.Path) -> Any:
         host=arguments.host,
         ports=(arguments.http_port, arguments.grpc_port, arguments.metrics_port),
         exit_seconds=arguments.exit_seconds,
+        options=arguments.triton_option,
     )
 
 

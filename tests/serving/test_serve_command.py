@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -55,9 +56,9 @@ def serving(tmp_path, *arguments, **more):
             for line in process.stdout:
                 if line.startswith("zenith serve: ready"):
                     break
-            found = re.search(r"ready: (\S+) at http://(\S+) and grpc://(\S+),", line)
+            found = re.search(r"ready: (\S+) at http://(\S+) and grpc://(\S+), metrics at (\S+)", line)
             assert found, (tmp_path / "log").read_text()[-3000:]
-            yield SimpleNamespace(process=process, name=found[1], http=found[2], grpc=found[3])
+            yield SimpleNamespace(process=process, name=found[1], http=found[2], grpc=found[3], metrics=found[4])
         finally:
             if process.poll() is None:
                 process.kill()
@@ -136,10 +137,13 @@ def test_an_onnx_model_is_asked_with_the_dtypes_that_it_declares(triton, tmp_pat
     )
     opsets = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "lookup.onnx")
-    with serving(tmp_path, "lookup.onnx", "--dynamic", "batch=1,4") as server:
+    latencies = "--triton-option=--metrics-config=summary_latencies=true"
+    with serving(tmp_path, "lookup.onnx", "--dynamic", "batch=1,4", latencies) as server:
         with Client(server, "grpc") as client:
             (answer,) = client.infer("lookup", ids=np.int64([[0, 3], [1, 1]])).values()
         np.testing.assert_array_equal(answer, np.arange(12).reshape(4, 3)[[[0, 3], [1, 1]]])
+        text = urllib.request.urlopen(server.metrics, timeout=30).read().decode()
+        assert re.search(r'nv_inference_request_summary_us\{model="lookup",version="1",quantile="0.99"\}', text)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 0
 
