@@ -2,6 +2,7 @@
 // what Python must know of the build before it registers them. Used by zenith_jax/native.py only.
 #include <nanobind/nanobind.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <span>
 #include <string>
@@ -21,6 +22,10 @@ namespace nb = nanobind;
 
 namespace zenith {
 namespace {
+
+#ifdef ZENITH_BACKEND_CUDA
+namespace ffi = ::xla::ffi;
+#endif
 
 nb::dict Targets() {
   nb::dict capsules;
@@ -69,6 +74,27 @@ nb::dict DeviceInfo() {
   return info;
 }
 
+/// Writes the stream on which XLA runs its program into two words, the low one first. For who
+/// orders its own streams with XLA's: zenith_jax/ops/_lower.py, compute_stream.
+ffi::Error ComputeStream(cudaStream_t stream, ffi::ResultBufferR1<ffi::U32> words) {
+  static_assert(sizeof(stream) == 2 * sizeof(uint32_t));
+  if (words->dimensions()[0] != 2) {
+    return ffi::Error::InvalidArgument("zenith_compute_stream: words must have 2 elements");
+  }
+  // From pageable memory: the call returns when `stream` has been read.
+  const cudaError_t error =
+      cudaMemcpyAsync(words->typed_data(), &stream, sizeof(stream), cudaMemcpyHostToDevice, stream);
+  return error == cudaSuccess ? ffi::Error::Success()
+                              : ffi::Error::Internal(cudaGetErrorString(error));
+}
+
+XLA_FFI_DEFINE_HANDLER(kComputeStream, ComputeStream,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                           .Ret<ffi::BufferR1<ffi::U32>>());  // words [2]
+
+nb::capsule ComputeStreamTarget() { return nb::capsule(reinterpret_cast<void*>(kComputeStream)); }
+
 #endif
 
 }  // namespace
@@ -89,5 +115,7 @@ NB_MODULE(ZENITH_MODULE, m) {
   m.def("driver_version", &zenith::DriverVersion,
         "Newest CUDA that the driver runs; 0: no driver.");
   m.def("device_info", &zenith::DeviceInfo, "The CUDA devices, or why there are none.");
+  m.def("compute_stream_target", &zenith::ComputeStreamTarget,
+        "Capsule of a handler that says on which stream XLA runs.");
 #endif
 }

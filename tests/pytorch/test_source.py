@@ -59,6 +59,28 @@ def test_compiled_saved_and_loaded_without_torch(tmp_path):
     assert done.stdout.strip() == "loaded torch"
 
 
+class Same(torch.nn.Module):
+    def forward(self, x, y):
+        return x + 0, x - y
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inputs_are_read_where_they_lie_and_outputs_are_new(mode):
+    """Memory of an input may be used again when a call has returned, by torch for the next input."""
+    shape = 64, 64
+    model = zenith.compile(Same(), torch.randn(shape), torch.randn(shape), mode=mode)
+    results, expected = [], []
+    for i in range(100):
+        x = torch.randn(shape)
+        y = x.t() if i % 3 else x * 2
+        results.append(model(x, y))
+        expected.append((x.clone(), x - y))
+        assert results[-1][0].data_ptr() != x.data_ptr()
+        x.zero_()
+    for actual, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
 def test_what_is_no_pure_function_is_refused():
     module = torch.nn.BatchNorm1d(4)
     with pytest.raises(FrontendError, match=r"BatchNorm1d does not run in JAX: .*module.eval\(\)"):

@@ -107,12 +107,11 @@ class CompiledModel:
         face = self.interface
         if kwargs:
             args = self._positional(args, kwargs)
-        if face.adapt is not None:
-            args = face.adapt(args)
+        adapted = args if face.adapt is None else face.adapt(args)  # which may lie in the memory of the arguments
         try:
-            results = self.flat_call(face.input_structure.arrays(args))
+            results = self.flat_call(face.input_structure.arrays(adapted))
         except (InputError, TypeError, ValueError, AttributeError) as error:
-            raise self._explained(args, error) from error
+            raise self._explained(adapted, error) from error
         outputs = face.output_structure.filled(results)
         return outputs if face.restore is None else face.restore(outputs)
 

@@ -26,6 +26,7 @@ class Source:
     framework: "jax", "flax.nnx", "flax.linen", "equinox", "onnx", "torch", "keras", ...
     arguments: names of the positional arguments, where they are known. outputs: names of the flattened outputs.
     adapt: (the tuple of arguments as a caller gives them) -> tuple of JAX arrays or pytrees of them; None: as they are.
+      These may lie in the memory of the arguments, which the caller therefore keeps until the outputs are restored.
     restore: (outputs of `function`) -> outputs of the framework's own types; None: JAX arrays.
     declared: the inputs as the model declares them, in the order of the flattened arguments.
     """

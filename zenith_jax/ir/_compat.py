@@ -261,9 +261,10 @@ def array_from_dlpack(capsule: Any, device: Any, stream: int | None) -> jax.Arra
     """The memory of a DLPack capsule as an array: `jax.dlpack.from_dlpack` without the 25 us around its core.
 
     Keeps 64-bit types, where the public function narrows them by a copy. Memory that is aligned to less than 64 bytes
-    is copied. stream: of the device, for which the producer made the capsule; None on the CPU.
+    is copied. stream: of the device, for which the producer made the capsule; None: nothing is to be waited for.
     """
-    kind = (DLPACK_CPU if stream is None else DLPACK_CUDA,) if jaxlib_extension_version >= 467 else ()
+    on_gpu = device.platform == "gpu"
+    kind = (DLPACK_CUDA if on_gpu else DLPACK_CPU,) if jaxlib_extension_version >= 467 else ()
     return _jax.dlpack_managed_tensor_to_buffer(capsule, device, stream, None, *kind)
 
 
@@ -273,6 +274,10 @@ def dlpack_of_array(array: jax.Array, stream: int | None) -> Any:
     stream: of the device, made to wait until the array is computed; None on the CPU, where the caller waits.
     """
     return _jax.buffer_to_dlpack_managed_tensor(array, stream=stream)
+
+
+# () -> the number of this thread's stream for programs, 0 being the usual one.
+execution_stream_id: Callable[[], int] = getattr(_jax, "get_execution_stream_id", lambda: 0)
 
 
 def install_linearize_hook(

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import mlir
 
 from zenith_jax import native
@@ -54,6 +55,22 @@ def unavailable(platform: str) -> Refusal | None:
         return None
     reason = native.unavailable_reason(platform)
     return Refusal("{reason}", dict(reason=reason)) if reason else None
+
+
+@ft.cache
+def compute_stream(device: Any) -> int | None:
+    """The CUDA stream on which JAX's programs run on a GPU; None where the native module is not there to say.
+
+    PjRt has one for each device, but for threads that ask for another (`_compat.execution_stream_id`).
+    """
+    module = native.module("cuda")
+    make_target = getattr(module, "compute_stream_target", None)  # None: a development build from before
+    if make_target is None:
+        return None
+    jax.ffi.register_ffi_target("zenith_compute_stream", make_target(), platform=native.PLATFORMS["cuda"])
+    call = jax.ffi.ffi_call("zenith_compute_stream", jax.ShapeDtypeStruct((2,), jnp.uint32))
+    low, high = np.asarray(jax.jit(call, out_shardings=jax.sharding.SingleDeviceSharding(device))())
+    return int(high) << 32 | int(low)
 
 
 # The call would have the sizes as one more operand, which the sharding rule does not count, and attributes that are

@@ -17,7 +17,10 @@ from zenith_jax.frontends.torch.capture import Alias, Constant, Fresh
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.frontends.torch.module import Engine, all_axes
 from zenith_jax.frontends.torch.program import ordinal
-from zenith_jax.frontends.torch.tensors import Inlet, inlet_of, is_wide, to_torch
+from zenith_jax.frontends.torch.tensors import WIDE, Inlet, inlet_of, order_after_torch, to_torch
+from zenith_jax.ops._lower import compute_stream
+
+_64_BITS = (torch.int64, *WIDE)
 
 
 def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
@@ -60,12 +63,18 @@ def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
             leaves.append(output.value if isinstance(output, Constant) else flat[output.index])
         return pytree.tree_unflatten(leaves, captured.spec)
 
+    stream = None if gpu is None else compute_stream(program.inlets[0].device)
+
+    def adapt(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        is_ordered = gpu is None or order_after_torch(stream, gpu)
+        return tuple([_as_array(x, is_ordered) for x in args])
+
     return Source(
         function=function,
         params={**dict(zip(weights.names, weights.arrays, strict=True)), **program.more},
         name=name,
         framework="torch",
-        adapt=lambda args: tuple(map(_as_array, args)),
+        adapt=adapt,
         restore=restore,
     )
 
@@ -79,19 +88,23 @@ def _as_tensor(value: Any) -> Any:
     return value
 
 
-def _as_array(value: Any) -> Any:
-    """A tensor as an array, without a copy but for 64-bit integers; containers of tensors leaf by leaf."""
+def _as_array(value: Any, is_ordered: bool) -> Any:
+    """A tensor as an array, without a copy but for 64-bit integers; containers of tensors leaf by leaf.
+
+    is_ordered: what reads the array comes after what torch's stream has to do.
+    """
     if isinstance(value, torch.Tensor):
-        if value.dtype == torch.int64 and not jax.config.read("jax_enable_x64"):
+        dtype = value.dtype
+        if dtype in _64_BITS and not jax.config.read("jax_enable_x64"):
+            if dtype != torch.int64:
+                raise FrontendError(f"the input is {dtype}, which JAX has only with jax_enable_x64 set")
             Inlet(value, False).check_range(value)
-            value = value.to(torch.int32)
-        elif is_wide(value) and not jax.config.read("jax_enable_x64"):
-            raise FrontendError(f"the input is {value.dtype}, which JAX has only with jax_enable_x64 set")
+            return inlet_of(torch.int32, value.device, True)(value.to(torch.int32))
         if value.layout is not torch.strided or value.is_quantized:
             return Inlet(value, True)(value)  # which says why not
-        return inlet_of(value.dtype, value.device, True)(value)
+        return inlet_of(dtype, value.device, True).of_call(value, is_ordered)
     if isinstance(value, list | tuple):
-        return type(value)(map(_as_array, value))
+        return type(value)([_as_array(v, is_ordered) for v in value])
     if isinstance(value, dict):
-        return {key: _as_array(v) for key, v in value.items()}
+        return {key: _as_array(v, is_ordered) for key, v in value.items()}
     return jnp.asarray(value) if isinstance(value, np.ndarray) else value

@@ -7,6 +7,7 @@ of the graph. Those become the weights of a program: bound once, shared with tor
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from zenith_jax.frontends.torch import require
 from zenith_jax.frontends.torch.errors import TorchError, warn_fallback
 from zenith_jax.frontends.torch.module import Engine
+from zenith_jax.frontends.torch.program import Executable
+from zenith_jax.frontends.torch.weights import Changed
 
 _OPTIONS = {"strict": False, "frozen": False}
 
@@ -67,6 +70,8 @@ class _Graph:
         known = {*self.weight_positions, *self.sizes}
         self.input_positions = [i for i in range(len(nodes)) if i not in known]
         self.module: _WithWeights | None = None
+        self.is_fixed = all(_has_fixed_shape(self.values[i]) for i in self.input_positions)
+        self.executable: Executable | None = None
 
     def __call__(self, *args: Any) -> Any:
         if self.module is None:
@@ -78,7 +83,15 @@ class _Graph:
             self.module.follow(args)
         inputs = tuple([args[i] for i in self.input_positions])
         try:
-            return self.engine(inputs, {})
+            if self.executable is not None:
+                try:
+                    return self.executable(inputs, frozen=self.frozen)
+                except Changed:
+                    self.executable = None
+            result = self.engine(inputs, {})
+            if self.is_fixed and len(self.engine.ready) == 1:  # by Dynamo's guards: there is nothing to look up
+                (self.executable,) = self.engine.ready.values()
+            return result
         except TorchError as error:
             if self.strict:
                 raise
@@ -89,6 +102,10 @@ class _Graph:
         """The axes whose sizes are symbols in Dynamo's own trace."""
         shapes = [self.values[i].shape for i in self.input_positions if isinstance(self.values[i], torch.Tensor)]
         return [tuple(axis for axis, n in enumerate(shape) if not isinstance(n, int)) for shape in shapes]
+
+
+def _has_fixed_shape(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and all(isinstance(n, int) for n in value.shape)
 
 
 def _is_weight(node: torch.fx.Node) -> bool:
@@ -117,20 +134,22 @@ class _WithWeights(torch.nn.Module):
     graph: Any
     positions: Any
     weight_names: Any
+    weights: Any
 
     def __init__(self, graph: _Graph, args: Sequence[Any]):
         super().__init__()
         self.graph = graph.graph_module
         self.__dict__["positions"] = graph
         self.__dict__["weight_names"] = tuple(f"weight_{i}" for i in graph.weight_positions)
+        self.__dict__["weights"] = [None] * len(graph.weight_positions)
         self.follow(args)
 
     def follow(self, args: Sequence[Any]) -> None:
         """Takes this call's tensors, which may be others than before."""
-        buffers = self._buffers
-        for name, i in zip(self.weight_names, self.positions.weight_positions, strict=True):
-            if buffers.get(name) is not args[i]:
-                buffers[name] = args[i]
+        tensors = [args[i] for i in self.positions.weight_positions]
+        if not all(map(operator.is_, tensors, self.weights)):
+            self.__dict__["weights"] = tensors
+            self._buffers.update(zip(self.weight_names, tensors, strict=True))
 
     def forward(self, *inputs: Any) -> Any:
         positions = self.positions

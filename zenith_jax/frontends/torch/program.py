@@ -19,9 +19,10 @@ from zenith_jax.frontends.onnx import OnnxModel, load
 from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.torch.capture import Alias, Captured, Constant, Fresh, NotDynamicError, to_onnx
 from zenith_jax.frontends.torch.errors import TorchError
-from zenith_jax.frontends.torch.tensors import Inlet, is_wide, to_torch
+from zenith_jax.frontends.torch.tensors import Inlet, is_wide, order_after_torch, to_torch
 from zenith_jax.frontends.torch.weights import Place, Weights
 from zenith_jax.ir import _compat
+from zenith_jax.ops._lower import compute_stream
 from zenith_jax.passes import known
 from zenith_jax.report import Report
 from zenith_jax.telemetry import compiling
@@ -228,6 +229,8 @@ class Executable:
         self.spec = program.captured.spec
         self.order = [o.index for o in program.captured.outputs if isinstance(o, Fresh)]
         self.is_single = self.is_plain and self.spec.is_leaf()
+        self.is_tuple = self.is_plain and self.spec == pytree.tree_structure((0,) * len(self.order))
+        self.stream = None if self.ordinal is None else compute_stream(self.inlets[0].device)
         self.to_clone: frozenset[int] | None = None
 
     @ft.cached_property
@@ -240,7 +243,8 @@ class Executable:
         weights = program.weights.arrays if frozen else program.weights.current()
         if program.captured.written:
             self._check_distinct(tensors)
-        inputs = [inlet(t) for inlet, t in zip(self.inlets, tensors, strict=True)]
+        is_ordered = self.ordinal is None or order_after_torch(self.stream, self.ordinal)
+        inputs = [inlet.of_call(t, is_ordered) for inlet, t in zip(self.inlets, tensors, strict=True)]
         if self.folded is not None:
             weights = self.folded(weights)
         if weights is not self.arrays:
@@ -253,6 +257,8 @@ class Executable:
             fresh[i] = fresh[i].clone()
         if self.is_single:
             return fresh[0]
+        if self.is_tuple:
+            return tuple([fresh[i] for i in self.order])
         if self.is_plain:
             return pytree.tree_unflatten([fresh[i] for i in self.order], self.spec)
         return self._assembled(fresh, tensors)

@@ -7,6 +7,7 @@ crosses as pairs of int32, of which the compiled program reads the low word: no 
 
 from __future__ import annotations
 
+import ctypes
 import functools as ft
 import threading
 import weakref
@@ -17,19 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import lax
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import to_dlpack
 
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.ir import _compat
 
 _INT32 = torch.iinfo(torch.int32)
-_WIDE = (torch.float64, torch.complex128)
+WIDE = (torch.float64, torch.complex128)
 _PAIRS = {torch.int64: torch.int32, torch.uint64: torch.uint32}
 
 
 def is_wide(tensor: torch.Tensor) -> bool:
     """Whether the tensor has a type that is computed in 64 bits or not at all."""
-    return tensor.dtype in _WIDE
+    return tensor.dtype in WIDE
 
 
 def jax_dtype(dtype: torch.dtype) -> np.dtype:
@@ -72,6 +73,7 @@ class Inlet:
         self.pair = None if wide else _PAIRS.get(tensor.dtype)
         self.on_gpu = tensor.device.type == "cuda"
         self.latest: tuple[weakref.ref, int, jax.Array] | None = None  # the tensor, its address, its array
+        self.known: dict[tuple[int, torch.Size], jax.Array] = {}  # by address and shape, memory not kept
 
     def aval(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         sharding = jax.sharding.SingleDeviceSharding(self.device)
@@ -80,21 +82,53 @@ class Inlet:
         return jax.ShapeDtypeStruct((*(shape or (1,)), 2), jax_dtype(self.pair), sharding=sharding)
 
     def __call__(self, tensor: torch.Tensor) -> jax.Array:
-        """The array of the tensor's elements, of `aval`'s type. Aliases the tensor where that is dense and aligned."""
+        """The array of the tensor's elements, of `aval`'s type. Aliases the tensor where that is dense and aligned, and
+        keeps its memory."""
+        dense = tensor if self.is_dense(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
         latest = self.latest
-        if latest is not None and latest[0]() is tensor and tensor.data_ptr() == latest[1] and self._is_written(tensor):
+        if latest is not None and latest[0]() is dense and dense.data_ptr() == latest[1] and self._is_written(dense):
             return latest[2]
-        given, tensor = tensor, tensor.detach()  # of which JAX holds the memory, so that the given one can be let go
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
+        # A tensor of its own for JAX to keep the memory of, so that the given one can be let go.
+        array = self._array(dense.detach(), _stream_that_waits(self.device, tensor.device) if self.on_gpu else None)
+        if self.pair is None and dense is tensor and _is_aligned(tensor):
+            self._keep(tensor, array)
+        return array
+
+    def is_dense(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's elements lie in memory one after the other, as they are."""
+        if tensor.layout is not torch.strided:
+            raise TorchError(f"a tensor of layout {tensor.layout} does not cross to JAX; call to_dense() before")
+        return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+    def of_call(self, tensor: torch.Tensor, is_ordered: bool) -> jax.Array:
+        """As `__call__`, for a tensor that the caller keeps until what reads the array is waited for: by this thread on
+        a CPU, by torch's stream on a GPU. is_ordered: what reads it comes after what torch's stream has had to do.
+
+        Arrays of such borrowed memory are kept by address, for torch gives out the same memory again and again: to make
+        one takes 12 us, with an event of its own on a GPU 46, and programs wait 15 us longer for that event (H100, jax
+        0.11.2, 2026-11-26). A copy that is made here comes later than the order, and is kept by its own array.
+        """
+        if not is_ordered or not self.is_dense(tensor):
+            return self(tensor)
+        address, shape = tensor.data_ptr(), tensor.shape
+        if not address or address % ALIGNMENT:  # empty, or copied by JAX
+            return self(tensor)
+        array = self.known.get((address, shape))
+        if array is None:
+            view = _unowned(address, tensor.nbytes, tensor.device).view(tensor.dtype).view(shape)
+            array = self._array(view, None)
+            if len(self.known) >= MOST_KNOWN:
+                self.known.clear()
+            self.known[address, shape] = array
+        elif self.pair is not None:
+            self.check_range(tensor)
+        return array
+
+    def _array(self, tensor: torch.Tensor, stream: int | None) -> jax.Array:
         if self.pair is not None:
             self.check_range(tensor)
             tensor = (tensor if tensor.ndim else tensor.reshape(1)).view(self.pair).unflatten(-1, (-1, 2))
-        stream = self._stream_that_waits(tensor.device) if self.on_gpu else None
-        array = _compat.array_from_dlpack(to_dlpack(tensor), self.device, stream)
-        if self.pair is None and shares_memory(given, array):
-            self._keep(given, array)
-        return array
+        return _compat.array_from_dlpack(to_dlpack(tensor), self.device, stream)
 
     def _keep(self, tensor: torch.Tensor, array: jax.Array) -> None:
         """For the next call with this very tensor; a view of its memory takes 30 us to make on a GPU."""
@@ -106,24 +140,7 @@ class Inlet:
 
     def _is_written(self, tensor: torch.Tensor) -> bool:
         """Whether what torch has written to the tensor is there, with nothing to wait for."""
-        return not self.on_gpu or _current_stream(tensor.device).query()
-
-    def _stream_that_waits(self, device: torch.device) -> int:
-        """JAX's stream for memory of others, waiting for torch's current one, as DLPack prescribes.
-
-        `tensor.__dlpack__(stream=)` does this too, in 22 us where this takes 4 (H100, torch 2.11, 2026-11-26): it makes
-        the event and both stream objects anew.
-        """
-        handle = self.device.get_stream_for_external_ready_events()
-        current = _current_stream(device)
-        waits = _in_thread.waits.get(handle)
-        if waits is None:
-            with torch.cuda.device(device):
-                waits = _in_thread.waits[handle] = torch.cuda.Event(), torch.cuda.ExternalStream(handle, device)
-        event, external = waits
-        event.record(current)
-        external.wait_event(event)
-        return handle
+        return not self.on_gpu or _current_stream(tensor.device.index or 0).query()
 
     def traced(self, array: Any, shape: tuple[int, ...]) -> Any:
         """Inside the program: the array of the tensor's own shape, 64-bit integers as 32-bit ones."""
@@ -154,14 +171,65 @@ class _InThread(threading.local):
 _in_thread = _InThread()
 
 
-def _current_stream(device: torch.device) -> Any:
-    """`torch.cuda.current_stream(device)`, without its 8 us."""
-    index = device.index or 0
+def _current_stream(index: int) -> Any:
+    """`torch.cuda.current_stream(index)`, without its 8 us."""
     key = index, torch._C._cuda_getCurrentRawStream(index)
     stream = _in_thread.streams.get(key)
     if stream is None:
-        stream = _in_thread.streams[key] = torch.cuda.current_stream(device)
+        stream = _in_thread.streams[key] = torch.cuda.current_stream(index)
     return stream
+
+
+def _wait(stream: int, index: int) -> None:
+    """The stream waits for what torch's current one has to do: 4 us (H100, torch 2.11, 2026-11-26)."""
+    waits = _in_thread.waits.get(stream)
+    if waits is None:
+        with torch.cuda.device(index):
+            waits = _in_thread.waits[stream] = torch.cuda.Event(), torch.cuda.ExternalStream(stream, index)
+    event, external = waits
+    event.record(_current_stream(index))
+    external.wait_event(event)
+
+
+def _stream_that_waits(device: Any, torch_device: torch.device) -> int:
+    """JAX's stream for memory of others, waiting for torch's current one, as DLPack prescribes: what
+    `tensor.__dlpack__(stream=)` does in 22 us, making the event and both stream objects anew."""
+    stream = device.get_stream_for_external_ready_events()
+    _wait(stream, torch_device.index or 0)
+    return stream
+
+
+def order_after_torch(compute_stream: int | None, index: int) -> bool:
+    """Makes programs that are called from now on wait for what torch's current stream has to do. False where it is not
+    known on which stream they run."""
+    if compute_stream is None or _compat.execution_stream_id():
+        return False
+    _wait(compute_stream, index)
+    return True
+
+
+MOST_KNOWN = 64  # addresses of each input
+
+
+class _Memory:
+    """Memory of a GPU, for torch. https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, version 2."""
+
+    def __init__(self, address: int, size_bytes: int):
+        self.__cuda_array_interface__ = dict(shape=(size_bytes,), typestr="|u1", data=(address, False), version=2)
+
+
+def _unowned(address: int, size_bytes: int, device: torch.device) -> torch.Tensor:
+    """The bytes there, which the tensor does not keep."""
+    if device.type == "cpu":
+        return torch.frombuffer((ctypes.c_ubyte * size_bytes).from_address(address), dtype=torch.uint8)
+    return torch.as_tensor(_Memory(address, size_bytes), device=device)
+
+
+ALIGNMENT = 64  # bytes; JAX copies what is aligned to less
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    return tensor.data_ptr() % ALIGNMENT == 0
 
 
 @ft.cache
@@ -187,5 +255,5 @@ def to_torch(array: jax.Array, dtype: torch.dtype, gpu: int | None) -> torch.Ten
         stream = None
     else:
         stream = torch._C._cuda_getCurrentRawStream(gpu) or _LEGACY_DEFAULT_STREAM
-    tensor = from_dlpack(_compat.dlpack_of_array(array, stream))
+    tensor = torch._C._from_dlpack(_compat.dlpack_of_array(array, stream))
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
