@@ -8,6 +8,7 @@
 #include "ffi/kernels/group_norm.h"
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
+#include "ffi/kernels/quantized_linear.h"
 #include "ffi/kernels/softmax.h"
 
 namespace zenith::naive {
@@ -27,5 +28,6 @@ Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& laun
 Status GatedForward(const GatedForwardArgs& args, const Launch& launch);
 Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch);
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch);
+Status QuantizedLinear(const QuantizedLinearArgs& args, const Launch& launch);
 
 }  // namespace zenith::naive

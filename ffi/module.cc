@@ -30,8 +30,9 @@ namespace ffi = ::xla::ffi;
 nb::dict Targets() {
   nb::dict capsules;
   const std::span<const Target> groups[] = {
-      NormTargets(),       GroupNormTargets(), SoftmaxTargets(),   CrossEntropyTargets(),
-      ActivationTargets(), GatedTargets(),     AttentionTargets(), LinearTargets(),
+      NormTargets(),         GroupNormTargets(),  SoftmaxTargets(),
+      CrossEntropyTargets(), ActivationTargets(), GatedTargets(),
+      AttentionTargets(),    LinearTargets(),     QuantizedLinearTargets(),
   };
   for (std::span<const Target> group : groups) {
     for (const Target& target : group) {

@@ -75,6 +75,13 @@ def linear(x, w, bias=0.0, residual=0.0, activation="none", transposed=False):
     return LINEAR_ACTIVATIONS[activation](x @ (w.T if transposed else w) + bias) + residual
 
 
+def quantized_linear(x, w, scale, bias=0.0, transposed=False):
+    """The weights are widened, and rounded to x's dtype."""
+    w = (w.T if transposed else w).astype(scale.dtype)
+    scales = jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0) if scale.ndim == 2 else scale
+    return x @ (w * scales).astype(x.dtype) + bias
+
+
 def gated(gate, value):
     return silu(gate) * value
 

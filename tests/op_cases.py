@@ -25,6 +25,7 @@ from formulas import (
     group_norm,
     layer_norm,
     linear,
+    quantized_linear,
     rms_norm,
     silu,
     softmax,
@@ -48,8 +49,8 @@ def zenith_attention(q, k, v, *more, **options):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """shapes: of the operands, floats; masks or labels where the shape is wrapped in `Mask` or `Labels`. shared:
-    operands that all examples of a batch have in common."""
+    """shapes: of the operands, floats; masks, labels or integers where the shape is wrapped in `Mask`, `Labels` or
+    `Integers`. shared: operands that all examples of a batch have in common."""
 
     op: str
     name: str
@@ -68,6 +69,8 @@ class Case:
             if isinstance(s, Mask)
             else jnp.asarray(rng.integers(s.classes, size=s.shape), jnp.int32)
             if isinstance(s, Labels)
+            else jnp.asarray(rng.integers(-8, 8, size=s.shape), s.dtype)
+            if isinstance(s, Integers)
             else jnp.asarray(rng.normal(size=s) + (i in self.shared), dtype)
             for i, s in enumerate(self.shapes)
         ]
@@ -82,6 +85,14 @@ class Mask:
 class Labels:
     shape: tuple[int, ...]
     classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """Of 4 bits, in any dtype."""
+
+    shape: tuple[int, ...]
+    dtype: Any
 
 
 X, W = (3, 5, 37), (37,)  # no size a multiple of a vector's
@@ -99,6 +110,11 @@ def attention_case(name, *more, q=Q, k=K, v=V, shared=(), **options):
 def linear_case(name, *more, w=(16, 24), **options):
     functions = (ft.partial(f, **options) for f in (ops.linear, linear))
     return Case("linear", name, *functions, ((3, 5, 16), w, *more), shared=(1, 2))
+
+
+def quantized_case(name, dtype, *more, w=(16, 24), **options):
+    functions = (ft.partial(f, **options) for f in (ops.quantized_linear, quantized_linear))
+    return Case("quantized_linear", name, *functions, ((3, 5, 16), Integers(w, dtype), *more), shared=(1, 2, 3))
 
 
 def group_norm_case(name, *parameters, shape=(2, 3, 5, 12), **options):
@@ -137,6 +153,9 @@ CASES = [
     linear_case("relu squared", activation="relu_squared"),
     linear_case("tanh, bias, transposed", (24,), w=(24, 16), activation="tanh", transposed=True),
     linear_case("gelu erf, bias, residual", (24,), (3, 5, 24), activation="gelu_erf"),
+    quantized_case("int8", jnp.int8, (24,)),
+    quantized_case("int4 groups, bias", jnp.int4, (4, 24), (24,)),
+    quantized_case("int8 transposed, groups", jnp.int8, (2, 24), w=(24, 16), transposed=True),
     Case("gated_activation", "silu", ops.gated_activation, gated, (X, X)),
     Case(
         "gated_activation_of_halves",
@@ -185,6 +204,7 @@ MAIN_NAMES = (
     "channels first, silu, scale bias",
     "sinks, cap, segments, lengths, mask",
     "gelu erf, bias, residual",
+    "int4 groups, bias",
 )
 MAIN = [c for c in CASES if c.name in MAIN_NAMES or c.op in ("silu", "softmax")]
 

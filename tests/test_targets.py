@@ -341,8 +341,24 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
     }
 
 
+def quantized_case(dtype: Any) -> Case:
+    """Of small integers and two groups of k; sizes that the GPU's kernel takes."""
+    k, n, rng = 32, 48, np.random.default_rng(3)
+    x = rng.integers(-3, 4, size=(B, R, k)).astype(dtype)
+    w, scale = rng.integers(-128, 128, size=k * n).astype(np.int8), rng.integers(-2, 3, size=2 * n).astype(F32)
+    bias = rng.integers(-3, 4, size=n).astype(F32)
+
+    def expected(x, w, scale, bias):
+        wide = w.astype(np.float64).reshape(k, n) * np.repeat(scale.reshape(2, n), k // 2, axis=0)
+        return (x.astype(np.float64) @ wide + bias,)
+
+    attributes = {"n": np.int64(n), "transposed": np.int32(0)}
+    return Case({"x": x, "w": w, "scale": scale, "bias": bias}, {"y": ((B, R, n), dtype)}, expected, attributes)
+
+
 STRUCTURED = attention_cases(structured=True)
 LINEAR = {"cpu": linear_cases(F32), "cuda": linear_cases(np.float16)}
+QUANTIZED = {"cpu": quantized_case(F32), "cuda": quantized_case(np.float16)}
 CHANNELS_FIRST = group_norm_cases(last=False)
 CASES = (
     norm_cases()
@@ -380,7 +396,7 @@ def expected(case: Case) -> tuple[np.ndarray | None, ...]:
 
 
 def test_every_target_has_a_case(device):
-    names = CASES | LINEAR[device]
+    names = [*CASES, *LINEAR[device], "quantized_linear_fwd"]
     assert {native.target(name) for name in names} == set(native.module(device).targets())
 
 
@@ -409,6 +425,34 @@ def test_linear_computes_its_formula_and_refuses_other_operands(device, name):
     ):
         attributes = case.attributes | {attribute: np.int32(7)}
         assert text in refusal(name, case.operands, case.results, attributes)
+
+
+def test_quantized_linear_computes_its_formula_and_refuses_other_operands(device):
+    name, case = "quantized_linear_fwd", QUANTIZED[device]
+    (actual,) = call(name, case.operands, case.results, case.attributes)
+    # Sums of up to 32 * 3 * 128 * 2, of which float16 holds every 16th.
+    np.testing.assert_allclose(actual, expected(case)[0], rtol=2**-11 if device == "cuda" else 0)
+    for operand in ("x", "w", "bias"):  # a longer scale has more groups
+        refuse_others(name, case, operand)
+    for scale, text in (
+        (np.ones(47, F32), "scale must have a positive multiple of n elements, got 47"),
+        (np.ones(5 * 48, F32), "the number of groups must divide k, got 5"),
+        (np.ones((2, 48), F32), "scale must have rank 1, got 2"),
+    ):
+        assert text in refusal(name, case.operands | {"scale": scale}, case.results, case.attributes)
+    for attribute, value, text in (
+        ("n", np.int64(0), "n must be positive, got 0"),
+        ("transposed", np.int32(7), "transposed must be 0 or 1, got 7"),
+    ):
+        assert text in refusal(name, case.operands, case.results, case.attributes | {attribute: value})
+    odd = {
+        "x": case.operands["x"][..., :3],
+        "w": jnp.zeros(9, jnp.int4),
+        "scale": np.ones(3, F32),
+        "bias": np.ones(3, F32),
+    }
+    text = refusal(name, odd, {"y": ((B, R, 3), case.operands["x"].dtype)}, case.attributes | {"n": np.int64(3)})
+    assert "rows of 4-bit weights must have an even size, got 3" in text
 
 
 @pytest.mark.parametrize("name", STRUCTURED)

@@ -22,5 +22,6 @@ std::span<const Target> ActivationTargets();
 std::span<const Target> GatedTargets();
 std::span<const Target> AttentionTargets();
 std::span<const Target> LinearTargets();
+std::span<const Target> QuantizedLinearTargets();
 
 }  // namespace zenith

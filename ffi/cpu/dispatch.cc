@@ -85,5 +85,8 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
   return Best().linear_forward(args, launch);
 }
+Status QuantizedLinear(const QuantizedLinearArgs& args, const Launch& launch) {
+  return Best().quantized_linear(args, launch);
+}
 
 }  // namespace zenith

@@ -8,6 +8,7 @@
 #include "ffi/kernels/group_norm.h"
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
+#include "ffi/kernels/quantized_linear.h"
 #include "ffi/kernels/softmax.h"
 
 namespace zenith {
@@ -29,6 +30,7 @@ struct CpuKernels {
   Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);
   Status (*attention_backward)(const AttentionBackwardArgs&, const Launch&);
   Status (*linear_forward)(const LinearForwardArgs&, const Launch&);
+  Status (*quantized_linear)(const QuantizedLinearArgs&, const Launch&);
 };
 
 /// The tables this machine can run, best first; null beyond the last. Picked once, thread-safe.

@@ -10,6 +10,7 @@
 #include "ffi/cpu/group_norm.h"
 #include "ffi/cpu/linear.h"
 #include "ffi/cpu/norm.h"
+#include "ffi/cpu/quantized_linear.h"
 #include "ffi/cpu/softmax.h"
 
 #define ZENITH_STRING_(x) #x
@@ -35,6 +36,7 @@ const CpuKernels kKernels = {
     AttentionForward,
     AttentionBackward,
     LinearForward,
+    QuantizedLinear,
 };
 
 }  // namespace zenith::ZENITH_ISA

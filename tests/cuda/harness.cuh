@@ -59,6 +59,7 @@ class Random {
     }
     return values;
   }
+  uint64_t Bits() { return bits_(); }
   bool Chance(double probability) { return static_cast<double>(bits_()) < probability * 0x1p64; }
 
  private:

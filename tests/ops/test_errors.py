@@ -96,6 +96,26 @@ WRONG = {
         lambda: ops.gated_activation_of_halves(f32((2, 3))),
         "the last axis of x must be even and gate_half 0 or 1, got (2, 3) and 0",
     ),
+    "quantized_linear: weights": (
+        DTypeError,
+        lambda: ops.quantized_linear(f32((2, 3)), f32((3, 4)), f32(4)),
+        "quantized_linear: w must be int8 or int4, got float32",
+    ),
+    "quantized_linear: layout": (
+        ShapeError,
+        lambda: ops.quantized_linear(f32((2, 3)), jnp.zeros((3, 4), jnp.int8), f32(4), transposed=True),
+        "w must have shape (n, k) to match x of shape (*b, k), got x (2, 3) and w (3, 4)",
+    ),
+    "quantized_linear: scale": (
+        ShapeError,
+        lambda: ops.quantized_linear(f32((2, 3)), jnp.zeros((3, 4), jnp.int8), f32((2, 4))),
+        "scale must have shape (4,), or (g, 4) where g divides 3, got (2, 4)",
+    ),
+    "quantized_linear: bias": (
+        ShapeError,
+        lambda: ops.quantized_linear(f32((2, 3)), jnp.zeros((3, 4), jnp.int8), f32(4), f32(3)),
+        "bias must have shape (4,), got (3,)",
+    ),
     "silu: dtype": (DTypeError, lambda: ops.silu(jnp.zeros(3, jnp.uint8)), "silu: x must have a real floating"),
     "attention: rank": (
         ShapeError,

@@ -8,9 +8,9 @@ A `Kernel` is one custom call: a signature, a reference in jnp, and what it can 
 
 Signatures are written in canonical shapes. `*b` stands for the batch dimensions, at least two of them (one more with
 each vmap), over which the kernel is independent; the other letters are single dimensions. An operand without `*b` is
-shared by the whole batch and has rank 1. An operand marked `?` may be absent (shape (0,)) and may have size 1 along
-any dimension; it is broadcast. A result with `*k` is summed over the batch, but for the dimensions that vmaps have put
-in front: the attribute `kept` counts them.
+shared by the whole batch and has rank 1. A result's letter that no operand has is the attribute of that name. An
+operand marked `?` may be absent (shape (0,)) and may have size 1 along any dimension; it is broadcast. A result with
+`*k` is summed over the batch, but for the dimensions that vmaps have put in front: the attribute `kept` counts them.
 
 Derivatives: `call_p`'s JVP binds `tangent_p`, a primitive linear in the tangents whose lowering is the reference's JVP
 and whose transpose is the fused backward. So jvp, grad, hessian and any nesting of them work, and a reverse-mode pass
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,8 +101,12 @@ class Signature:
                     )
         return batch, sizes
 
-    def result_shapes(self, name: str, shapes: Sequence[tuple[int, ...]], kept: int = 0) -> list[tuple[int, ...]]:
+    def result_shapes(
+        self, name: str, shapes: Sequence[tuple[int, ...]], attributes: Mapping[str, Any]
+    ) -> list[tuple[int, ...]]:
         batch, sizes = self.bind_sizes(name, shapes)
+        sizes = {a: attributes[a] for s in self.results for a in s.axes if a not in sizes} | sizes
+        kept = attributes.get("kept", 0)
         return [(*batch[: leading(s, len(batch), kept)], *(sizes[a] for a in s.axes)) for s in self.results]
 
 
@@ -204,9 +208,8 @@ def _result_dtype(dtype: Any, avals: Sequence[Any]) -> Any:
 
 
 def _call_abstract(*avals: Any, kernel: Kernel, attributes: tuple) -> list[Any]:
-    kept = dict(attributes).get("kept", 0)
     shapes = [a.shape for a in avals]
-    rank = kernel.signature.batch_rank(shapes)
+    rank, kept = kernel.signature.batch_rank(shapes), dict(attributes).get("kept", 0)
     batch_spec = _compat.explicit_spec(avals[0])[:rank]
     return [
         _compat.shaped_like(
@@ -216,7 +219,7 @@ def _call_abstract(*avals: Any, kernel: Kernel, attributes: tuple) -> list[Any]:
             (*batch_spec[: leading(spec, rank, kept)], *(None for _ in spec.axes)),
         )
         for shape, dtype, spec in zip(
-            kernel.signature.result_shapes(kernel.name, shapes, kept),
+            kernel.signature.result_shapes(kernel.name, shapes, dict(attributes)),
             kernel.result_dtypes,
             kernel.signature.results,
             strict=True,
