@@ -190,6 +190,15 @@ def linear_residual(x, w, bias, residual):
     return jax.nn.silu(jnp.einsum("bk,nk->bn", x, w) + bias) + residual
 
 
+def quantized_linear(x, w, scale, bias):
+    return (x @ w.astype(x.dtype)) * scale + bias
+
+
+def quantized_linear_groups(x, w, scale):
+    wide = w.reshape(N, 2, N // 2).astype(x.dtype) * scale[0, :, :2, None]
+    return jnp.einsum("abk,nk->abn", x, wide.reshape(N, N))
+
+
 def swiglu(x, y):
     return jax.nn.silu(x * 1.5) * (y + 0.5)
 
@@ -222,7 +231,8 @@ def batch_norm(x, w, mean, variance, scale, bias):
 
 def inputs(kinds: str) -> list[np.ndarray]:
     """x: (N, N, N, N) floats; p: (N,) floats; r: (N, N, N) floats; m: a mask with one row that allows nothing;
-    n: a mask without such a row; l: (N, N) labels below N; w: (L, L) floats, of variance 1 / L; v: (L,) floats."""
+    n: a mask without such a row; l: (N, N) labels below N; q: (N, N) int8; w: (L, L) floats, of variance 1 / L;
+    v: (L,) floats."""
     rng = np.random.default_rng(SEED)
     arrays = []
     for kind in kinds:
@@ -233,6 +243,8 @@ def inputs(kinds: str) -> list[np.ndarray]:
             arrays.append(mask)
         elif kind == "l":
             arrays.append(rng.integers(N, size=(N, N)).astype(np.int32))
+        elif kind == "q":
+            arrays.append(rng.integers(-128, 128, size=(N, N)).astype(np.int8))
         else:
             shape = {"x": (N,) * 4, "p": (N,), "r": (N,) * 3, "w": (L, L), "v": (L,)}[kind]
             scale = L**-0.5 if kind == "w" else 1
@@ -270,6 +282,8 @@ PATTERNS: dict[Callable[..., Any], str] = {
     linear_cross_entropy: "rrlp",
     linear_gelu: "wwv",
     linear_residual: "wwvw",
+    quantized_linear: "rqpp",
+    quantized_linear_groups: "rqr",
     swiglu: "rr",
     geglu_of_halves: "r",
     swiglu_of_slices: "r",

@@ -2,7 +2,8 @@
 
 None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
 `MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, a linear
-layer and a norm before their activation, and batch norm before the layer that it is folded into.
+layer and a norm before their activation, and batch norm before the layer that it is folded into. The
+scale and bias of integer weights are no batch norm.
 """
 
 from zenith_jax.passes.match import (
@@ -14,6 +15,7 @@ from zenith_jax.passes.match import (
     grouped_conv,
     linear,
     norm,
+    quantized_linear,
     softmax,
 )
 from zenith_jax.passes.match._match import Match
@@ -23,6 +25,7 @@ MATCHERS = (
     cross_entropy.match,
     group_norm.match,
     norm.match,
+    quantized_linear.match,
     batch_norm.match,
     linear.match,
     activation.match,
