@@ -36,7 +36,7 @@ class Want:
     def array(self, rng: np.random.Generator) -> np.ndarray:
         """normal; scale, about 1; weight, a matrix that keeps magnitudes; mask, about 70 % True; label, below a bound
         that is written behind the dtype, "int32<5"; any_label, which may be the bound, or -1: no class; length, up to
-        the bound."""
+        the bound; integer, of 4 bits."""
         _, _, bound = self.dtype.partition("<")
         dtype = self.array_dtype
         if self.kind == "mask":
@@ -47,6 +47,8 @@ class Want:
             return rng.integers(-1, int(bound) + 1, size=self.shape).astype(dtype)
         if self.kind == "length":
             return rng.integers(1, int(bound) + 1, size=self.shape).astype(dtype)
+        if self.kind == "integer":
+            return rng.integers(-8, 8, size=self.shape).astype(dtype)
         x = rng.normal(size=self.shape)
         if self.kind == "scale":
             x = 1 + 0.3 * x

@@ -10,6 +10,7 @@ import jax.ad_checkpoint
 import jax.numpy as jnp
 from fuzz.attention import attention, flash_like, jax_nn
 from fuzz.convolution import convolution
+from fuzz.quantized import quantized_product
 from fuzz.rows import activation, norm, softmax
 from fuzz.script import Script, Want
 from jax import lax
@@ -70,10 +71,13 @@ def _orders(rank: int) -> list[tuple[int, ...]]:
 
 def product(script: Script, x: Any) -> tuple[Any, list[Any]]:
     width = script.pick("width", x.shape[-1], 6, 3)
-    w = script.array("weight", (x.shape[-1], width), x.dtype)
-    y = script.pick(
-        "product", lambda: x @ w, lambda: jnp.einsum("...i,io->...o", x, w), lambda: x @ w.reshape(w.shape)
-    )()
+    if script.pick("of integers", False, True):
+        y = quantized_product(script, x, width)
+    else:
+        w = script.array("weight", (x.shape[-1], width), x.dtype)
+        y = script.pick(
+            "product", lambda: x @ w, lambda: jnp.einsum("...i,io->...o", x, w), lambda: x @ w.reshape(w.shape)
+        )()
     if script.pick("bias", True, False):
         y = y + script.array("normal", (width,), x.dtype)
     return y, []

@@ -170,3 +170,15 @@ def test_length_major_arrays_are_read_where_they_lie():
     # Logical (b, k, g, t, d), physical b, t, k, g, d: minor to major 4, 2, 1, 3, 0.
     assert "dense<[4, 2, 1, 3, 0]>" in text
     assert "layout = 1 : i32" in text
+
+
+@pytest.mark.parametrize("w_dtype", [jnp.int8, jnp.int4])
+def test_a_layer_of_integer_weights_is_one_call_for_few_rows(w_dtype):
+    def layer(x, w, scale, bias):
+        return x @ (w.astype(x.dtype) * scale) + bias
+
+    w, scale = jnp.ones((128, 32), w_dtype), normal(32)
+    text = stablehlo(layer, X[0, :16], w, scale, scale)
+    assert calls(text) == ["quantized_linear_fwd"]
+    assert f"tensor<4096xi{8 if w_dtype == jnp.int8 else 4}>" in text  # as it is stored
+    assert calls(stablehlo(ops.quantized_linear, X[0, :17], w, scale)) == []
