@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 
 import pytest
+from fresh_process import run_script
 from serving_models import compiled_mlp
 
 import zenith_jax as zenith
@@ -47,7 +49,26 @@ def test_programs_are_compiled_and_each_is_measured(tmp_path):
     assert settings["pool_threads"] in ahead.POOL_THREADS
     assert [sizes for sizes, _ in settings["seconds"]] == [[1], [4], [16]]
     assert all(0 < seconds < 1 for _, seconds in settings["seconds"])
-    assert [p.name for p in folder.glob("cache*")] == ["cache"] and list((folder / "cache").iterdir())
+    assert [p.name for p in folder.glob("cache*")] == ["cache"]
+
+
+def test_a_server_finds_the_programs_that_were_compiled_elsewhere(tmp_path):
+    """They are compiled before the version is renamed into its place: no key may hold a folder's name."""
+    folder = zenith.serving.TritonModelRepository(tmp_path / "models").add(compiled_mlp(), name="m")
+
+    def programs():
+        return sorted(p.name for p in (folder / "cache").iterdir() if p.name.endswith("-cache"))
+
+    before = programs()
+    assert len(before) == 3
+    script = f"""
+        import pathlib
+        from zenith_jax.serving.backend import Model
+        folder = pathlib.Path({str(folder)!r})
+        Model(folder, folder / "cache")
+    """
+    run_script(textwrap.dedent(script), tmp_path, timeout_s=120)
+    assert programs() == before  # a program that is not found is compiled and stored
 
 
 def test_a_version_that_a_server_could_not_load_is_refused_with_the_reason(tmp_path):

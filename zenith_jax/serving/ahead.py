@@ -1,7 +1,7 @@
 """Programs compiled before a server needs them, and measured: how long a call of each takes, and with how many threads.
 
 `compile_ahead` starts a process for each number of threads, with a JAX that has no other work and no other options:
-`python -m zenith_jax.serving.ahead FOLDER CACHE`, which is `main`. Each measures when it is asked, one at a time, in
+`main`. Each measures when it is asked, one at a time, in
 several rounds, and what counts is the shortest round: a neighbour on the machine makes a call longer, never shorter.
 """
 
@@ -28,6 +28,8 @@ POOL_THREADS = ("all", "all but one")
 ROUNDS = 5
 ROUND_CALLS, ROUND_SECONDS = 8, 0.1  # of each program in a round, and one call at least
 PROGRAM_SECONDS = 1.0  # a program that took as long in all is not measured again
+
+_PROGRAM = f"import sys; from {__name__} import main; main(*sys.argv[1:])"
 
 # Of one round: sizes of a program and seconds of a call of it.
 Round = Sequence[tuple[Sequence[int], float]]
@@ -92,7 +94,7 @@ class _Process:
         if threads != POOL_THREADS[0]:
             environment["NPROC"] = str(processors() - 1)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "zenith_jax.serving.ahead", str(version), _cache(threads)],
+            [sys.executable, "-c", _PROGRAM, str(version), _cache(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -157,10 +159,6 @@ def main(folder: str, cache: str) -> None:
             if times:
                 measured.append((sizes, statistics.median(times)))
         print(json.dumps(measured), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    sys.stdout.flush()
+    # jaxlib at times aborts at exit, in its compiler's threads; all is written by now.
     sys.stderr.flush()
-    os._exit(0)  # jaxlib at times aborts at exit, in its compiler's threads; all is written by now
+    os._exit(0)

@@ -87,6 +87,8 @@ def _use_cache(folder: pathlib.Path) -> None:
     """JAX's compilation cache: holds the programs that ahead.py compiled, and takes no others."""
     if not folder.is_dir():
         return
+    # XLA's own caches are off: their folder would be in each program's key, and no other folder would find it.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
