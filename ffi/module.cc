@@ -33,6 +33,9 @@ nb::dict Targets() {
       NormTargets(),         GroupNormTargets(),  SoftmaxTargets(),
       CrossEntropyTargets(), ActivationTargets(), GatedTargets(),
       AttentionTargets(),    LinearTargets(),     QuantizedLinearTargets(),
+#ifndef ZENITH_BACKEND_CUDA
+      RopeTargets(),
+#endif
   };
   for (std::span<const Target> group : groups) {
     for (const Target& target : group) {

@@ -91,6 +91,17 @@ def gated_by_the_second_half(x):
     return value * gelu(gate, approximate=False)
 
 
+def rope(x, cos, sin, *, interleaved=False, rotary_dim=None):
+    """By a matrix for each pair. One coefficient for each pair."""
+    features = x.shape[-1] if rotary_dim is None else rotary_dim
+    order = [(2 * j, 2 * j + 1) if interleaved else (j, j + features // 2) for j in range(features // 2)]
+    pairs = jnp.stack([jnp.stack([x[..., i] for i in pair], -1) for pair in order], -2)
+    turn = jnp.stack([jnp.stack([cos, -sin], -1), jnp.stack([sin, cos], -1)], -2)
+    turned = jnp.sum(turn * pairs[..., None, :], -1)
+    columns = {i: turned[..., j, k] for j, pair in enumerate(order) for k, i in enumerate(pair)}
+    return jnp.stack([columns.get(i, x[..., i]).astype(x.dtype) for i in range(x.shape[-1])], -1)
+
+
 def attention(
     q,
     k,

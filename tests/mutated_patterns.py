@@ -212,6 +212,36 @@ def swiglu_of_slices(x):
     return jax.nn.silu(x[..., : N // 2]) * x[..., N // 2 :]
 
 
+def rope_split(x, cos, sin):
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, :1, :2], sin[:, :1, :2]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rope_rotate_half(x, cos, sin):
+    """With a coefficient for each feature."""
+    return x * cos[:, :1] + jnp.concatenate([-x[..., 2:], x[..., :2]], axis=-1) * sin[:, :1]
+
+
+def rope_neighbours(x, cos, sin):
+    first, second = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[..., :2], sin[..., :2]
+    return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
+
+
+def rope_first_features(x, cos, sin):
+    turned = x[..., :2] * cos[:, :1, :2] + jnp.concatenate([-x[..., 1:2], x[..., :1]], -1) * jnp.repeat(
+        sin[:, :1, :1], 2, -1
+    )
+    return jnp.concatenate([turned, x[..., 2:]], axis=-1)
+
+
+def rope_complex(x, cos, sin):
+    pairs = x.reshape(N, N, N, 2, 2)
+    turned = jax.lax.complex(pairs[..., 0], pairs[..., 1]) * jax.lax.complex(cos, sin)[:, :1, :2]
+    return jnp.stack([jnp.real(turned), jnp.imag(turned)], axis=-1).reshape(x.shape)
+
+
 def depthwise_conv(x, w):
     return jax.lax.conv_general_dilated(
         x, w[:, :1, :3, :2], (1, 2), ((1, 0), (1, 1)), rhs_dilation=(1, 2), feature_group_count=N
@@ -287,6 +317,11 @@ PATTERNS: dict[Callable[..., Any], str] = {
     swiglu: "rr",
     geglu_of_halves: "r",
     swiglu_of_slices: "r",
+    rope_split: "xrr",
+    rope_rotate_half: "xrr",
+    rope_neighbours: "xrr",
+    rope_first_features: "xrr",
+    rope_complex: "xrr",
     depthwise_conv: "xx",
     grouped_conv_channels_last: "xx",
     batch_norm: "xxpppp",

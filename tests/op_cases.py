@@ -27,6 +27,7 @@ from formulas import (
     linear,
     quantized_linear,
     rms_norm,
+    rope,
     silu,
     softmax,
 )
@@ -122,6 +123,11 @@ def group_norm_case(name, *parameters, shape=(2, 3, 5, 12), **options):
     return Case("group_norm", name, *functions, (shape, *parameters), shared=tuple(range(1, 1 + len(parameters))))
 
 
+def rope_case(name, table, **options):
+    functions = (ft.partial(f, **options) for f in (ops.rope, rope))
+    return Case("rope", name, *functions, ((2, 5, 4, 8), table, table), shared=(1, 2))
+
+
 CASES = [
     Case("layer_norm", "", ops.layer_norm, layer_norm, (X,)),
     Case("layer_norm", "scale bias", ops.layer_norm, layer_norm, (X, W, W), (1, 2)),
@@ -164,6 +170,10 @@ CASES = [
         gated_by_the_second_half,
         ((3, 5, 38),),
     ),
+    rope_case("halves", (5, 1, 4)),
+    rope_case("neighbours, tables of each example", (2, 5, 1, 4), interleaved=True),
+    rope_case("heads first, first features", (4, 3), rotary_dim=6),
+    rope_case("one feature, neighbours", (5, 4, 1), rotary_dim=2, interleaved=True),
     attention_case(""),
     attention_case("causal", is_causal=True),
     attention_case("window", local_window_size=(2, 1)),
@@ -205,6 +215,7 @@ MAIN_NAMES = (
     "sinks, cap, segments, lengths, mask",
     "gelu erf, bias, residual",
     "int4 groups, bias",
+    "halves",
 )
 MAIN = [c for c in CASES if c.name in MAIN_NAMES or c.op in ("silu", "softmax")]
 

@@ -76,6 +76,7 @@ Status GroupNormForward(const GroupNormForwardArgs& args, const Launch& launch) 
 Status GroupNormBackward(const GroupNormBackwardArgs& args, const Launch& launch) {
   return Best().group_norm_backward(args, launch);
 }
+Status Rope(const RopeArgs& args, const Launch& launch) { return Best().rope(args, launch); }
 Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) {
   return Best().attention_forward(args, launch);
 }

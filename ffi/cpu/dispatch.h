@@ -9,6 +9,7 @@
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/quantized_linear.h"
+#include "ffi/kernels/rope.h"
 #include "ffi/kernels/softmax.h"
 
 namespace zenith {
@@ -27,6 +28,7 @@ struct CpuKernels {
   Status (*norm_backward)(const NormBackwardArgs&, const Launch&);
   Status (*group_norm_forward)(const GroupNormForwardArgs&, const Launch&);
   Status (*group_norm_backward)(const GroupNormBackwardArgs&, const Launch&);
+  Status (*rope)(const RopeArgs&, const Launch&);
   Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);
   Status (*attention_backward)(const AttentionBackwardArgs&, const Launch&);
   Status (*linear_forward)(const LinearForwardArgs&, const Launch&);

@@ -11,6 +11,7 @@
 #include "ffi/cpu/linear.h"
 #include "ffi/cpu/norm.h"
 #include "ffi/cpu/quantized_linear.h"
+#include "ffi/cpu/rope.h"
 #include "ffi/cpu/softmax.h"
 
 #define ZENITH_STRING_(x) #x
@@ -33,6 +34,7 @@ const CpuKernels kKernels = {
     NormBackward,
     GroupNormForward,
     GroupNormBackward,
+    Rope,
     AttentionForward,
     AttentionBackward,
     LinearForward,

@@ -175,7 +175,11 @@ def test_llama_with_scanned_layers(check_fused, rng, remat):
     x = jnp.asarray(rng.normal(size=(B, T, WIDTH)), jnp.float32)
     # The norm before attention has its sum in the scan's last iteration: no sum to fuse.
     check_fused(
-        model, state, x, counts={"attention": 1, "rms_norm": 1, "add_rms_norm": 1, "gated_silu": 1}, floor_ulps=128
+        model,
+        state,
+        x,
+        counts={"attention": 1, "rope": 2, "rms_norm": 1, "add_rms_norm": 1, "gated_silu": 1},
+        floor_ulps=128,
     )
 
 
@@ -227,7 +231,7 @@ def test_gemma(check_fused, rng, window):
     report = check_fused(
         lambda p, x: gemma_layer(p, x, window=window),
         *(gemma_parameters(rng), x),
-        counts={"attention": 1, "rms_norm": 3, "add_rms_norm": 1, "gated_gelu_tanh": 1},
+        counts={"attention": 1, "rope": 2, "rms_norm": 3, "add_rms_norm": 1, "gated_gelu_tanh": 1},
         floor_ulps=128,
     )
     (attention,) = [s for s in report.fused if s.op == "attention"]

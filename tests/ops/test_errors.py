@@ -116,6 +116,26 @@ WRONG = {
         lambda: ops.quantized_linear(f32((2, 3)), jnp.zeros((3, 4), jnp.int8), f32(4), f32(3)),
         "bias must have shape (4,), got (3,)",
     ),
+    "rope: odd": (
+        ShapeError,
+        lambda: ops.rope(f32((2, 3)), f32(1), f32(1)),
+        "an even number of x's last axis must be rotated, got x (2, 3) and rotary_dim None",
+    ),
+    "rope: width": (
+        ShapeError,
+        lambda: ops.rope(f32((2, 8)), f32(2), f32(2)),
+        "the last axis of cos and sin must be 4, a coefficient for each pair, or 8, one for each feature; got cos (2,)",
+    ),
+    "rope: batch": (
+        ShapeError,
+        lambda: ops.rope(f32((2, 5, 3, 8)), f32((5, 4)), f32((5, 4))),
+        "cos (5, 4) and sin (5, 4) for x (2, 5, 3, 8); is an axis of heads missing, cos[:, None]?",
+    ),
+    "rope: dtype": (
+        DTypeError,
+        lambda: ops.rope(jnp.zeros((2, 8), jnp.int32), f32(4), f32(4)),
+        "rope: x must have a real floating dtype, got int32; convert it first",
+    ),
     "silu: dtype": (DTypeError, lambda: ops.silu(jnp.zeros(3, jnp.uint8)), "silu: x must have a real floating"),
     "attention: rank": (
         ShapeError,

@@ -92,7 +92,7 @@ class Terms:
 
     def constant(self, term: Term) -> float | None:
         value = self.graph.constant(term.atom)
-        return None if value is None or np.asarray(value).dtype == bool else float(value)
+        return None if value is None or np.asarray(value).dtype.kind in "bc" else float(value)
 
     def operands(self, term: Term, eqn: JaxprEqn) -> list[Term]:
         """Operands of an elementwise equation at the axes of its result."""

@@ -120,7 +120,10 @@ def _reshaped(ctx: Any, operands: Sequence[Any], function: Any) -> tuple[Any, li
 
 def _broadcast_batches(kernel: Kernel, operands: Sequence[Any], partitions: int) -> list[Any]:
     """Optional operands in a form that the kernel reads: it has one stride for all batch dimensions but the last, so
-    that either all of these are full, or all are 1. With several partitions, batch sizes are all full or all 1."""
+    that either all of these are full, or all are 1, unless it is `strided`. With several partitions, batch sizes are
+    all full or all 1."""
+    if kernel.strided and partitions == 1:
+        return list(operands)
     rank = kernel.signature.batch_rank([x.shape for x in operands])
     batch = operands[0].shape[:rank]
 

@@ -132,6 +132,9 @@ class Kernel:
     adapted: (operands, platform, **attributes) -> operands of the same meaning that the platform's kernel takes.
     saving: (operands, **attributes) -> the kernel that runs in the place of this one where it is differentiated, with
     the same visible results and more hidden ones, or None.
+    linear: whether it is linear in its first operand: where only that moves, the tangent is the kernel of the tangent,
+    and neither operand nor result is kept for the transpose, `backward` with None in the place of that operand.
+    strided: whether the kernel reads optional operands with any of their batch sizes 1.
     partitioned: whether the call is made in a program for several devices; otherwise its reference, which XLA splits.
     lowered: (operands, number of devices, **attributes) -> results, by calls of other kernels: what is lowered in the
     place of a call.
@@ -149,6 +152,8 @@ class Kernel:
     in_place: tuple[tuple[int, int], ...] = ()
     adapted: Callable[..., Sequence[Any]] = lambda operands, platform, **attributes: operands
     saving: Callable[..., Kernel | None] = lambda operands, **attributes: None
+    linear: bool = False
+    strided: bool = False
     partitioned: bool = True
     lowered: Callable[..., Sequence[Any]] | None = None
 
@@ -236,6 +241,8 @@ def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attribut
     if not live:
         return results, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
     live_tangents = [ad.instantiate_zeros(tangents[i]) for i in live]
+    if kernel.linear and live == (0,):
+        return results, call_p.bind(*live_tangents, *primals[1:], kernel=kernel, attributes=attributes)
     if kernel.backward is None:
         return results, list(_reference_jvp(kernel, attributes, live, primals, live_tangents, visible=False))
     # Named so that a remat policy can save them: the output and the log-sum-exp together; one alone still recomputes.
@@ -246,6 +253,17 @@ def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attribut
     )
     hidden = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results[kernel.visible :]]
     return results[:count], [*visible, *hidden][:count]
+
+
+def _call_transpose(cotangents: Sequence, *operands: Any, kernel: Kernel, attributes: tuple):
+    """Of a kernel that is linear in its first operand, which alone is unknown."""
+    assert kernel.linear and kernel.backward is not None
+    assert [ad.is_undefined_primal(x) for x in operands] == [True] + [False] * (len(operands) - 1)
+    if all(map(is_zero, cotangents)):
+        return [None] * len(operands)
+    found = kernel.backward([None, *operands[1:]], None, list(cotangents), (0,), **dict(attributes))[0]
+    sharding = _compat.explicit_sharding(operands[0].aval)
+    return [_compat.resharded(found, sharding)] + [None] * (len(operands) - 1)
 
 
 def _reference_jvp(
@@ -297,6 +315,7 @@ def _batch_to_front(specs: Sequence[Spec], args: Sequence, dims: Sequence) -> li
 
 call_p.def_abstract_eval(_call_abstract)
 ad.primitive_jvps[call_p] = _call_jvp
+ad.primitive_transposes[call_p] = _call_transpose
 batching.primitive_batchers[call_p] = _call_batch
 
 

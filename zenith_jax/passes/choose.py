@@ -17,6 +17,7 @@ from zenith_jax.ops.attention_kernels import unsupported as attention_unsupporte
 from zenith_jax.ops.group_norm import unsupported as group_norm_unsupported
 from zenith_jax.ops.linear import unsupported as linear_unsupported
 from zenith_jax.ops.quantized_linear import unsupported as quantized_linear_unsupported
+from zenith_jax.ops.rope import NO_KERNEL as NO_ROPE_KERNEL
 from zenith_jax.passes.match import Match
 
 
@@ -284,6 +285,17 @@ def _cuda_group_norm(case: dict[str, Any], differentiated: bool) -> Refusal | No
     )
 
 
+# us, XLA / ours, of (1, 512, 32, 128): halves put together 3055 / 500, x * cos + rotate_half(x) * sin 3784 / 500,
+# neighbours 869 / 621; backward 2504 / 529, 783 / 529, 705 / 669. bfloat16 2532 / 190, 3044 / 190, 700 / 353; backward
+# 2829 / 196, 7579 / 196, 6884 / 599. One token of 32 heads 7 to 8 / 8; (1, 64, 8, 64) float32 13 to 72 / 12 to 20,
+# bfloat16 26 to 275 / 12 to 17 (two cores, AVX-512, jax 0.10.2, 2026-11-26).
+def _cpu_rope(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del differentiated
+    if case["size"] < 16384:
+        return refuse("XLA is as fast for {n} elements on the CPU", n=case["size"])
+    return None
+
+
 def _cuda_grouped_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     del case, differentiated
     return refuse("a loop of products is faster than XLA's convolution on the CPU; on a GPU that is cuDNN's")
@@ -326,6 +338,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cpu", "gated_gelu_tanh"): _cpu_activation,
     ("cpu", "gated_silu"): _cpu_activation,
     ("cpu", "batch_norm"): _cpu_batch_norm,
+    ("cpu", "rope"): _cpu_rope,
     ("cpu", "softmax"): _small_rows,
     ("cpu", "cross_entropy"): _cpu_cross_entropy,
     ("cpu", "linear_cross_entropy"): _cpu_linear_cross_entropy,
@@ -384,6 +397,8 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
         unsupported = attention_unsupported(platform, head_size=max(case["d"], case["e"]))
         if unsupported is not None:
             return unsupported
+    if match.op == "rope" and platform != "cpu":
+        return NO_ROPE_KERNEL
     if match.op == "group_norm":
         unsupported = group_norm_unsupported(
             platform, **{name: case[name] for name in ("dtype", "channels_last", "width", "groups")}

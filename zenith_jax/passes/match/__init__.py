@@ -16,6 +16,7 @@ from zenith_jax.passes.match import (
     linear,
     norm,
     quantized_linear,
+    rope,
     softmax,
 )
 from zenith_jax.passes.match._match import Match
@@ -26,6 +27,7 @@ MATCHERS = (
     group_norm.match,
     norm.match,
     quantized_linear.match,
+    rope.match,
     batch_norm.match,
     linear.match,
     activation.match,
