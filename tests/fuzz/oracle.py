@@ -124,6 +124,7 @@ EXACT = {
     "dynamic_slice",
     "dynamic_update_slice",
     "split",
+    "unstack",
 } | set(
     "abs argmax argmin clamp copy copy_p max min name neg optimization_barrier pvary reduce_max reduce_min round "
     "select_n sign stop_gradient".split()
@@ -229,6 +230,8 @@ def _equation(eqn: Any, operands: list[np.ndarray], noise: Any) -> list[np.ndarr
         return _run(_opened(body), list(map(_widened, _constants(body))), rest, noise)
     if name == "while":
         return _while(params, operands, noise)
+    if name == "unstack":
+        return [np.squeeze(x, params["axis"]) for x in np.split(operands[0], len(eqn.outvars), params["axis"])]
     if name == "split":
         ends = np.cumsum(params["sizes"])[:-1]
         return list(np.split(operands[0], ends, params["axis"]))

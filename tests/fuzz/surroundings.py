@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fuzz.attention import attention, flash_like, jax_nn
 from fuzz.convolution import convolution
 from fuzz.quantized import quantized_product
+from fuzz.rotation import rotation
 from fuzz.rows import activation, norm, softmax
 from fuzz.script import Script, Want
 from jax import lax
@@ -93,6 +94,7 @@ def cast(script: Script, x: Any) -> tuple[Any, list[Any]]:
 def block(script: Script, x: Any, depth: int) -> tuple[Any, list[Any]]:
     """One part of a program: (y, inner values). depth: how much control flow may still be nested in it."""
     options = [norm, attention, activation, convolution, softmax, elementwise, norm, attention, activation, product]
+    options += [rotation]
     options += [layout, cast, jax_nn]
     options += [residual, flash_like]
     if depth:
