@@ -128,6 +128,22 @@ def test_gradients_with_intervals_and_segments(rng, check_fused, fill):
     assert ("segments" in report.fused[0].detail) != np.isinf(fill)
 
 
+@pytest.mark.parametrize("written", ["in place", "added"])
+def test_a_fill_of_minus_1e9_is_one_in_bfloat16_too(rng, check_fused, written):
+    """bfloat16 has no -1e9: it is -998244352 there."""
+
+    def function(q, k, v):
+        x = jnp.einsum("bthd,bshd->bhts", q, k) * 0.3
+        t, s = positions()
+        fill = jnp.asarray(-1e9, q.dtype)
+        x = jnp.where(s <= t, x, fill) if written == "in place" else x + jnp.where(s <= t, 0, fill).astype(x.dtype)
+        return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(x, -1), v)
+
+    args = [x.astype(jnp.bfloat16) for x in operands(rng)]
+    report = check_fused(function, *args, counts={"attention": 1})
+    assert "causal" in report.fused[0].detail
+
+
 def test_examples_of_length_zero(rng, check_fused):
     lengths = jnp.array([0, 5])
     function = lambda q, k, v, n: attend(q, k, v, jnp.arange(S) < of_example(n))  # noqa: E731

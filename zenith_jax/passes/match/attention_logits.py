@@ -15,7 +15,7 @@ from zenith_jax.passes.match.mask import MaskForm, mask_form
 
 # A finite mask fill must vanish beside any logit: exp(fill - max) must be 0. float16's lowest value is -65504.
 FILL_LIMIT = {"float16": -6e4}
-DEFAULT_FILL_LIMIT = -1e9
+DEFAULT_FILL_LIMIT = -998244352.0  # -1e9 as bfloat16 rounds it
 # A constant added to all logits does not change a softmax, as long as no fill comes near.
 SHIFT_LIMIT = 1e4
 
