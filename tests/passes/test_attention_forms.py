@@ -171,6 +171,20 @@ def over_sequence(x):
     return jnp.repeat(x[:, : S // 2], 2, axis=1)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_table_of_biases_by_one_hot_buckets_is_a_bias(rng, check_fused, first):
+    """As T5 looks its relative positions up on a TPU: the logits are a sum of two products."""
+    table = jnp.asarray(rng.normal(size=(4, H)), jnp.float32)
+    buckets = jnp.clip(jnp.arange(S) - jnp.arange(T)[:, None], -2, 1) + 2
+
+    def function(q, k, v, table):
+        bias = jnp.einsum("tsn,nh->hts", jax.nn.one_hot(buckets, 4), table)[None]
+        return attend(q, k, v, lambda x: bias + x if first else x + bias)
+
+    report = check_fused(function, *operands(rng, k=(B, S, H, D)), table, counts={"attention": 1}, floor_ulps=32)
+    assert "bias" in report.fused[0].detail
+
+
 def test_keys_repeated_along_the_sequence_stay(rng, check_fused):
     q, k, v = operands(rng, k=(B, S, H, D))
     function = lambda q, k, v: attend(q, over_sequence(k), over_sequence(v))  # noqa: E731

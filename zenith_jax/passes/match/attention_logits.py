@@ -71,21 +71,25 @@ def walk(terms: Terms, x: Term, s: Axis, logits: Logits) -> tuple[JaxprEqn, Term
         x = below
 
 
-def _leads_to_dot(terms: Terms, term: Term) -> bool:
-    """Whether the term is a product of two matrices, scaled, masked or biased."""
+def _leads_to_dot(terms: Terms, term: Term, s: Axis | None = None) -> bool:
+    """Whether the term is a product of two matrices, scaled, masked or biased. s: the key's axis; then also whether no
+    other axis comes from the factor with s alone, as that of the query does where a table of biases is multiplied by
+    one-hot buckets."""
     for _ in range(12):
         term = terms.peel(term, also=("reshape",))
         eqn = terms.producer(term, "dot_general", "mul", "div", "neg", "add", "sub", "select_n", "tanh")
         if eqn is None:
             return False
         if eqn.primitive.name == "dot_general":
-            return True
+            left, right, _ = terms.contracted(term, eqn)
+            key, query = (left, right) if s in left.axis_set else (right, left)
+            return s is None or key.axis_set - query.axis_set == {s}
         operands = terms.operands(term, eqn)
         if eqn.primitive.name == "select_n":
             operands = operands[1:]
         operands = [t for t in operands if terms.constant(t) is None]
         if len(operands) == 2:
-            return any(_leads_to_dot(terms, t) for t in operands)
+            return any(_leads_to_dot(terms, t, s) for t in operands)
         if not operands:
             return False
         term = operands[0]
@@ -163,8 +167,10 @@ def _at_softmax(fill: float, x: Term, logits: Logits) -> float:
 def _walk_bias(terms: Terms, x: Term, eqn: JaxprEqn, s: Axis, logits: Logits) -> Term | Refusal:
     operands = terms.operands(x, eqn)
     leads = [_leads_to_dot(terms, t) for t in operands]
+    if all(leads):
+        leads = [_leads_to_dot(terms, t, s) for t in operands]
     if leads[0] == leads[1]:
-        both = "both sides" if leads[0] else "neither side"
+        both = "both sides" if _leads_to_dot(terms, operands[0]) else "neither side"
         return refuse("of the sum before the softmax, {both} is a product of query and key", both=both, depth=4)
     if eqn.primitive.name == "sub" and not leads[0]:
         return refuse("the product of query and key is subtracted from something", depth=4)
