@@ -64,6 +64,15 @@ def smoothed_by_the_logits(x, y, weight=0.1):
     return lse - (1 - weight) * (hot(y) * x).sum(-1) - weight / V * x.sum(-1)
 
 
+def with_z_loss_by_hand(x, y):
+    """As T5X writes it: the logarithm stands in the log-probabilities and again in the z-loss."""
+    peak = x.max(-1, keepdims=True)
+    shifted = x - peak
+    total = jnp.exp(shifted).sum(-1, keepdims=True)
+    lse = jnp.squeeze(jnp.log(total) + peak, -1)
+    return -(hot(y) * (shifted - jnp.log(total))).sum(-1) + 1e-2 * lse**2
+
+
 SPELLINGS = {
     "optax, integers": optax.softmax_cross_entropy_with_integer_labels,
     "optax, one-hot": lambda x, y: optax.softmax_cross_entropy(x, hot(y)),
@@ -82,6 +91,7 @@ SPELLINGS = {
     "smoothed by the mean": smoothed_by_the_mean,
     "smoothed by the logits": smoothed_by_the_logits,
     "z-loss": with_z_loss,
+    "z-loss by hand": with_z_loss_by_hand,
     "ignored labels": ignoring,
     "of the middle axis": lambda x, y: (
         -(jnp.moveaxis(hot(y), -1, 1) * jax.nn.log_softmax(jnp.moveaxis(x, -1, 1), axis=1)).sum(1)

@@ -62,7 +62,10 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     base = _log_sum(terms, terms.of(eqn.outvars[0]), [])
     if base is None:
         return None
-    above = _above(graph, [eqn.outvars[0]])
+    logs = [e.outvars[0] for e in graph.users_of(eqn.invars[0]) if e.primitive.name == "log"]
+    if logs[0] is not eqn.outvars[0]:
+        return None  # the logarithm written again, read with the first
+    above = _above(graph, logs)
     logits = [base.x.atom] if isinstance(base.x.atom, Var) else []
     readings = [_read(terms, e) for e in above]
     readings = [r for r in readings if r is not None and _is_of(graph, r, base)]
