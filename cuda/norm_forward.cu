@@ -187,16 +187,17 @@ Status NormForward(const NormForwardArgs& args, const Launch& launch) {
   if (args.rows == 0 || args.cols == 0) return {};
   const bool aligned = AreAligned(args.x, args.residual, args.scale, args.bias, args.y, args.sum);
   return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() -> Status {
-    return DispatchRow<T, 8, false>(args.cols, aligned, [&]<int kSize, int kVectors>(RowShape shape) {
-      if constexpr (kVectors == kLooped) {
-        norm_forward_looped_kernel<T, P, kSize>
-            <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
-      } else {
-        norm_forward_kernel<T, P, kSize, kVectors>
-            <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
-      }
-      return LastLaunch();
-    });
+    return DispatchRow<T, 8, false>(
+        args.cols, aligned, [&]<int kSize, int kVectors>(RowShape shape) {
+          if constexpr (kVectors == kLooped) {
+            norm_forward_looped_kernel<T, P, kSize>
+                <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
+          } else {
+            norm_forward_kernel<T, P, kSize, kVectors>
+                <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
+          }
+          return LastLaunch();
+        });
   });
 }
 
