@@ -71,14 +71,19 @@ class Cells(html.parser.HTMLParser):
             self.rows[-1][-1] += data
 
 
+def norm_gain(rows):
+    return next(row for row in rows if row[0] == "XLA")[6]
+
+
 def test_a_page_shows_every_site_once():
     report = zenith.explain(model)(jnp.ones((4, 64)))
     head, *rows = Cells(report.html()).rows
-    assert head == ["by", "op and shapes", "source", "chosen because", "flops", "bytes saved, at most"]
+    assert head == ["by", "op and shapes", "source", "chosen because", "flops", "bytes saved, at most", "gain"]
     assert len(rows) == 2  # two softmax at one line, and the refused norm
     by_op = {"softmax": next(row for row in rows if "softmax" in row[1])}
     assert by_op["softmax"][0] == "fused ×2" and "by request" in by_op["softmax"][3]
     assert "float32[4,64]" in by_op["softmax"][1]
+    assert by_op["softmax"][6].startswith("up to ") and not norm_gain(rows)
     norm = next(row for row in rows if row[0] == "XLA")
     assert "divided by 63.0" in norm[3] and "try: a mean divides by their number" in norm[3]
     assert Cells(report._repr_html_()).rows == [head, *rows]
@@ -100,6 +105,7 @@ def test_flops_and_bytes_are_those_of_the_site():
     # The softmax reads or writes the logits in about five equations; two products and no more.
     assert products < site.flops < products + 10 * logits
     assert 2 * 4 * 2 * logits < site.bytes_saved < 2 * 4 * 8 * logits
+    assert site.expected_us == pytest.approx(site.bytes_saved / 45e3)  # a copy's 45 GB/s
 
 
 def test_measured_sites_have_both_times():

@@ -37,8 +37,8 @@ def fragment(report: Any) -> str:
     """The page's content with its style, for a notebook."""
     grouped = Counter(report.sites)
     measured = any(s.measured_us for s in report.sites)
-    head = ["by", "op and shapes", "source", "chosen because", "flops", "bytes saved, at most", *(["gain"] * measured)]
-    rows = "\n".join(_row(site, n, measured) for site, n in grouped.items())
+    head = ["by", "op and shapes", "source", "chosen because", "flops", "bytes saved, at most", "gain"]
+    rows = "\n".join(_row(site, n) for site, n in grouped.items())
     note = "Times are of each site compiled alone, on random operands." if measured else ""
     heads = "".join(f"<th>{c}</th>" for c in head)
     return (
@@ -48,7 +48,7 @@ def fragment(report: Any) -> str:
     )
 
 
-def _row(site: Any, n: int, measured: bool) -> str:
+def _row(site: Any, n: int) -> str:
     times = f" &times;{n}" if n > 1 else ""
     place = " in ".join(p for p in ("grad" if site.differentiated else "", site.where) if p)
     why = _e(site.choice) if site.fused else f'<div class="why">{_e(site.reason)}</div>'
@@ -64,9 +64,8 @@ def _row(site: Any, n: int, measured: bool) -> str:
         f"<td><b>{_e(site.op)}</b><br><code>{'<br>'.join(map(_e, shown))}</code></td>",
         f"<td>{source}</td><td>{why}{advice}</td>",
         f'<td class="number">{quantity(site.flops)}</td><td class="number">{quantity(site.bytes_saved)}</td>',
+        f'<td class="number">{_e(site.gain)}</td>',
     ]
-    if measured:
-        cells.append(f'<td class="number">{_e(site.gain)}</td>')
     return f'<tr class="{"fused" if site.fused else "left"}">{"".join(cells)}</tr>'
 
 

@@ -106,6 +106,11 @@ def test_layers_of_flax_are_found():
     assert sites(lambda p, x: jax.nn.relu(dense.apply(p, x)), parameters, X) == [("linear", "relu, bias")]
 
 
+def test_a_gate_is_a_site_of_its_own(caplog):
+    assert sites(lambda x, g, u: jax.nn.silu(x @ g) * (x @ u), X, W, W) == [("gated_silu", "")]
+    assert not caplog.records
+
+
 @jax.custom_jvp
 def relu(x):
     return jnp.maximum(x, 0)

@@ -135,6 +135,7 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                 shapes=_shapes(found) if isinstance(found, Match) else "",
                 flops=gain.flops(found) if isinstance(found, Match) else 0,
                 bytes_saved=gain.bytes_saved(found) if isinstance(found, Match) else 0,
+                expected_us=gain.expected_us(found, context.platform) if isinstance(found, Match) else 0.0,
                 where=context.where,
                 differentiated=context.differentiated,
             )

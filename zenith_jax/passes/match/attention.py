@@ -140,7 +140,7 @@ def _match(
             "an inner value ({aval}: the logits or the probabilities) is used elsewhere too",
             aval=escaped.aval,
             depth=8,
-            advice="do not return the attention weights",
+            advice="do not return the attention weights, nor differentiate in forward mode, which needs them",
         )
     logits.scale *= left_scale * right_scale * (logits.softcap or 1)
     return _build(terms, eqn, root, query, key, value, axes, s, logits, probabilities.sink, bool(guard), inner)

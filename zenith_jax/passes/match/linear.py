@@ -22,7 +22,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Atom, Graph
 from zenith_jax.ir.term import ELEMENTWISE, Axis, Term, Terms
-from zenith_jax.ops.linear import LEAST_WEIGHTS, linear
+from zenith_jax.ops.linear import ACTIVATIONS, LEAST_WEIGHTS, linear
 from zenith_jax.passes.match import activation as activations
 from zenith_jax.passes.match._match import Match
 
@@ -209,6 +209,8 @@ def _activated(terms: Terms, layer: Layer) -> Layer | None:
         return relu
     for anchor in _anchors(graph, layer.top):
         found = activations.match(graph, anchor)
+        if isinstance(found, Match) and found.op not in ACTIVATIONS:
+            continue  # a gate, which is a site of its own
         if isinstance(found, Match) and _is_of(graph, found.leaves[0], layer):
             root = graph.producer(found.results[0])
             assert root is not None
