@@ -282,10 +282,26 @@ def test_groups_as_many_as_their_channels_are_told_apart(rng, check_refused):
     assert zenith.explain(twin)(x).counts() == {"group_norm": 1}
 
 
+@pytest.mark.parametrize("silu", [False, True])
+def test_a_gpu_takes_large_images_and_their_gradients_with_silu(silu):
+    def function(x):
+        grouped = x.astype(jnp.float32).reshape(8, 64, 64, 32, -1)
+        mean, variance = (f(grouped, (1, 2, 4), keepdims=True) for f in (jnp.mean, jnp.var))
+        y = ((grouped - mean) * lax.rsqrt(variance + 1e-5)).reshape(x.shape).astype(x.dtype)
+        return jax.nn.silu(y) if silu else y
+
+    x = jax.ShapeDtypeStruct((8, 64, 64, 320), jnp.bfloat16)
+    with zenith.configured(platform="cuda", use_cost=True):
+        assert zenith.explain(function)(x).counts()["group_norm"] == 1
+        report = zenith.explain(jax.value_and_grad(lambda x: function(x).sum().astype(jnp.float32)))(x)
+    assert report.counts().get("group_norm", 0) == silu
+    assert silu or any("153 us" in s.reason for s in report.refused)
+
+
 @pytest.mark.parametrize(
     "shape, dtype, first, reason",
     [
-        ((8, 64, 64, 320), jnp.bfloat16, False, "not measured through JAX on a GPU yet"),
+        ((8, 32, 32, 640), jnp.bfloat16, False, "are not measured on a GPU without the host's part"),
         ((8, 320, 64, 64), jnp.bfloat16, True, "on a GPU group norm has a kernel for channels last only"),
         ((1, 64, 4, 6000), jnp.bfloat16, False, "a group of 3000 channels is wider than a block of threads"),
     ],

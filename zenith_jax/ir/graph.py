@@ -98,6 +98,11 @@ class Graph:
     def users_of(self, var: Var) -> list[JaxprEqn]:
         return [self.eqns[i] for i in self.users.get(var, ())]
 
+    def only_user(self, var: Var) -> JaxprEqn | None:
+        """The equation that reads the value, if it is one, and reads it once, and it is no result."""
+        users = self.users.get(var, ())
+        return self.eqns[users[0]] if len(users) == 1 and var not in self.outputs else None
+
     def is_output(self, var: Var) -> bool:
         return var in self.outputs
 

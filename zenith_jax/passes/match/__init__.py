@@ -10,6 +10,7 @@ from zenith_jax.passes.match import (
     activation,
     attention,
     batch_norm,
+    conv,
     cross_entropy,
     group_norm,
     grouped_conv,
@@ -33,6 +34,7 @@ MATCHERS = (
     activation.match,
     softmax.match,
     grouped_conv.match,
+    conv.match,
 )
 
 __all__ = ["MATCHERS", "Match"]

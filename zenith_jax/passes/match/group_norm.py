@@ -294,6 +294,7 @@ def _finish(graph: Graph, root: JaxprEqn, var: Var, path: tuple[JaxprEqn, ...]) 
             ("width", width),
             ("rows", rows),
             ("channels_last", channels_last),
+            ("silu", False),
         ),
     )
     return _with_silu(graph, alone, static)
@@ -409,6 +410,7 @@ def _with_silu(graph: Graph, alone: Match, static: dict[str, Any]) -> Match:
             }.items()
         ),
         detail=f"{alone.detail}, silu",
+        case=(*((n, v) for n, v in alone.case if n != "silu"), ("silu", True)),
         simpler=alone,
     )
 

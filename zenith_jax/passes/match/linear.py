@@ -140,14 +140,9 @@ def _is_computed_again(graph: Graph, product: Var) -> bool:
     return first is not product or any(v is first for v in graph.numbers.values())
 
 
-def _only_user(graph: Graph, var: Var) -> JaxprEqn | None:
-    users = graph.users_of(var)
-    return users[0] if len(users) == 1 and graph.use_count(var) == 1 else None
-
-
 def _cast(graph: Graph, layer: Layer) -> Layer:
     """Above its casts between the operands' dtype and float32, which only round."""
-    while (user := _only_user(graph, layer.top)) is not None and user.primitive.name in _CASTS:
+    while (user := graph.only_user(layer.top)) is not None and user.primitive.name in _CASTS:
         if not _is_summed_in(user, layer.x.aval.dtype):
             break
         layer = layer.above(user)
@@ -156,7 +151,7 @@ def _cast(graph: Graph, layer: Layer) -> Layer:
 
 def _addend(terms: Terms, layer: Layer) -> tuple[JaxprEqn, Term] | None:
     """The sum in which the layer is used, and the other operand, at the layer's axes."""
-    user = _only_user(terms.graph, layer.top)
+    user = terms.graph.only_user(layer.top)
     if user is None or user.primitive.name != "add" or user.outvars[0].aval.shape != layer.top.aval.shape:
         return None
     if not _is_summed_in(user, layer.x.aval.dtype):
@@ -196,12 +191,12 @@ def _added(terms: Terms, layer: Layer) -> Layer | None:
 
 def _activated(terms: Terms, layer: Layer) -> Layer | None:
     graph = terms.graph
-    user = _only_user(graph, layer.top)
+    user = graph.only_user(layer.top)
     if user is not None and user.primitive.name == "tanh":
         return layer.above(user, activation="tanh")
-    if user is not None and (_is_relu(user) or _is_maximum(graph, user)):
+    if user is not None and (is_relu(user) or is_maximum(graph, user)):
         # They differ in their derivative at 0: that of maximum is 1/2.
-        relu = layer.above(user, activation="relu" if _is_relu(user) else "maximum")
+        relu = layer.above(user, activation="relu" if is_relu(user) else "maximum")
         squares = {id(e): e for e in graph.users_of(relu.top)}  # twice the one equation, for r * r
         squared = squares.popitem()[1] if len(squares) == 1 and not graph.is_output(relu.top) else None
         if squared is not None and _is_square(squared):
@@ -231,17 +226,17 @@ def _is_of(graph: Graph, leaf: Atom, layer: Layer) -> bool:
     return True
 
 
-def _is_relu(eqn: JaxprEqn) -> bool:
+def is_relu(eqn: JaxprEqn) -> bool:
     """jax.nn.relu: max(x, 0) with a derivative of its own. A user's function with another one stays."""
     if eqn.primitive.name != "custom_jvp_call" or len(eqn.invars) != 1:
         return False
     if not _RELU.match(_compat.function_source(eqn.params["call_jaxpr"])):
         return False
     inner = Graph.of(eqn.params["call_jaxpr"])
-    return len(inner.eqns) == 1 and _is_maximum(inner, inner.eqns[0])
+    return len(inner.eqns) == 1 and is_maximum(inner, inner.eqns[0])
 
 
-def _is_maximum(graph: Graph, eqn: JaxprEqn) -> bool:
+def is_maximum(graph: Graph, eqn: JaxprEqn) -> bool:
     return eqn.primitive.name == "max" and any(graph.constant(a) == 0 for a in eqn.invars)
 
 
@@ -273,7 +268,7 @@ def _narrowed(graph: Graph, layer: Layer) -> Layer | None:
     dtype = layer.x.aval.dtype
     if layer.top.aval.dtype == dtype:
         return layer
-    user = _only_user(graph, layer.top)
+    user = graph.only_user(layer.top)
     if user is None or user.primitive.name != "convert_element_type" or user.outvars[0].aval.dtype != dtype:
         return None
     return layer.above(user)
