@@ -3,6 +3,8 @@
 Canonical shape: x (*b, k), w (k * n,) flat, int8 or int4, scale (g * n,) flat, bias (n,) or (0,). The contract of the
 kernels is ffi/kernels/quantized_linear.h. They pay where rows are few, and weights from memory are what takes time:
 the weights cross it in their own bytes. The derivative is the reference's: XLA's products with the widened weights.
+
+Scales are multiplied behind the sum over a group: an infinite one gives an infinity, where 0 times it would be NaN.
 """
 
 from __future__ import annotations
