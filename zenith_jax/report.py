@@ -97,7 +97,8 @@ class Report:
                 s.detail or s.shapes,
                 "/".join(p for p in (s.where, "grad" if s.differentiated else "") if p),
                 s.source,
-                "; ".join(p for p in (s.choice or s.reason, s.advice, s.gathered) if p),
+                "; ".join(p for p in (s.choice or s.reason, s.advice) if p),
+                s.gathered,
                 quantity(s.flops),
                 quantity(s.bytes_saved),
                 s.gain,
@@ -111,9 +112,10 @@ class Report:
             "  "
             + "  ".join(part for part in (f"{n}x" if n else "", status, op, detail, where, source) if part)
             + f"\n      {'by' if status == 'fused' else 'because'} {reason}"
+            + (f"\n      but {gathered}" if gathered else "")
             + (f"\n      {flops} flops, {saved} bytes less" if status == "fused" else "")
             + (f", {gain}" if gain else "")
-            for n, status, op, detail, where, source, reason, flops, saved, gain in self._rows()
+            for n, status, op, detail, where, source, reason, gathered, flops, saved, gain in self._rows()
         ]
         return "\n".join([head, *lines])
 
@@ -121,9 +123,9 @@ class Report:
         from rich.table import Table
 
         table = Table(title=str(self).split("\n", 1)[0])
-        columns = ["n", "by", "op", "shape", "in", "source", "reason", "flops", "bytes saved", "gain"]
+        columns = ["n", "by", "op", "shape", "in", "source", "reason", "gathered", "flops", "bytes saved", "gain"]
         rows = self._rows()
-        shown = [i for i, c in enumerate(columns) if c != "gain" or any(row[i] for row in rows)]
+        shown = [i for i, c in enumerate(columns) if c not in ("gathered", "gain") or any(row[i] for row in rows)]
         for i in shown:
             table.add_column(columns[i], overflow="fold", no_wrap=columns[i] in ("by", "op"))
         for row in rows:

@@ -37,7 +37,8 @@ KEYS = {
     "sites": list,
 }
 SITE_KEYS = set(
-    "op fused source detail reason where differentiated shapes advice choice flops bytes_saved whole gathered".split()
+    "op fused source detail reason where differentiated shapes advice choice flops bytes_saved expected_us whole "
+    "gathered".split()
 )
 
 
