@@ -21,7 +21,7 @@ from mutated_patterns import PATTERNS, ROUNDED_OTHERWISE, SEED, inputs
 
 import zenith_jax as zenith
 from zenith_jax.ir.graph import Graph
-from zenith_jax.passes.match import MATCHERS, Match
+from zenith_jax.passes.match import MATCHERS, Match, conv
 
 # Mutants of the large jaxprs are sampled, with a fixed seed, to keep the suite fast.
 MOST_MUTANTS = 100
@@ -84,7 +84,7 @@ def test_every_matcher_has_a_pattern_here():
         graph = Graph.of(jax.make_jaxpr(pattern)(*inputs(kinds)))
         matches = ((m, m(graph, e)) for m in MATCHERS for e in graph.eqns)
         found |= {matcher for matcher, match in matches if isinstance(match, Match)}
-    assert found == set(MATCHERS)
+    assert found == set(MATCHERS) - {conv.match}  # which only says why nothing is done
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.__name__)

@@ -93,8 +93,11 @@ class _Process:
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # beside us on a GPU
         if threads != POOL_THREADS[0]:
             environment["NPROC"] = str(processors() - 1)
+        # This very package, whatever lies in the working directory.
+        paths = os.environ.get("PYTHONPATH"), str(pathlib.Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(version), _cache(threads)],
+            [sys.executable, "-P", "-c", _PROGRAM, str(version), _cache(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
