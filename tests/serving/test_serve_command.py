@@ -100,8 +100,9 @@ def test_a_function_of_a_file(triton, tmp_path, end):
         with Client(server, "http") as client:
             (answer,) = client.infer("double", x=np.float32([[1, 2, 3]] * 3)).values()
         np.testing.assert_array_equal(answer, [[2, 4, 6]] * 3)
+        time.sleep(0.5)  # until Triton has seen the connection's end: it waits for open ones
         server.process.send_signal(end)
-        assert server.process.wait(30) == 0
+        assert server.process.wait(60) == 0
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
