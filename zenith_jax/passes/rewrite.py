@@ -127,6 +127,7 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                 found, op, refusal = _simpler(found, refusal, claimed, context)
             if refusal is not None and isinstance(found, Match) and found.unmentioned:
                 continue
+            saved = gain.bytes_saved(found) if isinstance(found, Match) else 0
             site = Site(
                 op=op,
                 fused=False,
@@ -134,8 +135,8 @@ def plan(graph: Graph, context: Context) -> list[Match]:
                 detail=found.detail if isinstance(found, Match) else "",
                 shapes=_shapes(found) if isinstance(found, Match) else "",
                 flops=gain.flops(found) if isinstance(found, Match) else 0,
-                bytes_saved=gain.bytes_saved(found) if isinstance(found, Match) else 0,
-                expected_us=gain.expected_us(found, context.platform) if isinstance(found, Match) else 0.0,
+                bytes_saved=saved,
+                expected_us=gain.expected_us(saved, context.platform),
                 where=context.where,
                 differentiated=context.differentiated,
             )

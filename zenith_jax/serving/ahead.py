@@ -1,8 +1,8 @@
 """Programs compiled before a server needs them, and measured: how long a call of each takes, and with how many threads.
 
 `compile_ahead` starts a process for each number of threads, with a JAX that has no other work and no other options:
-`main`. Each measures when it is asked, one at a time, in
-several rounds, and what counts is the shortest round: a neighbour on the machine makes a call longer, never shorter.
+`main`. Each measures when it is asked, one at a time, in several rounds, and what counts is the shortest round: a
+neighbour on the machine makes a call longer, never shorter.
 """
 
 from __future__ import annotations

@@ -59,11 +59,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     inner, pending = [eqn], []
     result = var = eqn.outvars[0]
     result_channel = channel
-    while True:
-        users = graph.users_of(var)
-        if len(users) != 1 or graph.is_output(var):
-            break
-        (user,) = users
+    while (user := graph.only_user(var)) is not None:
         new = user.outvars[0]
         if user.primitive.name in ("convert_element_type", "copy", "copy_p"):
             if not is_float(new.aval.dtype):

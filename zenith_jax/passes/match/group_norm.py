@@ -309,11 +309,7 @@ def _is_parameter(terms: Terms, reading: _Reading, bias: Term) -> bool:
 def _bias(graph: Graph, var: Var) -> tuple[JaxprEqn, int, tuple[JaxprEqn, ...]] | None:
     """The single use `+ bias` of the product, after views: (the addition, the place of the product, the views)."""
     views = []
-    while True:
-        users = graph.users_of(var)
-        if len(users) != 1 or graph.is_output(var):
-            return None
-        user = users[0]
+    while (user := graph.only_user(var)) is not None:
         if user.primitive.name == "add":
             if user.invars[0] is user.invars[1] or user.outvars[0].aval.shape != var.aval.shape:
                 return None
@@ -322,6 +318,7 @@ def _bias(graph: Graph, var: Var) -> tuple[JaxprEqn, int, tuple[JaxprEqn, ...]] 
             return None
         views.append(user)
         var = user.outvars[0]
+    return None
 
 
 _Layout = tuple[list[Axis], list[Axis], list[Axis], list[Axis], bool]

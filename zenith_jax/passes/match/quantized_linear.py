@@ -250,8 +250,7 @@ def _above(terms: Terms, x: Var, product: Term, features: tuple[Axis, ...], want
     assert isinstance(product.atom, Var)
     found = Above(product.atom)
     candidates = [] if wants_scale else [found]
-    while len(users := graph.users_of(found.top)) == 1 and graph.use_count(found.top) == 1:
-        (user,) = users
+    while (user := graph.only_user(found.top)) is not None:
         result = user.outvars[0]
         if user.primitive.name in ("convert_element_type", "copy", "copy_p"):
             if not is_float(result.aval.dtype):
