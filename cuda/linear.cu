@@ -1,21 +1,9 @@
 // Which linear kernel serves which problem.
+#include "cuda/core/device.h"
 #include "cuda/core/vector.cuh"
 #include "cuda/linear/kernels.h"
 
 namespace zenith {
-namespace {
-
-#ifdef ZENITH_HOPPER  // the module holds code for sm_90a
-bool IsHopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
-#endif
-
-}  // namespace
 
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
   constexpr int64_t kAligned = 8, kMaxSize = int64_t{1} << 24;  // tiles stay in 32 bits
@@ -26,7 +14,7 @@ Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
     return {"linear: k and n must be at most 2^24, rows at most 2^30"};
   if (!AreAligned(args.x, args.w, args.residual, args.y, args.pre))
     return {"linear: arrays must be 16-byte aligned"};
-#ifdef ZENITH_HOPPER
+#ifdef ZENITH_HOPPER  // the module holds code for sm_90a
   if (IsHopper()) {
     if (args.dtype == DType::kF16) return linear::HopperF16(args, launch);
     if (args.dtype == DType::kBF16) return linear::HopperBF16(args, launch);
