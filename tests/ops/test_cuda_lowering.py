@@ -64,6 +64,13 @@ def test_op_and_its_gradient_are_one_custom_call_each(name):
     assert gradient == [f"{name}_fwd", f"{name}_bwd"]
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_a_sum_that_only_its_norm_uses_has_no_cotangent_to_be_read(name):
+    function, args = CASES[f"add_{name}"]
+    gradient = jax.grad(total(lambda *args: function(*args)[0]), argnums=(0, 1, 2))
+    assert calls(stablehlo(gradient, *args)) == [f"add_{name}_fwd", f"{name}_bwd"]
+
+
 def test_dtype_without_a_kernel_lowers_to_xla_code():
     with jax.enable_x64(True):
         assert calls(stablehlo(ops.softmax, X.astype(jnp.float64))) == []

@@ -58,6 +58,13 @@ def test_odd_sizes_of_rows(op, shape):
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1000 * 4 * np.finfo(np.float32).eps)
 
 
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_gradient_of_a_sum_that_only_its_norm_uses(op):
+    case = row_case(op, (6, 40))
+    args = case.arguments()
+    close(lambda f: gradient_of(lambda *args: f(*args)[0], args), case, args, GRADIENT_ULPS)
+
+
 @pytest.mark.parametrize("shape", EMPTY_ROWS, ids=str)
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_empty_arrays_give_empty_arrays_and_zero_gradients(op, shape):

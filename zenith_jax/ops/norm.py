@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
-from zenith_jax.ops._op import Kernel, as_batches, check_kernel_dtype, dense, kernel, widened
+from zenith_jax.ops._op import Kernel, as_batches, check_kernel_dtype, dense, is_zero, kernel, widened
 
 # --- references -------------------------------------------------------------------------------------------------------
 
@@ -79,19 +79,25 @@ def _rms_norm_backward(operands, results, cotangents, needed, *, eps):
     return {0: dx, 1: dscale.astype(scale.dtype)}
 
 
+def _cotangents(cotangents):
+    """dy, and dsum where the sum is used by more than the norm."""
+    dy, dsum = cotangents
+    return dense([dy] if is_zero(dsum) else [dy, dsum])
+
+
 def _add_layer_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     _, _, scale, bias = operands
-    dy, dsum = dense(cotangents)
-    dx, dscale, dbias = add_layer_norm_bwd(results[1], scale, dy, dsum, eps=eps, kept=0)
+    backward = layer_norm_bwd if is_zero(cotangents[1]) else add_layer_norm_bwd
+    dx, dscale, dbias = backward(results[1], scale, *_cotangents(cotangents), eps=eps, kept=0)
     return {0: dx, 1: dx, 2: dscale.astype(scale.dtype), 3: dbias.astype(bias.dtype)}
 
 
 def _add_rms_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     scale = operands[2]
-    dy, dsum = dense(cotangents)
-    dx, dscale = add_rms_norm_bwd(results[1], scale, dy, dsum, eps=eps, kept=0)
+    backward = rms_norm_bwd if is_zero(cotangents[1]) else add_rms_norm_bwd
+    dx, dscale = backward(results[1], scale, *_cotangents(cotangents), eps=eps, kept=0)
     return {0: dx, 1: dx, 2: dscale.astype(scale.dtype)}
 
 
@@ -244,21 +250,17 @@ def parameters(name: str, x: Any, width: int, scale: Any, bias: Any) -> tuple[An
     return parameter("scale", scale, 1.0), parameter("bias", bias, 0.0)
 
 
-# Bytes of a row past which a block of the backward kernel has a multiprocessor of an H100 to itself.
-_WIDE_ROW = 8192
+# Groups by the bytes of a row, up to which they are best on an H100: such as fill its 132 multiprocessors with blocks
+# of the backward kernel. us of 2^26 bfloat16s in 128, 256, 512 and 1024 groups: 256 columns 176, 147, 147, 149; 1024
+# 230, 165, 166, 172; 2048 306, 196, 166, 163; 4096 203, 167, 168, 173; 8192 176, 182, 192, 209 (11/2026).
+_GROUPS = ((2048, 256), (8192, 512))
+_GROUPS_OF_WIDE_ROWS = 128
 
 
 def rows_per_group(rows: int, total_rows: int, row_bytes: int) -> int:
-    """How many of `rows` consecutive rows share one partial sum of dscale.
-
-    About 1/256 of all rows, so that groups fill the 132 multiprocessors of an H100 about twice, or 1/128 of wide ones,
-    so that they fill them once; at most 64, so that partials stay under 1/32 of the bytes of dx, or 128 where groups
-    are many all the same; a divisor of `rows`, because groups are cut by a reshape. 8192 bfloat16s: 175 us and 8 MiB of
-    partials for 181 and 16; 256 of them: 155 us for 165 (H100, 11/2026).
-    """
-    groups = 128 if row_bytes > _WIDE_ROW else 256
-    most = 128 if total_rows >= 128 * 1024 else 64
-    wanted = min(most, max(4, total_rows // groups))
+    """How many of `rows` consecutive rows share one partial sum of dscale: a divisor, as a reshape cuts groups."""
+    groups = next((groups for most, groups in _GROUPS if row_bytes <= most), _GROUPS_OF_WIDE_ROWS)
+    wanted = max(4, total_rows // groups)
     return max((r for r in range(1, min(wanted, rows) + 1) if rows % r == 0), default=max(rows, 1))
 
 
