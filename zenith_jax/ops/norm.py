@@ -250,10 +250,11 @@ def parameters(name: str, x: Any, width: int, scale: Any, bias: Any) -> tuple[An
     return parameter("scale", scale, 1.0), parameter("bias", bias, 0.0)
 
 
-# Groups by the bytes of a row, up to which they are best on an H100: such as fill its 132 multiprocessors with blocks
-# of the backward kernel. us of 2^26 bfloat16s in 128, 256, 512 and 1024 groups: 256 columns 176, 147, 147, 149; 1024
-# 230, 165, 166, 172; 2048 306, 196, 166, 163; 4096 203, 167, 168, 173; 8192 176, 182, 192, 209 (11/2026).
-_GROUPS = ((2048, 256), (8192, 512))
+# Groups, (bytes of a row up to which, so many), that are best on an H100: they fill its 132 multiprocessors with blocks
+# of the backward kernel, and their partial sums are little beside the rows. us of 2^26 bfloat16s in 128, 256, 512 and
+# 1024 groups: of 256 176, 147, 147, 149; 1024 230, 165, 166, 172; 2048 306, 196, 166, 163; 4096 203, 167, 168, 173;
+# 8192 176, 182, 192, 209 (11/2026).
+_GROUPS = ((2048, 256), (4096, 512), (8192, 256))
 _GROUPS_OF_WIDE_ROWS = 128
 
 
