@@ -1,4 +1,5 @@
-// Oracle of activation.cu: the formulas of ffi/kernels/activation.h, one thread per element.
+// Oracle of activation.cu, gated.cu and linear_backward.cu: the formulas of ffi/kernels/, one
+// thread per element.
 #include "cuda/core/convert.cuh"
 #include "cuda/core/launch.h"
 #include "cuda/naive.h"
@@ -79,6 +80,24 @@ __global__ void gated_backward_kernel(GatedBackwardArgs args) {
   static_cast<T*>(args.dvalue)[at] = FromFloat<T>(static_cast<float>(dy * point.value));
 }
 
+/// One thread per column of a group.
+template <typename T>
+__global__ void linear_backward_kernel(LinearBackwardArgs args) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= args.groups * args.n) return;
+  const int64_t first = i / args.n * args.rows_per_group * args.n + i % args.n;
+  double sum = 0;
+  for (int64_t row = 0; row < args.rows_per_group; ++row) {
+    const int64_t at = first + row * args.n;
+    const double pre = ToFloat(static_cast<const T*>(args.pre)[at]);
+    const double dpre =
+        ToFloat(static_cast<const T*>(args.dy)[at]) * Evaluate(args.kind, pre).derivative;
+    static_cast<T*>(args.dpre)[at] = FromFloat<T>(static_cast<float>(dpre));
+    sum += dpre;
+  }
+  args.dbias[i] = static_cast<float>(sum);
+}
+
 unsigned Blocks(int64_t size) { return static_cast<unsigned>((size + kThreads - 1) / kThreads); }
 
 }  // namespace
@@ -113,6 +132,15 @@ Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch) {
   if (size == 0) return {};
   return DispatchDType(args.dtype, [&]<typename T>() {
     gated_backward_kernel<T><<<Blocks(size), kThreads, 0, launch.stream>>>(args);
+    return LastLaunch();
+  });
+}
+
+Status LinearBackward(const LinearBackwardArgs& args, const Launch& launch) {
+  const int64_t size = args.groups * args.n;
+  if (size == 0) return {};
+  return DispatchDType(args.dtype, [&]<typename T>() {
+    linear_backward_kernel<T><<<Blocks(size), kThreads, 0, launch.stream>>>(args);
     return LastLaunch();
   });
 }

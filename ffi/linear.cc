@@ -1,6 +1,6 @@
 // Custom-call targets of the linear layer. Contract: ffi/kernels/linear.h.
 //
-// Axes: *b batch, k features of x, n of y.
+// Axes: *b batch, r rows of a group, k features of x, n of y.
 #include "ffi/kernels/linear.h"
 
 #include "ffi/core/backend.h"
@@ -92,10 +92,50 @@ XLA_FFI_DEFINE_HANDLER(kForwardPre, ForwardPre,
                            .Attr<int32_t>("transposed"),
                        kTraits);
 
+ffi::Error Backward(Context context, Buffer pre_buffer, Buffer dy_buffer, Result dpre_buffer,
+                    Result dbias_buffer, int32_t activation) {
+  constexpr const char* kTarget = "linear_bwd";
+  constexpr int32_t kLastActivation = static_cast<int32_t>(Activation::kSilu);
+  const Operand pre("pre", pre_buffer), dy("dy", dy_buffer), dpre("dpre", dpre_buffer),
+      dbias("dbias", dbias_buffer);
+  Check check(kTarget);
+  check.Float(pre);
+  check.RankAtLeast(pre, 2);
+  check.Same(dy, pre);
+  check.Same(dpre, pre);
+  check.Type(dbias, ffi::DataType::F32);
+  check.Shape(dbias, pre, pre.rank() - 2, {pre.dim(-1)});
+  check.That(activation >= 0 && activation <= kLastActivation, "activation must be 0 to 2",
+             activation);
+  if (check.failed()) return check.error();
+
+  const LinearBackwardArgs args{.kind = static_cast<Activation>(activation),
+                                .dtype = DTypeOf(pre),
+                                .groups = pre.leading_size(2),
+                                .rows_per_group = pre.dim(-2),
+                                .n = pre.dim(-1),
+                                .pre = pre.data(),
+                                .dy = dy.data(),
+                                .dpre = dpre.data(),
+                                .dbias = dbias.data<float>()};
+  return Run(kTarget, context, [&](const Launch& launch) { return LinearBackward(args, launch); });
+}
+
+XLA_FFI_DEFINE_HANDLER(kBackward, Backward,
+                       ffi::Ffi::Bind()
+                           .Ctx<Place>()
+                           .Arg<Buffer>()  // pre [*b r n]
+                           .Arg<Buffer>()  // dy [*b r n]
+                           .Ret<Buffer>()  // dpre [*b r n]
+                           .Ret<Buffer>()  // dbias [*b n]
+                           .Attr<int32_t>("activation"),
+                       kTraits);
+
 }  // namespace
 
 std::span<const Target> LinearTargets() {
-  static constexpr Target kTargets[] = {{"linear_fwd", kForward}, {"linear_pre_fwd", kForwardPre}};
+  static constexpr Target kTargets[] = {
+      {"linear_fwd", kForward}, {"linear_pre_fwd", kForwardPre}, {"linear_bwd", kBackward}};
   return kTargets;
 }
 

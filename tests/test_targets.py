@@ -356,6 +356,17 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
     }
 
 
+def linear_backward_case() -> Case:
+    pre, dy = normal(B, R, D), normal(B, R, D)
+
+    def expected(pre, dy):
+        dpre = dy * derivative(ACTIVATIONS["silu"], pre)
+        return dpre, dpre.sum(-2)
+
+    results = {"dpre": ((B, R, D), F32), "dbias": ((B, D), F32)}
+    return Case({"pre": pre, "dy": dy}, results, expected, {"activation": np.int32(2)})
+
+
 def quantized_case(dtype: Any) -> Case:
     """Of small integers and two groups of k; sizes that the GPU's kernel takes."""
     k, n, rng = 32, 48, np.random.default_rng(3)
@@ -385,6 +396,7 @@ CASES = (
     | gated_cases()
     | rope_cases()
     | attention_cases()
+    | {"linear_bwd": linear_backward_case()}
 )
 ON_CPU_ONLY = {"rope"}
 

@@ -86,6 +86,9 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
   return Best().linear_forward(args, launch);
 }
+Status LinearBackward(const LinearBackwardArgs& args, const Launch& launch) {
+  return Best().linear_backward(args, launch);
+}
 Status QuantizedLinear(const QuantizedLinearArgs& args, const Launch& launch) {
   return Best().quantized_linear(args, launch);
 }

@@ -32,6 +32,7 @@ struct CpuKernels {
   Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);
   Status (*attention_backward)(const AttentionBackwardArgs&, const Launch&);
   Status (*linear_forward)(const LinearForwardArgs&, const Launch&);
+  Status (*linear_backward)(const LinearBackwardArgs&, const Launch&);
   Status (*quantized_linear)(const QuantizedLinearArgs&, const Launch&);
 };
 

@@ -281,4 +281,29 @@ inline Status LinearForward(const LinearForwardArgs& args, const Launch& launch)
   return out_of_memory.is_set() ? kOutOfMemory : Status{};
 }
 
+/// A group is a task: its sums are added up by one thread.
+inline Status LinearBackward(const LinearBackwardArgs& args, const Launch& launch) {
+  WithStorage(args.dtype, [&]<typename T>(T) {
+    WithActivation(args.kind, [&]<typename Kind>(Kind) {
+      ForRows(launch, args.groups, args.rows_per_group * args.n, [=](int64_t first, int64_t last) {
+        const int64_t n = args.n;
+        for (int64_t group = first; group < last; ++group) {
+          float* const sums = args.dbias + group * n;
+          for (int64_t i = 0; i < n; ++i) sums[i] = 0;
+          for (int64_t row = group * args.rows_per_group; row < (group + 1) * args.rows_per_group;
+               ++row) {
+            T* const dpre = static_cast<T*>(args.dpre) + row * n;
+            ActivationBackwardRange<Kind::kValue>(n, static_cast<const T*>(args.pre) + row * n,
+                                                  static_cast<const T*>(args.dy) + row * n, dpre);
+            ForVectors(n, [=](int64_t i, auto part) {
+              Store(sums + i, Load(sums + i, part) + Load(dpre + i, part), part);
+            });
+          }
+        }
+      });
+    });
+  });
+  return {};
+}
+
 }  // namespace zenith::ZENITH_ISA

@@ -38,6 +38,7 @@ const CpuKernels kKernels = {
     AttentionForward,
     AttentionBackward,
     LinearForward,
+    LinearBackward,
     QuantizedLinear,
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ffi/kernels/activation.h"
 #include "ffi/kernels/types.h"
 
 namespace zenith {
@@ -32,5 +33,19 @@ struct LinearForwardArgs {
   void *y, *pre;
 };
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch);
+
+/// What comes before the two products of the backward pass: with dy the cotangent of y,
+///   dpre = dy * f'(pre);  dbias[group] = the sum of dpre over the group's rows, in float32
+/// pre, dy, dpre: (groups, rows_per_group, n), `dtype`. dbias: (groups, n), float32; the caller
+/// sums over groups. Results alias no operand. CUDA: n up to 2^21 - 32.
+struct LinearBackwardArgs {
+  Activation kind;
+  DType dtype;
+  int64_t groups, rows_per_group, n;
+  const void *pre, *dy;
+  void* dpre;
+  float* dbias;
+};
+Status LinearBackward(const LinearBackwardArgs& args, const Launch& launch);
 
 }  // namespace zenith

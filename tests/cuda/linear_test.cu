@@ -1,4 +1,5 @@
-// LinearForward against cuda/linear_naive.cu. How to build and run: CMakeLists.txt.
+// LinearForward against cuda/linear_naive.cu, LinearBackward against cuda/activation_naive.cu. How
+// to build and run: CMakeLists.txt.
 #include <array>
 #include <limits>
 
@@ -77,6 +78,37 @@ void Test(Report& report, DType dtype, const Problem& p) {
     });
 }
 
+void TestBackward(Report& report, Activation kind, DType dtype, int64_t groups, int64_t rows,
+                  int64_t n, int64_t offset) {
+  report.Problem(dtype, "backward " + std::to_string(static_cast<int>(kind)) + " of " +
+                            std::to_string(groups) + "x" + std::to_string(rows) + "x" +
+                            std::to_string(n) + (offset ? ", unaligned" : ""));
+  Random random(static_cast<uint64_t>(groups + 3 * rows + 7 * n));
+  const int64_t size = groups * rows * n;
+  const Array pre(dtype, random.Normals(size, 2), offset);
+  const Array dy(dtype, random.Normals(size, 1, 10), offset);
+  Array dpre(dtype, size, offset), want(dtype, size);
+  Array dbias(DType::kF32, groups * n, offset), want_dbias(DType::kF32, groups * n);
+  const LinearBackwardArgs args{
+      kind, dtype, groups, rows, n, pre.data(), dy.data(), dpre.data(), dbias.data<float>()};
+  LinearBackwardArgs oracle = args;
+  oracle.dpre = want.data();
+  oracle.dbias = want_dbias.data<float>();
+  RunOracle(report, "backward", {&want, &want_dbias},
+            [&](Launch l) { return naive::LinearBackward(oracle, l); });
+  RunTwice(report, "backward", {&dpre, &dbias}, [&](Launch l) { return LinearBackward(args, l); });
+  // As the activation's own derivative (activation_test.cu): sums of two terms that cancel.
+  const std::vector<float> wanted = want.Values(), dys = dy.Values();
+  report.Compare("linear backward", "dpre", dpre, want, [&](int64_t i) {
+    return 2.01 * Roundoff(dtype) * std::fabs(wanted[static_cast<size_t>(i)]) +
+           kFloatRoundoff * 16 * std::fabs(dys[static_cast<size_t>(i)]) + 2 * Smallest(dtype);
+  });
+  // Terms of at most 1.2 * 4 * 10, each as exact as dpre before rounding, and their sums.
+  report.Compare("linear backward", "dbias", dbias, want_dbias, [&](int64_t) {
+    return kFloatRoundoff * 50 * (16 + static_cast<double>(rows)) * std::sqrt(double(rows) + 1);
+  });
+}
+
 int Main(bool small) {
   Report report;
   constexpr Epilogue kEpilogues[] = {Epilogue::kNone,   Epilogue::kRelu, Epilogue::kReluSquared,
@@ -106,6 +138,15 @@ int Main(bool small) {
     if (!small) Test(report, dtype, {16384, 64, 1536, false, true, true, true, Epilogue::kNone});
     Test(report, dtype, {0, 64, 64, false, false, false, false, Epilogue::kNone});
   }
+  for (const DType dtype : kDTypes)
+    for (const Activation kind : {Activation::kGeluErf, Activation::kGeluTanh, Activation::kSilu}) {
+      TestBackward(report, kind, dtype, 3, 7, 24, 0);
+      TestBackward(report, kind, dtype, 2, 4, 1032, 0);
+      TestBackward(report, kind, dtype, 5, 1, 3, 0);
+      TestBackward(report, kind, dtype, 2, 9, 16, 1);
+      TestBackward(report, kind, dtype, 2, 0, 16, 0);
+      if (!small) TestBackward(report, kind, dtype, 256, 32, 3072, 0);
+    }
   return report.Finish();
 }
 

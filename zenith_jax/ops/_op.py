@@ -287,7 +287,7 @@ def _call_batch(args: Sequence, dims: Sequence, *, kernel: Kernel, attributes: t
         function = lambda *operands: kernel.reference(*operands, **dict(attributes))  # noqa: E731
         return jax.vmap(function, in_axes=tuple(dims))(*args), (0,) * len(kernel.signature.results)
     if any(spec.summed for spec in kernel.signature.results):
-        attributes = tuple((name, value + (name == "kept")) for name, value in attributes)
+        attributes = tuple((name, value + 1 if name == "kept" else value) for name, value in attributes)
     results = call_p.bind(*moved, kernel=kernel, attributes=attributes)
     return results, (0,) * len(results)
 

@@ -1,8 +1,8 @@
 """A linear layer as one kernel: activation(x @ w + bias) + residual, for GPUs of the Hopper generation and the CPU.
 
 Canonical shape: x (*b, k), w (k * n,) flat, bias (n,), residual (*b, n) or absent. The contract of the kernels is
-ffi/kernels/linear.h. Differentiated, the forward kernel also writes x @ w + bias, from which the backward pass takes
-the activation's derivative; the two products of the backward pass are XLA's.
+ffi/kernels/linear.h. Differentiated, the forward kernel also writes x @ w + bias; from it the backward kernel takes the
+activation's derivative, and the bias's gradient in the same pass. The two products of the backward pass are XLA's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
 from zenith_jax.ir import _compat
-from zenith_jax.ops._op import absent, as_batches, dense, is_absent, is_zero, kernel, widened
+from zenith_jax.ops._op import (
+    absent,
+    as_batches,
+    check_kernel_dtype,
+    dense,
+    is_absent,
+    is_zero,
+    kernel,
+    widened,
+)
 from zenith_jax.ops.activation import FORMULAS, KERNELS
+from zenith_jax.ops.norm import grouped
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -111,6 +121,46 @@ def _summed_to(x: Any, shape: tuple[int, ...]) -> Any:
     return jnp.sum(x, [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True)
 
 
+def _derivatives(activation: str, pre: Any, dy: Any) -> Any:
+    _, vjp = jax.vjp(FORMULAS[activation], widened(pre))
+    return vjp(widened(dy))[0]
+
+
+_backward_common = dict(
+    visible=2,
+    supports=lambda avals, platform, **_: check_kernel_dtype("linear", avals[0].dtype),
+    partitioned=False,  # as the layer
+)
+
+
+@kernel(
+    "linear_bwd",
+    "*b r n, *b r n -> *b r n, *b n",
+    (0, jnp.float32),
+    ffi_attributes=lambda avals, *, activation: {"activation": np.int32(list(FORMULAS).index(activation))},
+    **_backward_common,
+)
+def _linear_bwd_of_groups(pre, dy, *, activation):
+    dpre = _derivatives(activation, pre, dy)
+    return dpre.astype(pre.dtype), jnp.sum(dpre, -2, dtype=jnp.float32)
+
+
+def _by_groups(operands, partitions, *, activation, kept):
+    """As the norms' cotangents: a group's rows are summed by the kernel, the groups by XLA."""
+    pre, dy = operands
+    batch = grouped(pre.shape[:-1], kept, partitions, pre.shape[-1] * pre.dtype.itemsize)
+    shape = (*batch, pre.shape[-1])
+    dpre, sums = _linear_bwd_of_groups(pre.reshape(shape), dy.reshape(shape), activation=activation)
+    return dpre.reshape(pre.shape), jnp.sum(sums, range(kept, len(batch) - 1))
+
+
+@kernel("linear_bwd", "*b n, *b n -> *b n, *k n", (0, jnp.float32), lowered=_by_groups, **_backward_common)
+def linear_bwd(pre, dy, *, activation, kept):
+    """(dy times the activation's derivative at pre, its sum over rows)."""
+    dpre = _derivatives(activation, pre, dy)
+    return dpre.astype(pre.dtype), jnp.sum(dpre, range(kept, dpre.ndim - 1), dtype=jnp.float32)
+
+
 def _activation_cotangent(activation: str, x: Any, dy: Any) -> Any:
     """By the activation's own backward kernel where there is one. XLA would compute the derivative twice, for the
     products and in the sum that is the bias's gradient."""
@@ -124,10 +174,13 @@ def _activation_cotangent(activation: str, x: Any, dy: Any) -> Any:
 def _backward(operands, results, cotangents, needed, *, activation, transposed):
     x, w, bias, residual = operands
     dy = dense(cotangents)[0]
-    dpre = dy
-    if activation != "none":  # of relu, the result says as much as what it came from
+    dpre, dbias = dy, None
+    alone = len(cotangents) == 1 or is_zero(cotangents[1])  # nothing else reaches pre
+    if alone and 2 in needed and activation in KERNELS:
+        dpre, dbias = linear_bwd(results[-1], dy, activation=activation, kept=0)
+    elif activation != "none":  # of relu, the result says as much as what it came from
         dpre = _activation_cotangent(activation, results[-1], dy)
-    if len(cotangents) == 2 and not is_zero(cotangents[1]):
+    if not alone:
         dpre = dpre + cotangents[1]
     batch = tuple(range(dpre.ndim - 1))
     cotangent = {}
@@ -137,7 +190,7 @@ def _backward(operands, results, cotangents, needed, *, activation, transposed):
         rows = (dpre, x) if transposed else (x, dpre)
         cotangent[1] = jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
     if 2 in needed:
-        cotangent[2] = jnp.sum(widened(dpre), batch).astype(bias.dtype)
+        cotangent[2] = (jnp.sum(widened(dpre), batch) if dbias is None else dbias).astype(bias.dtype)
     if 3 in needed:
         cotangent[3] = _summed_to(dy, residual.shape)
     return cotangent
