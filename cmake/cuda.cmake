@@ -42,7 +42,7 @@ if("90a" IN_LIST ZENITH_CUDA_ARCHS)  # wgmma and TMA: for that architecture only
   list(APPEND cuda_kernels zenith_cuda_hopper_kernels)
 endif()
 
-zenith_handlers(zenith_cuda_handlers)
+zenith_handlers(zenith_cuda_handlers ffi/gated_linear.cc)  # on a CPU: gated.cc behind products
 target_compile_definitions(zenith_cuda_handlers PRIVATE ZENITH_BACKEND_CUDA)
 target_include_directories(zenith_cuda_handlers SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 zenith_module(_cuda ${cuda_kernels} zenith_cuda_handlers CUDA::cudart_static)

@@ -28,6 +28,7 @@ Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& laun
 Status GatedForward(const GatedForwardArgs& args, const Launch& launch);
 Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch);
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch);
+Status GatedLinearForward(const GatedLinearForwardArgs& args, const Launch& launch);
 Status LinearBackward(const LinearBackwardArgs& args, const Launch& launch);
 Status QuantizedLinear(const QuantizedLinearArgs& args, const Launch& launch);
 

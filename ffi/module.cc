@@ -33,7 +33,9 @@ nb::dict Targets() {
       NormTargets(),         GroupNormTargets(),  SoftmaxTargets(),
       CrossEntropyTargets(), ActivationTargets(), GatedTargets(),
       AttentionTargets(),    LinearTargets(),     QuantizedLinearTargets(),
-#ifndef ZENITH_BACKEND_CUDA
+#ifdef ZENITH_BACKEND_CUDA
+      GatedLinearTargets(),
+#else
       RopeTargets(),
 #endif
   };

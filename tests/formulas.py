@@ -86,6 +86,11 @@ def gated(gate, value):
     return silu(gate) * value
 
 
+def gated_linear(x, w_gate, w_value, activation="silu", transposed=False):
+    gate, value = (x @ (w.T if transposed else w) for w in (w_gate, w_value))
+    return LINEAR_ACTIVATIONS[activation](gate) * value
+
+
 def gated_by_the_second_half(x):
     value, gate = jnp.split(x, 2, axis=-1)
     return value * gelu(gate, approximate=False)

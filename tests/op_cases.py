@@ -21,6 +21,7 @@ from formulas import (
     cross_entropy,
     gated,
     gated_by_the_second_half,
+    gated_linear,
     gelu,
     group_norm,
     layer_norm,
@@ -113,6 +114,11 @@ def linear_case(name, *more, w=(16, 24), **options):
     return Case("linear", name, *functions, ((3, 5, 16), w, *more), shared=(1, 2))
 
 
+def gated_linear_case(name, w=(16, 24), **options):
+    functions = (ft.partial(f, **options) for f in (ops.gated_linear, gated_linear))
+    return Case("gated_linear", name, *functions, ((3, 5, 16), w, w), shared=(1, 2))
+
+
 def quantized_case(name, dtype, *more, w=(16, 24), **options):
     functions = (ft.partial(f, **options) for f in (ops.quantized_linear, quantized_linear))
     return Case("quantized_linear", name, *functions, ((3, 5, 16), Integers(w, dtype), *more), shared=(1, 2, 3))
@@ -159,6 +165,8 @@ CASES = [
     linear_case("relu squared", activation="relu_squared"),
     linear_case("tanh, bias, transposed", (24,), w=(24, 16), activation="tanh", transposed=True),
     linear_case("gelu erf, bias, residual", (24,), (3, 5, 24), activation="gelu_erf"),
+    gated_linear_case("silu"),
+    gated_linear_case("gelu erf, transposed", w=(24, 16), activation="gelu_erf", transposed=True),
     quantized_case("int8", jnp.int8, (24,)),
     quantized_case("int4 groups, bias", jnp.int4, (4, 24), (24,)),
     quantized_case("int8 transposed, groups", jnp.int8, (2, 24), w=(24, 16), transposed=True),

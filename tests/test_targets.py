@@ -356,6 +356,24 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
     }
 
 
+def gated_linear_cases() -> dict[str, Case]:
+    """Of integers so small that float16 holds both products; the results are rounded."""
+    k, n = 16, 24
+    x, w_gate, w_value = (RNG.integers(-2, 3, size=s).astype(np.float16) for s in ((B, R, k), k * n, k * n))
+
+    def expected(x, w_gate, w_value):
+        gate, value = (x.astype(np.float64) @ w.astype(np.float64).reshape(n, k).T for w in (w_gate, w_value))
+        return gate / (1 + np.exp(-gate)) * value, gate, value
+
+    operands = {"x": x, "w_gate": w_gate, "w_value": w_value}
+    attributes = {"activation": np.int32(4), "transposed": np.int32(1)}
+    y, both = {"y": ((B, R, n), np.float16)}, dict.fromkeys(("gate", "value"), ((B, R, n), np.float16))
+    return {
+        "gated_linear_fwd": Case(operands, y, lambda *a: expected(*a)[:1], attributes),
+        "gated_linear_pre_fwd": Case(operands, y | both, expected, attributes),
+    }
+
+
 def linear_backward_case() -> Case:
     pre, dy = normal(B, R, D), normal(B, R, D)
 
@@ -384,6 +402,7 @@ def quantized_case(dtype: Any) -> Case:
 
 STRUCTURED = attention_cases(structured=True)
 LINEAR = {"cpu": linear_cases(F32), "cuda": linear_cases(np.float16)}
+GATED_LINEAR = gated_linear_cases()
 QUANTIZED = {"cpu": quantized_case(F32), "cuda": quantized_case(np.float16)}
 CHANNELS_FIRST = group_norm_cases(last=False)
 CASES = (
@@ -398,7 +417,7 @@ CASES = (
     | attention_cases()
     | {"linear_bwd": linear_backward_case()}
 )
-ON_CPU_ONLY = {"rope"}
+ON_CPU_ONLY, ON_GPU_ONLY = {"rope"}, set(GATED_LINEAR)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -406,6 +425,8 @@ def device(request):
     """Every test runs on the CPU and, where there is one, on the GPU."""
     if request.param == "cuda" and request.node.callspec.params.get("name") in ON_CPU_ONLY:
         pytest.skip("on a GPU it is XLA's code")
+    if request.param == "cpu" and request.node.callspec.params.get("name") in ON_GPU_ONLY:
+        pytest.skip("on a CPU it is XLA's products and another kernel")
     native.ensure_registered(request.param)
     with jax.default_device(jax.devices(request.param)[0]):
         yield request.param
@@ -427,10 +448,9 @@ def expected(case: Case) -> tuple[np.ndarray | None, ...]:
 
 
 def test_every_target_has_a_case(device):
-    names = [*CASES, *LINEAR[device], "quantized_linear_fwd"]
-    assert {native.target(name) for name in names if device == "cpu" or name not in ON_CPU_ONLY} == set(
-        native.module(device).targets()
-    )
+    names = {*CASES, *LINEAR[device], *GATED_LINEAR, "quantized_linear_fwd"}
+    elsewhere = ON_GPU_ONLY if device == "cpu" else ON_CPU_ONLY
+    assert {native.target(name) for name in names - elsewhere} == set(native.module(device).targets())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -457,6 +477,22 @@ def test_linear_computes_its_formula_and_refuses_other_operands(device, name):
         ("transposed", "must be 0 or 1, got 7"),
     ):
         attributes = case.attributes | {attribute: np.int32(7)}
+        assert text in refusal(name, case.operands, case.results, attributes)
+
+
+@pytest.mark.parametrize("name", GATED_LINEAR)
+def test_gated_linear_computes_its_formula_and_refuses_other_operands(device, name):
+    case = GATED_LINEAR[name]
+    actual = call(name, case.operands, case.results, case.attributes)
+    for a, wanted in zip(actual, expected(case), strict=True):
+        np.testing.assert_allclose(a, wanted, rtol=2**-10, atol=1e-5)  # one rounding; sums of exact terms
+    for operand in case.operands:
+        refuse_others(name, case, operand)
+    for attribute, text in (
+        ("activation", "activation must be 4 to 6, got 3"),
+        ("transposed", "must be 0 or 1, got 3"),
+    ):
+        attributes = case.attributes | {attribute: np.int32(3)}
         assert text in refusal(name, case.operands, case.results, attributes)
 
 

@@ -23,6 +23,7 @@ std::span<const Target> GatedTargets();
 std::span<const Target> RopeTargets();  // of the CPU only
 std::span<const Target> AttentionTargets();
 std::span<const Target> LinearTargets();
+std::span<const Target> GatedLinearTargets();  // of the GPU only
 std::span<const Target> QuantizedLinearTargets();
 
 }  // namespace zenith

@@ -34,6 +34,19 @@ struct LinearForwardArgs {
 };
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch);
 
+/// y = f(x w_gate) * (x w_value), with f `epilogue`, one of kSilu, kGeluTanh and kGeluErf; GPUs
+/// only, as LinearForward otherwise. w_gate, w_value: (k, n), or (n, k) if `transposed`. gate and
+/// value, both or neither null: the two products, (rows, n), as results.
+struct GatedLinearForwardArgs {
+  Epilogue epilogue;
+  DType dtype;
+  bool transposed;
+  int64_t rows, k, n;
+  const void *x, *w_gate, *w_value;
+  void *y, *gate, *value;
+};
+Status GatedLinearForward(const GatedLinearForwardArgs& args, const Launch& launch);
+
 /// What comes before the two products of the backward pass: with dy the cotangent of y,
 ///   dpre = dy * f'(pre);  dbias[group] = the sum of dpre over the group's rows, in float32
 /// pre, dy, dpre: (groups, rows_per_group, n), `dtype`. dbias: (groups, n), float32; the caller

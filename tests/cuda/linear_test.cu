@@ -1,5 +1,5 @@
-// LinearForward against cuda/linear_naive.cu, LinearBackward against cuda/activation_naive.cu. How
-// to build and run: CMakeLists.txt.
+// LinearForward and GatedLinearForward against cuda/linear_naive.cu, LinearBackward against
+// cuda/activation_naive.cu. How to build and run: CMakeLists.txt.
 #include <array>
 #include <limits>
 
@@ -78,6 +78,64 @@ void Test(Report& report, DType dtype, const Problem& p) {
     });
 }
 
+void TestGated(Report& report, DType dtype, const Problem& p) {
+  report.Problem(dtype, std::string("gated ") + kNames[static_cast<int>(p.epilogue)] + " " +
+                            std::to_string(p.rows) + "x" + std::to_string(p.k) + "x" +
+                            std::to_string(p.n) + (p.transposed ? " transposed" : "") +
+                            (p.pre ? " pre" : ""));
+  Random random(static_cast<uint64_t>(p.rows + 3 * p.k + 7 * p.n));
+  std::vector<float> xs = random.Normals(p.rows * p.k, 2 / std::sqrt(double(p.k)));
+  if (p.rows > 2) {
+    xs[static_cast<size_t>(p.k)] = NAN;
+    xs[static_cast<size_t>(2 * p.k)] = std::numeric_limits<float>::infinity();
+  }
+  const Array x(dtype, xs);
+  const Array w_gate(dtype, random.Normals(p.k * p.n)), w_value(dtype, random.Normals(p.k * p.n));
+  const int64_t size = p.rows * p.n;
+  Array y(dtype, size), want(dtype, size), want_gate(dtype, size), want_value(dtype, size);
+  Array gate = p.pre ? Array(dtype, size) : Array(), value = p.pre ? Array(dtype, size) : Array();
+  const GatedLinearForwardArgs args{.epilogue = p.epilogue,
+                                    .dtype = dtype,
+                                    .transposed = p.transposed,
+                                    .rows = p.rows,
+                                    .k = p.k,
+                                    .n = p.n,
+                                    .x = x.data(),
+                                    .w_gate = w_gate.data(),
+                                    .w_value = w_value.data(),
+                                    .y = y.data(),
+                                    .gate = gate.data(),
+                                    .value = value.data()};
+  GatedLinearForwardArgs oracle = args;
+  oracle.y = want.data();
+  oracle.gate = want_gate.data();
+  oracle.value = want_value.data();
+  RunOracle(report, "gated", {&want, &want_gate, &want_value},
+            [&](Launch l) { return naive::GatedLinearForward(oracle, l); });
+  RunTwice(report, "gated", {&y, &gate, &value},
+           [&](Launch l) { return GatedLinearForward(args, l); });
+  // As a layer without a gate, above; the activation's error counts as often as value is large, and
+  // value's as often as the activation is.
+  const double sum_error = kFloatRoundoff * 40 * (4 + std::sqrt(double(p.k)));
+  const bool erf = p.epilogue == Epilogue::kGeluErf;
+  const double fit = !erf ? 2e-6 : dtype == DType::kF16 ? 6.8e-4 : 4.6e-3;
+  const std::vector<float> ys = want.Values(), gates = want_gate.Values(),
+                           values = want_value.Values();
+  report.Compare("gated linear", "y", y, want, [&](int64_t i) {
+    const size_t at = static_cast<size_t>(i);
+    return (2.01 * Roundoff(dtype) + fit) * std::fabs(ys[at]) + 2 * Smallest(dtype) +
+           sum_error * (std::fabs(values[at]) + std::fabs(gates[at])) +
+           (erf ? 1e-9 * (1 + std::fabs(values[at])) : 0);
+  });
+  if (!p.pre) return;
+  report.Compare("gated linear", "gate", gate, want_gate, [&](int64_t i) {
+    return 2.01 * Roundoff(dtype) * std::fabs(gates[static_cast<size_t>(i)]) + sum_error;
+  });
+  report.Compare("gated linear", "value", value, want_value, [&](int64_t i) {
+    return 2.01 * Roundoff(dtype) * std::fabs(values[static_cast<size_t>(i)]) + sum_error;
+  });
+}
+
 void TestBackward(Report& report, Activation kind, DType dtype, int64_t groups, int64_t rows,
                   int64_t n, int64_t offset) {
   report.Problem(dtype, "backward " + std::to_string(static_cast<int>(kind)) + " of " +
@@ -137,6 +195,16 @@ int Main(bool small) {
     }
     if (!small) Test(report, dtype, {16384, 64, 1536, false, true, true, true, Epilogue::kNone});
     Test(report, dtype, {0, 64, 64, false, false, false, false, Epilogue::kNone});
+    for (const bool transposed : {false, true}) {
+      for (const Epilogue epilogue : {Epilogue::kSilu, Epilogue::kGeluTanh, Epilogue::kGeluErf})
+        TestGated(report, dtype, {130, 72, 200, transposed, false, true, false, epilogue});
+      TestGated(report, dtype, {5, 8, 8, transposed, false, false, false, Epilogue::kSilu});
+      TestGated(report, dtype, {257, 1000, 776, transposed, false, true, false, Epilogue::kSilu});
+      TestGated(report, dtype, {1000, 448, 64, transposed, false, false, false, Epilogue::kSilu});
+      if (!small)
+        TestGated(report, dtype,
+                  {4000, 256, 3080, transposed, false, true, false, Epilogue::kSilu});
+    }
   }
   for (const DType dtype : kDTypes)
     for (const Activation kind : {Activation::kGeluErf, Activation::kGeluTanh, Activation::kSilu}) {

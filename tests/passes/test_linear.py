@@ -107,7 +107,7 @@ def test_layers_of_flax_are_found():
 
 
 def test_a_gate_is_a_site_of_its_own(caplog):
-    assert sites(lambda x, g, u: jax.nn.silu(x @ g) * (x @ u), X, W, W) == [("gated_silu", "")]
+    assert sites(lambda x, g, r: jax.nn.silu(x @ g) * r, X, W, R) == [("gated_silu", "")]
     assert not caplog.records
 
 

@@ -5,6 +5,7 @@ from zenith_jax.ops.activation import gelu, silu
 from zenith_jax.ops.attention import attention
 from zenith_jax.ops.cross_entropy import cross_entropy
 from zenith_jax.ops.gated import gated_activation, gated_activation_of_halves
+from zenith_jax.ops.gated_linear import gated_linear
 from zenith_jax.ops.group_norm import group_norm
 from zenith_jax.ops.linear import linear
 from zenith_jax.ops.linear_cross_entropy import linear_cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "gated_activation",
     "gated_activation_of_halves",
+    "gated_linear",
     "gelu",
     "group_norm",
     "layer_norm",

@@ -37,7 +37,7 @@ ACTIVATIONS = {
     "tanh": jnp.tanh,
     **FORMULAS,  # gelu_erf, gelu_tanh, silu
 }
-_CODES = {  # Epilogue in ffi/kernels/linear.h
+CODES = {  # Epilogue in ffi/kernels/linear.h
     "none": 0, "relu": 1, "maximum": 1, "relu_squared": 2, "tanh": 3, "silu": 4, "gelu_tanh": 5, "gelu_erf": 6,
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
 
 def _attributes(avals: Any, *, activation: str, transposed: bool) -> dict[str, Any]:
     del avals
-    return {"activation": np.int32(_CODES[activation]), "transposed": np.int32(transposed)}
+    return {"activation": np.int32(CODES[activation]), "transposed": np.int32(transposed)}
 
 
 def _with_full_residual(operands: Any, platform: str, **_: Any) -> list[Any]:
@@ -109,7 +109,7 @@ def _with_full_residual(operands: Any, platform: str, **_: Any) -> list[Any]:
     return [x, w, bias, residual]
 
 
-def _matrix(w: Any, k: int, transposed: bool) -> Any:
+def matrix(w: Any, k: int, transposed: bool) -> Any:
     """w, flat or a matrix, as (k, n)."""
     if w.ndim == 1:
         w = w.reshape((-1, k) if transposed else (k, -1))
@@ -185,7 +185,7 @@ def _backward(operands, results, cotangents, needed, *, activation, transposed):
     batch = tuple(range(dpre.ndim - 1))
     cotangent = {}
     if 0 in needed:
-        cotangent[0] = (dpre @ _matrix(w, x.shape[-1], transposed).T).astype(x.dtype)
+        cotangent[0] = (dpre @ matrix(w, x.shape[-1], transposed).T).astype(x.dtype)
     if 1 in needed:
         rows = (dpre, x) if transposed else (x, dpre)
         cotangent[1] = jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
@@ -216,7 +216,7 @@ _common = dict(
 def _layer(x, w, bias, residual, activation, transposed):
     """(result, pre-activation), widened. The product is rounded to x's dtype, as XLA's is where no kernel runs: in
     float32 it would cross memory in twice the bytes."""
-    pre = widened(x @ _matrix(w, x.shape[-1], transposed)) + widened(bias)
+    pre = widened(x @ matrix(w, x.shape[-1], transposed)) + widened(bias)
     y = ACTIVATIONS[activation](pre)
     return (y if is_absent(residual) else y + widened(residual)), pre
 

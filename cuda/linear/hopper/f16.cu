@@ -4,8 +4,7 @@
 namespace zenith::linear {
 
 Status HopperF16(const LinearForwardArgs& args, const Launch& launch) {
-  return args.transposed ? LaunchHopper<Config<__half, Major::kK, 128>>(args, launch)
-                         : LaunchHopper<Config<__half, Major::kMN, 128>>(args, launch);
+  return LaunchHopper<__half>(args, launch);
 }
 
 }  // namespace zenith::linear

@@ -1,12 +1,14 @@
-// Linear layer for Hopper, 16-bit types: y = epilogue(x w + bias) + residual.
+// Linear layer for Hopper, 16-bit types: y = epilogue(x w + bias) + residual, and the gated one,
+// y = epilogue(x w) * (x w_value).
 //
 // A persistent block of a producer and two consumer warpgroups, in pairs (clusters of 2) that work
 // on neighbouring rows and the same columns: each fetches its x and half of the w that both need. A
 // consumer owns a whole tile, kRows x kCols of float32 in its registers; while it multiplies, the
 // other one applies the epilogue to its last tile and stores it, so that the tensor cores wait for
 // no epilogue ("ping-pong"). x and w cross memory once, for the most part, and L2 once a tile. The
-// residual comes and results leave through shared memory and the copy engine. What was tried and
-// measured: docs/kernels/linear_hopper.md.
+// residual comes and results leave through shared memory and the copy engine. A gated layer's tile
+// has half of its columns from w and the same ones from w_value: a thread holds both factors of its
+// results. What was tried and measured: docs/kernels/linear_hopper.md.
 #pragma once
 
 #include "cuda/core/launch.h"
@@ -28,27 +30,30 @@ inline constexpr int kConsumerWarps = kWarpgroupSize / kWarpSize;  // that read 
 inline constexpr int kThreads = (kConsumers + 1) * kWarpgroupSize;
 inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // a block starts with 168
 
-template <typename T_, Major kMajor_, int kCols_>
+template <typename T_, Major kMajor_, bool kGated_>
 struct Config {
   using T = T_;
   static constexpr Major kMajor = kMajor_;  // of w: kMN is (k, n), kK is (n, k)
-  static constexpr int kRows = 128, kCols = kCols_, kDepth = kBoxFeatures;
+  static constexpr bool kGated = kGated_;
+  static constexpr int kRows = 128, kCols = 128, kDepth = kBoxFeatures;
+  static constexpr int kOutCols = kGated ? kCols / 2 : kCols;  // of y
   static constexpr int kXBytes = kRows * kBlockRowBytes;
   static constexpr int kWBytes = kCols * kBlockRowBytes;
   static constexpr int kStageBytes = kXBytes + kWBytes;
-  static constexpr int kBarrierBytes = 16;             // of a stage
-  static constexpr int kOutBytes = kRows * kCols * 2;  // a tile of results, of a consumer
+  static constexpr int kBarrierBytes = 16;                // of a stage
+  static constexpr int kOutBytes = kRows * kOutCols * 2;  // a tile of results, of a consumer
   static constexpr int kConsumerBytes = kOutBytes + kCols * 4 + kConsumerWarps * 8;
   static constexpr int kStages = (kMaxSharedBytes - kTileAlignment - kConsumers * kConsumerBytes) /
                                  (kStageBytes + kBarrierBytes);
   static constexpr int kSharedBytes =
       kTileAlignment + kConsumers * kConsumerBytes + kStages * (kStageBytes + kBarrierBytes);
-  /// Rows of a box of w: half of a tile of (n, k), or half of each 64-column block of (k, n).
+  /// Rows of a box of w: half of a tile of (n, k), or half of each 64-column block of (k, n). In a
+  /// gated layer one half of the tile, or one of its two blocks, is of w_value.
   static constexpr int kWBoxRows = (kMajor == Major::kK ? kCols : kDepth) / kCluster;
 };
 
 struct Params {
-  CUtensorMap x, w, residual, y, pre;
+  CUtensorMap x, w, w_value, residual, y, pre, pre_value;
   LinearForwardArgs args;
   int row_pairs, col_tiles, steps;  // of tiles; of kDepth
 };
@@ -101,11 +106,12 @@ __device__ __forceinline__ void Produce(const Params& p, const Layout<Config>& s
   constexpr int kHalfBytes = Config::kWBoxRows * kBlockRowBytes;
   TmaPrefetch(p.x);
   TmaPrefetch(p.w);
+  if constexpr (Config::kGated) TmaPrefetch(p.w_value);
   Ring<Config::kStages> ring;
   for (int item = blockIdx.x / kCluster; item < p.row_pairs * p.col_tiles; item += clusters) {
     const Tile tile(p, item);
     const int row = (tile.row_pair * kCluster + static_cast<int>(rank)) * Config::kRows;
-    const int col = tile.col_tile * Config::kCols;
+    const int col = tile.col_tile * Config::kOutCols;
     const int half = static_cast<int>(rank) * Config::kWBoxRows;
     for (int step = 0; step < p.steps; ++step, ring.Advance()) {
       const uint32_t stage = ring.stage, full = shared.full(stage);
@@ -115,12 +121,16 @@ __device__ __forceinline__ void Produce(const Params& p, const Layout<Config>& s
       TmaLoad(shared.x(stage), p.x, full, depth, row, 0, 0);
       const uint32_t target = shared.w(stage) + rank * kHalfBytes;
       if constexpr (Config::kMajor == Major::kK) {
-        TmaLoadTo(kBoth, target, p.w, full, depth, col + half, 0, 0);
+        if constexpr (Config::kGated)
+          TmaLoadTo(kBoth, target, rank == 0 ? p.w : p.w_value, full, depth, col, 0, 0);
+        else
+          TmaLoadTo(kBoth, target, p.w, full, depth, col + half, 0, 0);
       } else {
 #pragma unroll
         for (int block = 0; block < Config::kCols / kBoxFeatures; ++block)
-          TmaLoadTo(kBoth, target + block * kCluster * kHalfBytes, p.w, full,
-                    col + block * kBoxFeatures, depth + half, 0, 0);
+          TmaLoadTo(kBoth, target + block * kCluster * kHalfBytes,
+                    Config::kGated && block > 0 ? p.w_value : p.w, full,
+                    Config::kGated ? col : col + block * kBoxFeatures, depth + half, 0, 0);
       }
     }
   }
@@ -162,7 +172,7 @@ __device__ __forceinline__ float2 LoadSharedPair(uint32_t shared) {
 /// another one, and none for the copy engine unless the piece has been used less than a tile ago.
 template <typename Config>
 struct Pieces {
-  static constexpr int kCount = Config::kCols / 32, kRows = 16, kBytes = kRows * kBlockRowBytes;
+  static constexpr int kCount = Config::kOutCols / 32, kRows = 16, kBytes = kRows * kBlockRowBytes;
   uint32_t base, barrier;
   int row, col;  // of the tile, and of the warp in it
 
@@ -196,16 +206,16 @@ struct Pieces {
   }
 };
 
-/// Stores f(x w + bias) of a warp's part of a tile, plus, where it is there, what the pieces hold.
+/// Stores f(i, at, bias) of a warp's part of a tile, where acc[i][at] are the sums of y's element
+/// and bias is its column's; plus, where there is a residual, what the pieces hold.
 template <typename Config, bool kHasResidual, typename F>
-__device__ __forceinline__ void StoreTile(const CUtensorMap& map,
-                                          const float (&acc)[2][Config::kCols / 2], uint32_t bias,
+__device__ __forceinline__ void StoreTile(const CUtensorMap& map, uint32_t bias,
                                           const Pieces<Config>& pieces, F&& f) {
   using T = typename Config::T;
-  float2 biases[8];  // of 64 columns
+  float2 biases[8] = {};  // of 64 columns
 #pragma unroll
   for (int p = 0; p < Pieces<Config>::kCount; ++p) {
-    if (p % 2 == 0) {
+    if (!Config::kGated && p % 2 == 0) {
 #pragma unroll
       for (int j = 0; j < 8; ++j)
         biases[j] = LoadSharedPair(bias + (32 * p + 8 * j + threadIdx.x % 4 * 2) * 4);
@@ -218,8 +228,8 @@ __device__ __forceinline__ void StoreTile(const CUtensorMap& map,
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int group = 2 * j + m / 2;  // of 8 columns
-        const float* sums = &acc[p % 2][p / 2 * 32 + 4 * group + m % 2 * 2];
-        float2 y = {f(sums[0] + biases[group].x), f(sums[1] + biases[group].y)};
+        const int at = p / 2 * 32 + 4 * group + m % 2 * 2;
+        float2 y = {f(p % 2, at, biases[group].x), f(p % 2, at + 1, biases[group].y)};
         if constexpr (kHasResidual) {
           const float2 added = UnpackPair<T>(residual[m]);
           y.x += added.x;
@@ -240,14 +250,27 @@ __device__ __forceinline__ void Finish(const Params& p, const float (&acc)[2][Co
   const auto activation = [&](float x) {
     return Apply<typename Config::T, kBody>(p.args.epilogue, x);
   };
-  if (p.args.residual == nullptr) {
-    StoreTile<Config, false>(p.y, acc, bias, pieces, activation);
+  if constexpr (Config::kGated) {
+    constexpr int kValue = Config::kCols / 4;  // from a sum of the gate to that of the value
+    StoreTile<Config, false>(p.y, bias, pieces, [&](int i, int at, float) {
+      return activation(acc[i][at]) * acc[i][kValue + at];
+    });
+    if (p.args.pre == nullptr) return;
+    StoreTile<Config, false>(p.pre, bias, pieces, [&](int i, int at, float) { return acc[i][at]; });
+    StoreTile<Config, false>(p.pre_value, bias, pieces,
+                             [&](int i, int at, float) { return acc[i][kValue + at]; });
   } else {
-    BarrierWait(pieces.barrier, turn % 2);
-    StoreTile<Config, true>(p.y, acc, bias, pieces, activation);
+    const auto y = [&](int i, int at, float b) { return activation(acc[i][at] + b); };
+    if (p.args.residual == nullptr) {
+      StoreTile<Config, false>(p.y, bias, pieces, y);
+    } else {
+      BarrierWait(pieces.barrier, turn % 2);
+      StoreTile<Config, true>(p.y, bias, pieces, y);
+    }
+    if (p.args.pre != nullptr)
+      StoreTile<Config, false>(p.pre, bias, pieces,
+                               [&](int i, int at, float b) { return acc[i][at] + b; });
   }
-  if (p.args.pre != nullptr)
-    StoreTile<Config, false>(p.pre, acc, bias, pieces, [](float x) { return x; });
 }
 
 template <typename Config>
@@ -276,6 +299,7 @@ __device__ __forceinline__ void Consume(const Params& p, const Layout<Config>& s
   // needed, 16 pairs a lane, each behind a branch, the biases took as long as the product.
   float next_bias = 0;
   const auto load_bias = [&](int item) {
+    if constexpr (Config::kGated) return;
     static_assert(Config::kCols == kWarpgroupSize);
     const int column = Tile(p, item).col_tile * Config::kCols + thread;
     next_bias = 0;
@@ -294,10 +318,12 @@ __device__ __forceinline__ void Consume(const Params& p, const Layout<Config>& s
   for (int item = first; item < items; item += kConsumers * clusters, ++turn) {
     const Tile tile(p, item);
     pieces.row = (tile.row_pair * kCluster + static_cast<int>(rank)) * Config::kRows + 16 * warp;
-    pieces.col = tile.col_tile * Config::kCols;
-    if (p.args.residual != nullptr) pieces.LoadAll(p.residual);
-    NamedBarrierWait(3 + consumer, kWarpgroupSize);  // all warps have read the last tile's biases
-    StoreShared(bias + thread * 4, next_bias);
+    pieces.col = tile.col_tile * Config::kOutCols;
+    if constexpr (!Config::kGated) {
+      if (p.args.residual != nullptr) pieces.LoadAll(p.residual);
+      NamedBarrierWait(3 + consumer, kWarpgroupSize);  // all warps have read the last biases
+      StoreShared(bias + thread * 4, next_bias);
+    }
     NamedBarrierWait(1 + consumer, kTurnThreads);
     uint32_t last = 0;
     for (int step = 0; step < p.steps; ++step, ring.Advance()) {
@@ -320,7 +346,7 @@ __device__ __forceinline__ void Consume(const Params& p, const Layout<Config>& s
     load_bias(item + kConsumers * clusters);
     switch (p.args.epilogue) {
       case Epilogue::kTanh:
-        Finish<Config, Body::kTanh>(p, acc, bias, pieces, turn);
+        if constexpr (!Config::kGated) Finish<Config, Body::kTanh>(p, acc, bias, pieces, turn);
         break;
       case Epilogue::kSilu:
         Finish<Config, Body::kSilu>(p, acc, bias, pieces, turn);
@@ -332,7 +358,7 @@ __device__ __forceinline__ void Consume(const Params& p, const Layout<Config>& s
         Finish<Config, Body::kGeluErf>(p, acc, bias, pieces, turn);
         break;
       default:
-        Finish<Config, Body::kLinear>(p, acc, bias, pieces, turn);
+        if constexpr (!Config::kGated) Finish<Config, Body::kLinear>(p, acc, bias, pieces, turn);
     }
   }
   if (Pieces<Config>::copies()) TmaStoreWait<0>();  // the pieces go with the block
@@ -367,26 +393,34 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
   ClusterBarrier();  // nobody leaves while the other block may still arrive here
 }
 
+/// w_value, pre_value: of a gated layer, in which bias and residual are null.
 template <typename Config>
-Status LaunchHopper(const LinearForwardArgs& a, const Launch& launch) {
+Status LaunchHopper(const LinearForwardArgs& a, const void* w_value, void* pre_value,
+                    const Launch& launch) {
   const bool transposed = Config::kMajor == Major::kK;
   const int64_t row_tiles = (a.rows + Config::kRows - 1) / Config::kRows;
   Params p{.x = {},
            .w = {},
+           .w_value = {},
            .residual = {},
            .y = {},
            .pre = {},
+           .pre_value = {},
            .args = a,
            .row_pairs = static_cast<int>((row_tiles + kCluster - 1) / kCluster),
-           .col_tiles = static_cast<int>((a.n + Config::kCols - 1) / Config::kCols),
+           .col_tiles = static_cast<int>((a.n + Config::kOutCols - 1) / Config::kOutCols),
            .steps = static_cast<int>((a.k + Config::kDepth - 1) / Config::kDepth)};
   const auto matrix = [&](const void* base, int64_t rows, int64_t cols) {
     return HeadTensor{a.dtype, base, 1, 1, rows, cols, rows * cols, rows * cols, cols};
   };
   Status status = MakeTensorMap(matrix(a.x, a.rows, a.k), Config::kRows, p.x);
-  if (status.ok())
-    status = MakeTensorMap(transposed ? matrix(a.w, a.n, a.k) : matrix(a.w, a.k, a.n),
-                           Config::kWBoxRows, p.w);
+  const auto weights = [&](const void* base, CUtensorMap& map) {
+    if (status.ok() && base != nullptr)
+      status = MakeTensorMap(transposed ? matrix(base, a.n, a.k) : matrix(base, a.k, a.n),
+                             Config::kWBoxRows, map);
+  };
+  weights(a.w, p.w);
+  weights(w_value, p.w_value);
   const auto pieces = [&](const void* base, CUtensorMap& map) {
     if (status.ok() && base != nullptr)
       status = MakeTensorMap(matrix(base, a.rows, a.n), Pieces<Config>::kRows, map);
@@ -394,6 +428,7 @@ Status LaunchHopper(const LinearForwardArgs& a, const Launch& launch) {
   pieces(a.residual, p.residual);
   pieces(a.y, p.y);
   pieces(a.pre, p.pre);
+  pieces(pre_value, p.pre_value);
   if (!status.ok()) return status;
   const auto kernel = hopper_linear_kernel<Config>;
   int device = 0, processors = 0;
@@ -408,6 +443,32 @@ Status LaunchHopper(const LinearForwardArgs& a, const Launch& launch) {
   const int blocks = kCluster * (items < clusters ? items : clusters);
   kernel<<<static_cast<unsigned>(blocks), kThreads, Config::kSharedBytes, launch.stream>>>(p);
   return LastLaunch();
+}
+
+template <typename T>
+Status LaunchHopper(const LinearForwardArgs& args, const Launch& launch) {
+  return args.transposed
+             ? LaunchHopper<Config<T, Major::kK, false>>(args, nullptr, nullptr, launch)
+             : LaunchHopper<Config<T, Major::kMN, false>>(args, nullptr, nullptr, launch);
+}
+
+template <typename T>
+Status LaunchHopper(const GatedLinearForwardArgs& a, const Launch& launch) {
+  const LinearForwardArgs gate{.epilogue = a.epilogue,
+                               .dtype = a.dtype,
+                               .bias_dtype = a.dtype,
+                               .transposed = a.transposed,
+                               .rows = a.rows,
+                               .k = a.k,
+                               .n = a.n,
+                               .x = a.x,
+                               .w = a.w_gate,
+                               .bias = nullptr,
+                               .residual = nullptr,
+                               .y = a.y,
+                               .pre = a.gate};
+  return a.transposed ? LaunchHopper<Config<T, Major::kK, true>>(gate, a.w_value, a.value, launch)
+                      : LaunchHopper<Config<T, Major::kMN, true>>(gate, a.w_value, a.value, launch);
 }
 
 }  // namespace zenith::linear

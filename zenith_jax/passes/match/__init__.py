@@ -2,7 +2,7 @@
 
 None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
 `MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, a linear
-layer and a norm before their activation, and batch norm before the layer that it is folded into. The
+layer, gated or not, and a norm before their activation, and batch norm before the layer that it is folded into. The
 scale and bias of integer weights are no batch norm.
 """
 
@@ -12,6 +12,7 @@ from zenith_jax.passes.match import (
     batch_norm,
     conv,
     cross_entropy,
+    gated_linear,
     group_norm,
     grouped_conv,
     linear,
@@ -30,6 +31,7 @@ MATCHERS = (
     quantized_linear.match,
     rope.match,
     batch_norm.match,
+    gated_linear.match,
     linear.match,
     activation.match,
     softmax.match,

@@ -28,7 +28,7 @@ from zenith_jax.passes.match._match import Match
 
 _MAX_CLIMB = 6  # equations from the product's sum to the anchor of its activation
 _RELU = re.compile(r"relu at .*[/\\]jax[/\\]_src[/\\]nn[/\\]functions\.py:")
-_CASTS = ("convert_element_type", "copy", "copy_p")
+CASTS = ("convert_element_type", "copy", "copy_p")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,12 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     if eqn.primitive.name != "dot_general" or not _is_computed(eqn.invars[0].aval.dtype, eqn.invars[1].aval.size):
         return None
     terms = Terms(graph)
-    product = _product(terms, eqn)
-    if product is None or _is_computed_again(graph, product.product):
+    bare = product(terms, eqn)
+    if bare is None or is_computed_again(graph, bare.product):
         return None
-    layers = [product]
+    layers = [bare]
     for step in (_biased, _activated, _added, _biased):  # r + x @ w + bias has the bias last
-        higher = step(terms, _cast(graph, layers[-1]))
+        higher = step(terms, cast(graph, layers[-1]))
         if higher is not None:
             layers.append(higher)
     if len(layers) == 1:
@@ -92,7 +92,7 @@ def _is_computed(dtype: Any, weights: int) -> bool:
     return dtype in (jnp.bfloat16, jnp.float16) or (dtype == jnp.float32 and weights >= LEAST_WEIGHTS)
 
 
-def _product(terms: Terms, eqn: JaxprEqn) -> Layer | None:
+def product(terms: Terms, eqn: JaxprEqn) -> Layer | None:
     """x[*b, *k] @ w[*k, *n] or w[*n, *k], whose dimensions lie in this order."""
     (left, right), (batch, _) = eqn.params["dimension_numbers"]
     x, w = eqn.invars[:2]
@@ -134,15 +134,15 @@ def _is_summed_in(eqn: JaxprEqn, dtype: Any) -> bool:
     return eqn.outvars[0].aval.dtype in (dtype, jnp.float32)
 
 
-def _is_computed_again(graph: Graph, product: Var) -> bool:
+def is_computed_again(graph: Graph, product: Var) -> bool:
     """Whether the program has the product twice: XLA computes it once."""
     first = graph.numbers.get(product, product)
     return first is not product or any(v is first for v in graph.numbers.values())
 
 
-def _cast(graph: Graph, layer: Layer) -> Layer:
+def cast(graph: Graph, layer: Layer) -> Layer:
     """Above its casts between the operands' dtype and float32, which only round."""
-    while (user := graph.only_user(layer.top)) is not None and user.primitive.name in _CASTS:
+    while (user := graph.only_user(layer.top)) is not None and user.primitive.name in CASTS:
         if not _is_summed_in(user, layer.x.aval.dtype):
             break
         layer = layer.above(user)
@@ -202,11 +202,11 @@ def _activated(terms: Terms, layer: Layer) -> Layer | None:
         if squared is not None and _is_square(squared):
             return relu.above(squared, activation="relu_squared")
         return relu
-    for anchor in _anchors(graph, layer.top):
+    for anchor in anchors(graph, layer.top):
         found = activations.match(graph, anchor)
         if isinstance(found, Match) and found.op not in ACTIVATIONS:
             continue  # a gate, which is a site of its own
-        if isinstance(found, Match) and _is_of(graph, found.leaves[0], layer):
+        if isinstance(found, Match) and is_of(graph, found.leaves[0], layer):
             root = graph.producer(found.results[0])
             assert root is not None
             known = [root, *layer.inner]
@@ -215,12 +215,12 @@ def _activated(terms: Terms, layer: Layer) -> Layer | None:
     return None
 
 
-def _is_of(graph: Graph, leaf: Atom, layer: Layer) -> bool:
+def is_of(graph: Graph, leaf: Atom, layer: Layer) -> bool:
     """Whether the leaf, which is below casts, is the layer's value."""
     var = layer.top
     while var is not leaf:
         eqn = graph.producer(var)
-        if eqn is None or eqn.primitive.name not in _CASTS or not isinstance(eqn.invars[0], Var):
+        if eqn is None or eqn.primitive.name not in CASTS or not isinstance(eqn.invars[0], Var):
             return False
         var = eqn.invars[0]
     return True
@@ -249,7 +249,7 @@ def _is_square(eqn: JaxprEqn) -> bool:
     )
 
 
-def _anchors(graph: Graph, var: Var) -> list[JaxprEqn]:
+def anchors(graph: Graph, var: Var) -> list[JaxprEqn]:
     """Equations at which `match/activation.py` starts, not far above."""
     found: list[JaxprEqn] = []
     level, seen = [var], {var}
@@ -320,11 +320,15 @@ def _build(graph: Graph, product: JaxprEqn, layer: Layer, simpler: Match | None)
     )
 
 
+def features_of(w: Any, features: int, transposed: bool) -> tuple[int, ...]:
+    return w.shape[:features] if transposed else w.shape[w.ndim - features :]
+
+
 def emit(x, w, *optional, activation: str, transposed: bool, features: int, has_bias: bool):
     """`features`: the number of dimensions of w that are not contracted."""
     contracted = w.ndim - features
     batch = x.shape[: x.ndim - contracted]
-    shape = w.shape[:features] if transposed else w.shape[contracted:]
+    shape = features_of(w, features, transposed)
     k, n = math.prod(x.shape[x.ndim - contracted :]), math.prod(shape)
     more = list(optional)
     bias = more.pop(0).reshape(n) if has_bias else None

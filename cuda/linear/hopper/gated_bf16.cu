@@ -1,0 +1,10 @@
+#include "cuda/linear/hopper/kernel.cuh"
+#include "cuda/linear/kernels.h"
+
+namespace zenith::linear {
+
+Status HopperBF16(const GatedLinearForwardArgs& args, const Launch& launch) {
+  return LaunchHopper<__nv_bfloat16>(args, launch);
+}
+
+}  // namespace zenith::linear
