@@ -78,9 +78,10 @@ def linear() -> Iterator[Point]:
         m, k, n, ms = case["rows"], case["k"], case["n"], case["ms"]
         if case["epilogue"].endswith("gradient"):
             continue
-        moved = 2 * (m * k + k * n + m * n * (2 if case["epilogue"] == "residual" else 1))
+        weights = 2 if case["epilogue"].endswith("gate") else 1
+        moved = 2 * (m * k + weights * k * n + m * n * (2 if case["epilogue"] == "residual" else 1))
         peers = {name: ms[name] / 1e3 for name in ("XLA", "torch.compile") if name in ms}
-        yield Point("linear layer", 2 * m * k * n, moved, {"zenith": ms["zenith.ops"] / 1e3, **peers})
+        yield Point("linear layer", 2 * weights * m * k * n, moved, {"zenith": ms["zenith.ops"] / 1e3, **peers})
 
 
 def linear_cross_entropy() -> Iterator[Point]:

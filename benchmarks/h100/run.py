@@ -43,7 +43,7 @@ BENCHMARKS = (
     Benchmark("attention_masks.py", 60, ("--runs", "5", "--seconds", "0.2")),
     Benchmark("attention_crossover.py", 60),
     Benchmark("rows.py", 70, ("--seconds", "0.1")),
-    Benchmark("linear.py", 60, ("--shapes", "2")),
+    Benchmark("linear.py", 60, ("--shapes", "1", "--chain", "gelu_erf")),
     Benchmark("linear_cross_entropy.py", 45),
     Benchmark("against_a_copy.py", 30),
     Benchmark("gpt2_train_step.py", 95, ("--runs", "12")),

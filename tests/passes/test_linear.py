@@ -183,9 +183,20 @@ def test_layers_are_taken_where_the_table_has_them_ahead():
     assert sites(ahead, many, w, b, context=on_gpu) == [("linear", "gelu_tanh, bias")]
     assert sites(ahead, few, w, b, context=on_gpu) == []
     differentiated = dataclasses.replace(on_gpu, differentiated=True)
-    assert sites(ahead, many, w, b, context=differentiated) == []
+    assert sites(ahead, many, w, b, context=differentiated) == [("linear", "gelu_tanh, bias")]
+    half = jax.ShapeDtypeStruct((2048, 768), BF16)
+    assert sites(ahead, half, w, b, context=on_gpu) and not sites(ahead, half, w, b, context=differentiated)
+    silu, back = (lambda x, w: jax.nn.silu(x @ w)), jax.ShapeDtypeStruct((3072, 768), BF16)
+    assert sites(silu, jax.ShapeDtypeStruct((8192, 3072), BF16), back, context=on_gpu) == [("linear", "silu")]
+    assert sites(silu, jax.ShapeDtypeStruct((8192, 3072), BF16), back, context=differentiated) == []
     exact = lambda x, w, b: jax.nn.gelu(x @ w + b, approximate=False)  # noqa: E731
     assert sites(exact, many, w, b, context=differentiated) == [("linear", "gelu_erf, bias")]
     assert sites(lambda x, w, b: x @ w + b, many, w, b, context=on_gpu) == []
+    added, long = (lambda x, w, b, r: x @ w + b + r), jax.ShapeDtypeStruct((8192, 3072), BF16)
+    short_product = (many, w, b, jax.ShapeDtypeStruct((8192, 3072), BF16))
+    long_product = (long, *(jax.ShapeDtypeStruct(s, BF16) for s in ((3072, 768), (768,), (8192, 768))))
+    assert sites(added, *short_product, context=on_gpu) == [("linear", "bias, residual")]
+    assert sites(added, *long_product, context=on_gpu) == []
+    assert sites(added, *short_product, context=differentiated) == []
     gated = lambda x, w, b: jax.nn.silu(x @ w) * (x @ w + b)  # noqa: E731
     assert ("linear", "silu") not in sites(gated, many, w, b, context=on_gpu)

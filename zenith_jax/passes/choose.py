@@ -140,33 +140,44 @@ def _cpu_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     return None
 
 
-# bfloat16 forward, XLA / ours in us: 16384x768x3072 gelu_erf 280/153, gelu_tanh 206/155, silu 200/146, but bias alone
-# 127/144, relu 125/145, residual 151/187; 8192x3072x768 89/72, 71/70, 71/70 (H100, 2026-11-26, with more in
-# docs/kernels/linear_hopper.md). That was before the kernel read its bias ahead: 0.8 of the cycles with gelu_erf, and
-# bias alone or a residual near cuBLAS's product; to be measured again through JAX. With its gradient, gelu_erf: GPT-2's
-# training step, 12 layers of 8192x768x3072, took 19.15 ms with the kernel and 20.21 without (H100, 2026-11-26); others
-# are not measured.
+# bfloat16, XLA / ours in us (rows x k x n; H100, jax 0.11.2, 2026-11-26; all of them in benchmarks/h100/results):
+#                     16384x768x3072  4096x1024x4096  8192x3072x768  8192x4096x4096
+# bias alone              127/125         61/58          63/66           414/428
+# residual                170/151         71/67          70/71           449/440; in another run 405/433
+# silu                    216/135         81/57          71/65           458/419
+# gelu_erf                311/141        108/61          80/68           548/424
+# with gradient, silu     571/513        252/206        212/215        1404/1334
+#                erf      723/527        252/223        232/219        1469/1321
+#                tanh     618/503        225/214        219/216        1408/1332
+# A layer of a chain of square weights, gelu_erf, tanh, silu: 512x4096x4096 36/32, 32/32, 32/31; 2048x1024x1024 17/12,
+# 14/12, 14/12; but 1024x1024x1024 12/12, 10/12, 10/11, 512x1024x1024 11/12, 10/11, 10/11; 128 rows and fewer 1.1 to
+# 2.4 times XLA's.
 _LINEAR_ACTIVATIONS = ("gelu_erf", "gelu_tanh", "silu")
-_LINEAR_MIN_ROWS = 4096
+_LINEAR_ROWS, _LINEAR_RESULTS = 512, 1 << 21  # results: 128 tiles, one for each multiprocessor
+_MEASURED_ROWS = 4096  # with a residual, and in training
+_RESIDUAL_FEATURES = 1024  # up to which the product is short enough for XLA's to wait for the residual
+_GATED_LINEAR_ROWS = 2048
 
 
 def _cuda_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    rows, parts = case["rows"], case["parts"].split(", ")
+    if "residual" in parts:
+        if case["activation"] != "none" or differentiated or rows < _MEASURED_ROWS:
+            return refuse("the kernel is not measured for {what}, {rows} rows", what=case["parts"], rows=rows)
+        if case["k"] > _RESIDUAL_FEATURES:
+            return refuse("XLA's product is as fast with a residual for {k} features", k=case["k"])
+        return None
     if case["activation"] not in _LINEAR_ACTIVATIONS:
         return refuse("XLA's product is as fast with {what}", what=case["parts"])
-    if "residual" in case["parts"] or case["rows"] < _LINEAR_MIN_ROWS:
-        return refuse("the kernel is not measured for {what}, {rows} rows", what=case["parts"], rows=case["rows"])
+    if rows < _LINEAR_ROWS or rows * case["n"] < _LINEAR_RESULTS:
+        return refuse("XLA's product is as fast for {rows} x {n} results", rows=rows, n=case["n"])
     if case["in_loop"]:
         return refuse("XLA computes the activation inside the loop that follows, without a pass of memory")
-    if differentiated and case["activation"] != "gelu_erf":
-        return refuse(
-            "with its gradient the kernel is not measured for {what}",
-            what=case["parts"],
-            advice="zenith.configure(use_cost=False) takes it",
-        )
+    if differentiated and rows < _MEASURED_ROWS:
+        return refuse("with its gradient the kernel is not measured for {rows} rows", rows=rows)
+    if differentiated and case["activation"] == "silu" and case["k"] > case["n"]:
+        return refuse("XLA's gradient of silu is as fast where {k} features become {n}", k=case["k"], n=case["n"])
     return None
-
-
-_GATED_LINEAR_ROWS = 2048
 
 
 def _cuda_gated_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
