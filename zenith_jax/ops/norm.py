@@ -125,7 +125,7 @@ def _backward_kernel(name: str, *, centre: bool, residual: bool) -> Kernel:
 
     def by_groups(operands, partitions, *, eps, kept):
         x = operands[0]
-        batch = grouped(x.shape[:-1], kept, partitions, x.shape[-1] * x.dtype.itemsize)
+        batch = grouped(x.shape[:-1], kept, partitions, _groups(x.shape[-1] * x.dtype.itemsize))
         dx, *partials = of_groups(*(x if x.ndim == 1 else x.reshape(*batch, x.shape[-1]) for x in operands), eps=eps)
         summed = range(kept, len(batch) - 1)
         return dx.reshape(x.shape), *(jnp.sum(p, summed) for p in partials)
@@ -258,14 +258,17 @@ _GROUPS = ((2048, 256), (4096, 512), (8192, 256))
 _GROUPS_OF_WIDE_ROWS = 128
 
 
-def rows_per_group(rows: int, total_rows: int, row_bytes: int) -> int:
-    """How many of `rows` consecutive rows share one partial sum of dscale: a divisor, as a reshape cuts groups."""
-    groups = next((groups for most, groups in _GROUPS if row_bytes <= most), _GROUPS_OF_WIDE_ROWS)
+def _groups(row_bytes: int) -> int:
+    return next((groups for most, groups in _GROUPS if row_bytes <= most), _GROUPS_OF_WIDE_ROWS)
+
+
+def rows_per_group(rows: int, total_rows: int, groups: int) -> int:
+    """How many of `rows` consecutive rows share one of about `groups` sums: a divisor, since a reshape cuts them."""
     wanted = max(4, total_rows // groups)
     return max((r for r in range(1, min(wanted, rows) + 1) if rows % r == 0), default=max(rows, 1))
 
 
-def grouped(batch: Sequence[int], kept: int, partitions: int, row_bytes: int) -> tuple[int, ...]:
+def grouped(batch: Sequence[int], kept: int, partitions: int, groups: int) -> tuple[int, ...]:
     """Batch sizes of rows cut into groups, (*kept, *groups, r): at least two before r, no group of two `kept` entries.
 
     With several devices only the last dimension of rows is cut, so that every group lies on one of them however the
@@ -275,8 +278,8 @@ def grouped(batch: Sequence[int], kept: int, partitions: int, row_bytes: int) ->
     total = math.prod(batch)
     if partitions == 1:
         last, lead = math.prod(rows), (1,)
-        r = rows_per_group(last, total, row_bytes)
+        r = rows_per_group(last, total, groups)
     else:
         *lead, last = rows
-        r = rows_per_group(last // max(1, math.gcd(last, partitions)), total, row_bytes)
+        r = rows_per_group(last // max(1, math.gcd(last, partitions)), total, groups)
     return (*whole, *lead, last // r, r)
