@@ -9,6 +9,7 @@
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
 #include "ffi/kernels/quantized_linear.h"
+#include "ffi/kernels/rope.h"
 #include "ffi/kernels/softmax.h"
 
 namespace zenith::naive {
@@ -27,6 +28,7 @@ Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch
 Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch);
 Status GatedForward(const GatedForwardArgs& args, const Launch& launch);
 Status GatedBackward(const GatedBackwardArgs& args, const Launch& launch);
+Status Rope(const RopeArgs& args, const Launch& launch);
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch);
 Status GatedLinearForward(const GatedLinearForwardArgs& args, const Launch& launch);
 Status LinearBackward(const LinearBackwardArgs& args, const Launch& launch);

@@ -30,13 +30,11 @@ namespace ffi = ::xla::ffi;
 nb::dict Targets() {
   nb::dict capsules;
   const std::span<const Target> groups[] = {
-      NormTargets(),         GroupNormTargets(),  SoftmaxTargets(),
-      CrossEntropyTargets(), ActivationTargets(), GatedTargets(),
-      AttentionTargets(),    LinearTargets(),     QuantizedLinearTargets(),
+      NormTargets(),        GroupNormTargets(),       SoftmaxTargets(), CrossEntropyTargets(),
+      ActivationTargets(),  GatedTargets(),           RopeTargets(),    AttentionTargets(),
+      LinearTargets(),      QuantizedLinearTargets(),
 #ifdef ZENITH_BACKEND_CUDA
       GatedLinearTargets(),
-#else
-      RopeTargets(),
 #endif
   };
   for (std::span<const Target> group : groups) {

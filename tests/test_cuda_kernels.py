@@ -16,7 +16,15 @@ pytestmark = pytest.mark.gpu
 
 IN_PLACE = pathlib.Path(__file__).resolve().parents[1] / "build" / "cuda-tests"
 DIRECTORY = pathlib.Path(os.environ.get("ZENITH_CUDA_TESTS_DIR") or IN_PLACE)
-PROGRAMS = ("attention_test", "rows_test", "group_norm_test", "activation_test", "linear_test", "quantized_linear_test")
+PROGRAMS = (
+    "attention_test",
+    "rows_test",
+    "group_norm_test",
+    "activation_test",
+    "linear_test",
+    "quantized_linear_test",
+    "rope_test",
+)
 
 
 @pytest.fixture(params=PROGRAMS)

@@ -65,7 +65,14 @@ def rotation(b: int, t: int, heads: tuple[int, int], d: int, *, pairs: bool) -> 
     q, k = (normal(b, t, h, d, seed=h) for h in heads)
     label = f"rotation of {'pairs' if pairs else 'halves'} b{b} t{t} h{heads[0]}+{heads[1]} d{d}"
     backward = lambda dy: gradient(both)(dy, q, k)  # noqa: E731  which reads neither q nor k
-    return {label: {"XLA": (both, (q, k))}, f"{label} gradient": {"XLA": (backward, ((q, k),))}}
+    ours = lambda q, k: tuple(zenith.ops.rope(x, cos, sin, interleaved=pairs) for x in (q, k))  # noqa: E731
+    return {
+        label: {"zenith": (ours, (q, k)), "XLA": (both, (q, k))},
+        f"{label} gradient": {
+            "zenith": (lambda dy: gradient(ours)(dy, q, k), ((q, k),)),
+            "XLA": (backward, ((q, k),)),
+        },
+    }
 
 
 def group_norm(*shape: int, groups: int = 32, silu: bool = False, dtype: Any = jnp.bfloat16) -> dict[str, Functions]:

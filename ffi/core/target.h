@@ -20,7 +20,7 @@ std::span<const Target> SoftmaxTargets();
 std::span<const Target> CrossEntropyTargets();
 std::span<const Target> ActivationTargets();
 std::span<const Target> GatedTargets();
-std::span<const Target> RopeTargets();  // of the CPU only
+std::span<const Target> RopeTargets();
 std::span<const Target> AttentionTargets();
 std::span<const Target> LinearTargets();
 std::span<const Target> GatedLinearTargets();  // of the GPU only

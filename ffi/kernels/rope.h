@@ -1,4 +1,4 @@
-// Contract of the rotary position embedding kernel; it is one of the CPU. Su et al. 2021,
+// Contract of the rotary position embedding kernel, the same for every back end. Su et al. 2021,
 // arXiv:2104.09864.
 #pragma once
 

@@ -71,6 +71,43 @@ def test_a_sum_that_only_its_norm_uses_has_no_cotangent_to_be_read(name):
     assert calls(stablehlo(gradient, *args)) == [f"add_{name}_fwd", f"{name}_bwd"]
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+def test_a_rotation_and_the_rotation_back_are_one_custom_call_each(interleaved):
+    x, cos = normal(2, 64, 4, 128), normal(64, 1, 64, dtype=jnp.float32)
+    function = ft.partial(ops.rope, interleaved=interleaved)
+    assert calls(stablehlo(function, x, cos, cos)) == ["rope"]
+    assert calls(stablehlo(jax.grad(total(function)), x, cos, cos)) == ["rope", "rope"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "interleaved", "refusal"),
+    [
+        (32, jnp.bfloat16, True, None),
+        (32, jnp.float32, True, "at the speed of a copy"),
+        (32, jnp.bfloat16, False, "at the speed of a copy"),
+        (1, jnp.bfloat16, True, "XLA's loop is as fast for 131072 elements"),
+    ],
+)
+def test_rotations_on_a_gpu_are_chosen_where_they_were_measured_to_win(heads, dtype, interleaved, refusal):
+    x, cos = jax.ShapeDtypeStruct((1, 1024, heads, 128), dtype), jax.ShapeDtypeStruct((1024, 1, 64), jnp.float32)
+
+    def rotated(x, cos, sin):
+        if interleaved:
+            pairs = x.reshape(*x.shape[:-1], 64, 2)
+            first, second = pairs[..., 0], pairs[..., 1]
+            joined = jnp.stack((first * cos - second * sin, second * cos + first * sin), -1).reshape(x.shape)
+        else:
+            first, second = jnp.split(x, 2, axis=-1)
+            joined = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
+        return joined.astype(x.dtype)
+
+    with zenith.configured(platform="cuda"):
+        report = zenith.explain(rotated)(x, cos, cos)
+    assert report.counts().get("rope", 0) == (refusal is None), str(report)
+    if refusal is not None:
+        assert any(refusal in site.reason for site in report.refused), str(report)
+
+
 def test_dtype_without_a_kernel_lowers_to_xla_code():
     with jax.enable_x64(True):
         assert calls(stablehlo(ops.softmax, X.astype(jnp.float64))) == []

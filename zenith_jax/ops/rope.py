@@ -18,15 +18,11 @@ import jax.numpy as jnp
 from zenith_jax.errors import DTypeError, Refusal, ShapeError, refuse
 from zenith_jax.ops._op import as_batches, check_kernel_dtype, kernel, widened
 
-# Query and key of 4 x 4096 x (32 + 8) x 128 bfloat16 in one program: XLA's loops run at 0.98 of a copy's speed for
-# halves, 0.58 for neighbours; their gradients at 0.98 and 0.93 (H100, jax 0.11.2, 2026-11-26).
-NO_KERNEL = Refusal("on a GPU rotations are XLA's loops: 0.98 of a copy's speed for halves, 0.58 for neighbours")
 MAX_TABLE_RUNS = 4  # TableRows::kRank in ffi/kernels/rope.h
 
 
 def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
-    if platform != "cpu":
-        return NO_KERNEL
+    del platform
     x, cos, sin = avals
     tables = jnp.broadcast_shapes(cos.shape, sin.shape)
     # Neighbouring axes that the tables have, or lack, together.

@@ -18,7 +18,6 @@ from zenith_jax.ops.gated_linear import unsupported as gated_linear_unsupported
 from zenith_jax.ops.group_norm import unsupported as group_norm_unsupported
 from zenith_jax.ops.linear import unsupported as linear_unsupported
 from zenith_jax.ops.quantized_linear import unsupported as quantized_linear_unsupported
-from zenith_jax.ops.rope import NO_KERNEL as NO_ROPE_KERNEL
 from zenith_jax.passes.match import Match
 
 
@@ -335,6 +334,21 @@ def _cpu_rope(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     return None
 
 
+# us, a copy / XLA / ours, query and key in one program (H100, jax 0.11.2, 2026-11-26), 4x4096x(32+8)x128: bfloat16
+# neighbours 125/210/128, backward 125/133/128, halves 125/126/130; float32 235/256/248, 235/243/246.
+# 1x4096x(32+8)x128 neighbours 43/60/45, 8x1024x(16+16)x64 38/49/40; of 1x512x(32+8)x128 most is the host's.
+_CUDA_ROPE_ELEMENTS = 1 << 22
+
+
+def _cuda_rope(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del differentiated
+    if not case["interleaved"] or jnp.dtype(case["dtype"]).itemsize > 2:
+        return refuse(_AT_BANDWIDTH)
+    if case["size"] < _CUDA_ROPE_ELEMENTS:
+        return refuse("XLA's loop is as fast for {n} elements on a GPU", n=case["size"])
+    return None
+
+
 def _cuda_grouped_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     del case, differentiated
     return refuse("a loop of products is faster than XLA's convolution on the CPU; on a GPU that is cuDNN's")
@@ -392,6 +406,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cuda", "batch_norm"): _cuda_batch_norm,
     ("cuda", "grouped_conv"): _cuda_grouped_conv,
     ("cuda", "group_norm"): _cuda_group_norm,
+    ("cuda", "rope"): _cuda_rope,
     ("cuda", "layer_norm"): _cuda_rows,
     ("cuda", "rms_norm"): _cuda_rows,
     ("cuda", "add_layer_norm"): _cuda_rows,
@@ -437,8 +452,6 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
         unsupported = attention_unsupported(platform, head_size=max(case["d"], case["e"]))
         if unsupported is not None:
             return unsupported
-    if match.op == "rope" and platform != "cpu":
-        return NO_ROPE_KERNEL
     if match.op == "group_norm":
         unsupported = group_norm_unsupported(
             platform, **{name: case[name] for name in ("dtype", "channels_last", "width", "groups")}

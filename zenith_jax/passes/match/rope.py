@@ -23,7 +23,7 @@ from zenith_jax.ir._compat import JaxprEqn, Literal, Var
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Axis, is_float
 from zenith_jax.ops.rope import rope
-from zenith_jax.passes.match._match import Match, Order, arranged, as_precise, restored
+from zenith_jax.passes.match._match import Match, Order, arranged, as_precise, narrowed, restored
 from zenith_jax.passes.match.elements import IMAGINARY, Element, Elements, Product, Run, Sum
 
 # What puts a rotation together, or takes a rotated copy of x.
@@ -130,10 +130,9 @@ def _rotation(graph: Graph, root: Var, layout: Layout) -> Match | Refusal | None
     if escaped is not None:
         return refuse("an inner value ({aval}: a part of the rotation) is used elsewhere", aval=escaped.aval, depth=4)
     order = [i for i in read.x.index if isinstance(i, Axis)]
-    dtype = jnp.promote_types(read.x.atom.aval.dtype, root.aval.dtype)
     eqn = graph.producer(root)
     assert eqn is not None
-    return Match(
+    match = Match(
         op="rope",
         root=eqn,
         results=(root,),
@@ -150,8 +149,11 @@ def _rotation(graph: Graph, root: Var, layout: Layout) -> Match | Refusal | None
             ("dtype", root.aval.dtype.name),
         ),
         detail=_detail(layout, shape[-1]),
-        case=(("dtype", dtype.name), ("size", root.aval.size), ("interleaved", layout.interleaved)),
     )
+    # What the kernel reads and writes, where the result is cast down.
+    dtype = jnp.promote_types(read.x.atom.aval.dtype, dict(narrowed(graph, match).static)["dtype"])
+    case = ("dtype", dtype.name), ("size", root.aval.size), ("interleaved", layout.interleaved)
+    return dataclasses.replace(match, case=case)
 
 
 def _detail(layout: Layout, d: int) -> str:
