@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import random
 import statistics
 import sys
 import tempfile
@@ -42,7 +43,11 @@ from zenith_jax.errors import MissingExtraError, ServingError
 TOLERANCE = 2e-3
 INPUTS = 4  # arrays that calls take in turn
 UNCOUNTED = 3  # calls of each turn: what came right after another door's takes 1.5 to 3 times as long on a GPU
-BATCHES = {"encoder": (1, 8), "mnist": (64, 1024), "resnet50": (1, 8)}
+BATCHES = {
+    "cpu": {"mnist": (64, 1024), "encoder": (1,), "resnet50": (1, 8)},
+    "gpu": {"mnist": (64, 1024), "encoder": (1, 32), "resnet50": (1, 64)},
+}
+MODELS = tuple(BATCHES["cpu"])
 
 
 def made(name: str, tiny: bool) -> door_models.Model:
@@ -66,6 +71,7 @@ class Door:
     median_ms: float = 0.0
     queued_ms: float | None = None
     error: float = 0.0
+    made_s: float = 0.0
 
     def call(self) -> Any:
         return self.wait(self.start())
@@ -109,6 +115,8 @@ def doors(
     yield "ONNX file", lambda: of("ONNX file", _onnx(model, x, mode, folder))
     yield "torch eager", lambda: _torch("torch eager", model, x, lambda module, _: module, baseline=True)
     yield "torch.compile", lambda: _torch("torch.compile", model, x, _inductor, baseline=True)
+    if jax.default_backend() == "gpu":
+        yield "torch.compile, graphs", lambda: _torch("torch.compile, graphs", model, x, _graphs, baseline=True)
     yield "torch module", lambda: _torch("torch module", model, x, _compiled(mode))
     yield "zenith.torch", lambda: _torch("zenith.torch", model, x, _zenith_torch)
     yield "torch.compile, zenith", lambda: _torch("torch.compile, zenith", model, x, _zenith_backend)
@@ -166,6 +174,10 @@ def _torch(
 
 def _inductor(module: Any, _: Any) -> Any:
     return _torch_or_missing().compile(module)
+
+
+def _graphs(module: Any, _: Any) -> Any:
+    return _torch_or_missing().compile(module, mode="reduce-overhead")
 
 
 def _compiled(mode: str) -> Callable[[Any, Any], Any]:
@@ -255,9 +267,11 @@ def measured(
         for name, make in doors(model, x, mode, pathlib.Path(folder), stack):
             if name in skip:
                 continue
+            begin = time.perf_counter()
             try:
                 door = make()
                 door.call()
+                door.made_s = time.perf_counter() - begin
                 found.append(door)
             except (Missing, MissingExtraError) as reason:
                 missing[name] = str(reason)
@@ -269,9 +283,10 @@ def measured(
         times: dict[str, list[float]] = {door.name: [] for door in found}
         queued: dict[str, list[float]] = {door.name: [] for door in found if door.clock is time.perf_counter}
         is_gpu = jax.default_backend() == "gpu"
+        order = random.Random(0)  # so that no door always comes after the same other one
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times[found[0].name]) < 3:
-            for door in found:
+            for door in order.sample(found, len(found)):
                 # What came right after torch took 6.3 ms instead of 0.7 once; its threads may spin on after a call.
                 time.sleep(0.02)
                 for _ in range(UNCOUNTED):
@@ -300,23 +315,32 @@ def _queued(door: Door, calls: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=BATCHES, action="append", help="repeat for several; default: all")
+    parser.add_argument("--model", choices=MODELS, action="append", help="repeat for several; default: all")
     parser.add_argument("--batch", type=int, action="append")
     parser.add_argument("--mode", default="default", choices=("default", "reduce-overhead", "max-autotune"))
     parser.add_argument("--skip", action="append", default=[], metavar="DOOR", help="torch.compile takes minutes")
     parser.add_argument("--seconds", type=float, default=10.0, help="of measuring each table")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no table after it")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the figures too")
     options = parser.parse_args()
     print(f"zenith {zenith.__version__}, mode {options.mode}: {machine().text()}")
+    started, batches = time.perf_counter(), BATCHES["gpu" if jax.default_backend() == "gpu" else "cpu"]
     figures, wrong = [], False
-    for name in options.model or BATCHES:
+    for name in options.model or MODELS:
         model = made(name, options.tiny)
-        for batch in options.batch or ((2,) if options.tiny else BATCHES[name]):
+        for batch in options.batch or ((2,) if options.tiny else batches[name]):
+            if time.perf_counter() - started > options.budget:
+                print(f"\n{name}, batch {batch}: left out, the budget is spent")
+                continue
             skip = {*options.skip, *(("torch.compile",) if options.tiny else ())}
             found, missing = measured(model, batch, options.mode, skip, 0.2 if options.tiny else options.seconds)
             own = [d.median_ms for d in found if not d.baseline]
-            print(f"\n{name}, batch {batch}: slowest door {max(own) / min(own):.2f} x the fastest", flush=True)
+            print(
+                f"\n{name}, batch {batch}: slowest door {max(own) / min(own):.2f} x the fastest "
+                f"(made in {sum(d.made_s for d in found):.0f} s)",
+                flush=True,
+            )
             for door in found:
                 bad = not door.error < TOLERANCE
                 wrong |= bad
