@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -69,11 +70,27 @@ def _duration(us: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Narrowed:
+    """A float matrix among the parameters of a model compiled with precision="int8". reason: why it stays a float; ""
+    where it has 8 bits. error: of all its numbers, root mean square, relative to theirs."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: float = 0.0
+    reason: str = ""
+
+    def __str__(self) -> str:
+        became = f"stays a float, because {self.reason}" if self.reason else f"int8, error {100 * self.error:.2g} %"
+        return f"{self.name}{list(self.shape)}  {became}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
-    """All sites of one traced function, in the order of the program."""
+    """All sites of one traced function, in the order of the program, and what precision="int8" made of its matrices."""
 
     sites: tuple[Site, ...]
     platform: str
+    narrowed: tuple[Narrowed, ...] = ()
 
     @property
     def fused(self) -> list[Site]:
@@ -86,6 +103,20 @@ class Report:
     def counts(self) -> dict[str, int]:
         """{op: number of fused sites}."""
         return dict(Counter(s.op for s in self.fused))
+
+    @property
+    def narrowed_head(self) -> str:
+        """How much has 8 bits, in a line; "" where nothing was to be narrowed."""
+        if not self.narrowed:
+            return ""
+        whole, eight = (sum(math.prod(n.shape) for n in of) for of in (self.narrowed, self._int8()))
+        return (
+            f"{len(self._int8())} of {len(self.narrowed)} matrices are int8: {quantity(eight)} of {quantity(whole)} "
+            "numbers"
+        )
+
+    def _int8(self) -> list[Narrowed]:
+        return [n for n in self.narrowed if not n.reason]
 
     def _rows(self) -> list[tuple[str, ...]]:
         grouped = Counter(self.sites)
@@ -117,12 +148,14 @@ class Report:
             + (f", {gain}" if gain else "")
             for n, status, op, detail, where, source, reason, gathered, flops, saved, gain in self._rows()
         ]
-        return "\n".join([head, *lines])
+        narrowed = [self.narrowed_head, *(f"  {n}" for n in self.narrowed)] if self.narrowed else []
+        return "\n".join([head, *lines, *narrowed])
 
     def __rich__(self) -> Any:
         from rich.table import Table
 
-        table = Table(title=str(self).split("\n", 1)[0])
+        left = [str(n) for n in self.narrowed if n.reason]
+        table = Table(title=str(self).split("\n", 1)[0], caption="\n".join(filter(None, (self.narrowed_head, *left))))
         columns = ["n", "by", "op", "shape", "in", "source", "reason", "gathered", "flops", "bytes saved", "gain"]
         rows = self._rows()
         shown = [i for i, c in enumerate(columns) if c not in ("gathered", "gain") or any(row[i] for row in rows)]
@@ -146,13 +179,15 @@ class Report:
             fused=len(self.fused),
             refused=len(self.refused),
             sites=[s.as_dict() for s in self.sites],
+            narrowed=[dataclasses.asdict(n) for n in self.narrowed],
         )
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Report:
         """The report that `as_dict` wrote."""
         sites = [{**s, "measured_us": s["measured_us"] and tuple(s["measured_us"])} for s in content["sites"]]
-        return cls(tuple(Site(**s) for s in sites), content["platform"])
+        narrowed = [Narrowed(**{**n, "shape": tuple(n["shape"])}) for n in content.get("narrowed", ())]
+        return cls(tuple(Site(**s) for s in sites), content["platform"], tuple(narrowed))
 
     def measured(self) -> Report:
         """The report with times: each different site that is fused is compiled and run, fused and unfused."""
@@ -161,7 +196,7 @@ class Report:
             if site.measure is not None and site not in times:
                 times[site] = site.measure()
         sites = [dataclasses.replace(s, measured_us=times.get(s), measure=None) for s in self.sites]
-        return Report(tuple(sites), self.platform)
+        return dataclasses.replace(self, sites=tuple(sites))
 
 
 _local = threading.local()

@@ -41,10 +41,12 @@ def fragment(report: Any) -> str:
     rows = "\n".join(_row(site, n) for site, n in grouped.items())
     note = "Times are of each site compiled alone, on random operands." if measured else ""
     heads = "".join(f"<th>{c}</th>" for c in head)
+    matrices = "".join(f"<br><code>{_e(n)}</code>" for n in report.narrowed)
+    narrowed = f"<p>{_e(report.narrowed_head)}{matrices}</p>" if matrices else ""
     return (
         f'<style>{STYLE}</style>\n<div class="zenith"><h1>Zenith on {_e(report.platform)}</h1>'
         f"<p>{len(report.fused)} sites fused, {len(report.refused)} left to XLA. {note}</p>\n"
-        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
+        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>{narrowed}</div>"
     )
 
 

@@ -54,8 +54,3 @@ def test_results_out_of_range_are_refused():
         zenith.compile(lambda x: x * 1e4 * 1e4 * 1e-4, X + 2, precision="f16")
     assert zenith.compile(lambda x: x * 1e4 * 1e4 * 1e-4, X + 2, precision="bf16")(X).shape == (3, 8)
     zenith.compile(lambda x: jnp.log(x), -X * X, precision="f16")  # not finite before either
-
-
-def test_int8_is_refused_with_the_way_to_it():
-    with pytest.raises(FrontendError, match=r"Quantise it with ONNX Runtime's quantize_static"):
-        zenith.compile((apply, PARAMS), X, precision="int8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from zenith_jax.api import current_context
 from zenith_jax.compiled import buckets
 from zenith_jax.compiled.buckets import Spec
 from zenith_jax.compiled.folding import Arrays, Folded, folded
+from zenith_jax.compiled.int8 import with_int8
 from zenith_jax.compiled.model import CompiledModel, Export, Interface, dtype_name
-from zenith_jax.compiled.precision import PRECISIONS, with_precision
+from zenith_jax.compiled.precision import DTYPES, PRECISIONS, with_precision
 from zenith_jax.compiled.program import MODES, Program, program
 from zenith_jax.compiled.structure import Structure
 from zenith_jax.compiled.tuning import tuned
@@ -25,7 +27,7 @@ from zenith_jax.export import export
 from zenith_jax.frontends._source import Source
 from zenith_jax.frontends.recognise import source_of
 from zenith_jax.passes.choose import Choices
-from zenith_jax.report import Report, collecting
+from zenith_jax.report import Narrowed, Report, collecting
 
 
 def compile(
@@ -43,7 +45,8 @@ def compile(
     model's arguments. Python values among them are bound. An ONNX file that declares all sizes needs none.
     mode: "reduce-overhead" spends the least host time a call; "max-autotune" measures for each fused site whether
     Zenith's kernel or XLA's code is faster here, and keeps the times on disk (`zenith cache`).
-    precision: "bf16" or "f16": parameters and computation in it; inputs and outputs keep their dtypes.
+    precision: "bf16" or "f16": parameters and computation in it; inputs and outputs keep their dtypes. "int8": the
+    weights of dense layers in 8 bits, all else as it was; the report says which, and how much they changed.
     dynamic: {"batch": (1, 8, 64)}: one program for each size, calls padded to the next; see docs/compile.md.
 
     >>> model = zenith.compile((apply, params), jnp.ones((8, 128)), dynamic={"batch": (1, 8, 64)})
@@ -55,10 +58,17 @@ def compile(
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    original = source_of(obj, *example_inputs)
-    source = original if precision is None else with_precision(original, precision)
-    model = compiled(source, example_inputs, mode=mode, precision=precision, dynamic=buckets.checked(dynamic))
-    if precision is not None:
+    source = original = source_of(obj, *example_inputs)
+    sizes = buckets.checked(dynamic)
+    narrowed: list[Narrowed] = []
+    if precision == "int8":
+        source, narrowed = with_int8(original, _smallest(original, example_inputs, sizes))
+    elif precision is not None:
+        source = with_precision(original, precision)
+    model = compiled(source, example_inputs, mode=mode, precision=precision, dynamic=sizes)
+    if narrowed:
+        model = dataclasses.replace(model, report=dataclasses.replace(model.report, narrowed=tuple(narrowed)))
+    if precision in DTYPES:
         _check_range(model, original, example_inputs)
     return model
 
@@ -175,6 +185,15 @@ def _examples(source: Source, given: Sequence[Any], dynamic: Mapping[str, tuple[
         shape = tuple(dynamic[n][0] if isinstance(n, str) else int(n or 0) for n in d.shape)
         found.append(jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(d.dtype)))
     return tuple(found)
+
+
+def _smallest(source: Source, given: Sequence[Any], dynamic: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
+    """The arguments as structs of the first size that each dynamic dimension is compiled for."""
+    structure, examples = Structure.of(_examples(source, given, dynamic))
+    shapes = buckets.named_shapes(examples, source.declared, dynamic)
+    first = {name: sizes[0] for name, sizes in dynamic.items()}
+    specs = [Spec("", shape, dtype_name(x)) for shape, x in zip(shapes, examples, strict=True)]
+    return structure.filled([s.struct(first) for s in specs])
 
 
 def _dtype(name: str, example: Any) -> str:

@@ -1,4 +1,4 @@
-"""`compile(precision=)`: a Source whose parameters and computation are bfloat16 or float16."""
+"""`compile(precision="bf16" | "f16")`: a Source whose parameters and computation are narrower. int8: int8.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zenith_jax.errors import FrontendError
 from zenith_jax.frontends._source import Source
 
 DTYPES = {"bf16": jnp.bfloat16, "f16": jnp.float16}
@@ -20,11 +19,6 @@ def with_precision(source: Source, precision: str) -> Source:
 
     What the model itself casts to float32 stays float32; the fused norms, softmax and attention accumulate in it.
     """
-    if precision == "int8":
-        raise FrontendError(
-            'precision="int8" takes no float model: which parts survive 8 bits is measured on data. Quantise it with '
-            "ONNX Runtime's quantize_static or quantize_dynamic and compile that file: its products run as integers"
-        )
     dtype = DTYPES[precision]
     # Of the original, which the outputs' dtypes are those of.
     structs = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype) if _is_wide(p) else p, source.params)
