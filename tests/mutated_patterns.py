@@ -99,6 +99,13 @@ def layer_norm_fast(x, scale, bias):
     return (x - mean) * (jax.lax.rsqrt(variance + 0.03) * scale) + bias
 
 
+def layer_norm_distributed(x, scale, bias):
+    """As batch norm is written, which Keras does for layer norm too."""
+    mean = x.mean(-1, keepdims=True)
+    s = 1 / jnp.sqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 0.03) * scale
+    return x * s + (bias - mean * s)
+
+
 def group_norm_channels_first(x, scale):
     """Two groups of two channels, (N, N, N) as batch, channels, positions."""
     grouped = x.reshape(N, 2, 2, N)
@@ -188,6 +195,10 @@ def linear_gelu(x, w, bias):
 
 def linear_residual(x, w, bias, residual):
     return jax.nn.silu(jnp.einsum("bk,nk->bn", x, w) + bias) + residual
+
+
+def linear_reshaped(x, w, bias):
+    return jnp.tanh((x @ w).reshape(2, L // 2, L) + bias)
 
 
 def quantized_linear(x, w, scale, bias):
@@ -296,6 +307,7 @@ PATTERNS: dict[Callable[..., Any], str] = {
     attention_segments: "xxxl",
     layer_norm_two_pass: "rpp",
     layer_norm_fast: "rpp",
+    layer_norm_distributed: "rpp",
     add_layer_norm: "rrp",
     rms_norm: "rp",
     rms_norm_cast: "rp",
@@ -312,6 +324,7 @@ PATTERNS: dict[Callable[..., Any], str] = {
     linear_cross_entropy: "rrlp",
     linear_gelu: "wwv",
     linear_residual: "wwvw",
+    linear_reshaped: "wwv",
     quantized_linear: "rqpp",
     quantized_linear_groups: "rqr",
     swiglu: "rr",

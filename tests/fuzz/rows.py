@@ -105,16 +105,32 @@ def norm(script: Script, x: Any) -> tuple[Any, list[Any]]:
     scale_shape = lambda: script.spell(  # noqa: E731
         "parameter", [(n,), (1, n)], [x.shape, (), (x.shape[-2], 1), (x.shape[-2], n)]
     )
-    how = script.pick("scale", "w", "1 + w", "none", "folded")
+    how = script.pick("scale", "w", "1 + w", "none", "folded", "distributed")
     if how != "none":
         w = script.array("scale" if how != "1 + w" else "normal", scale_shape(), y.dtype)
         w = w + 1 if how == "1 + w" else w
         folded = how == "folded" and not early
         y = c * (rstd * w) if folded else script.pick("side", lambda: y * w, lambda: w * y)()
+    if how == "distributed" and centred and not early:
+        y = _distributed(script, x, mu_of, rstd, w)
     if script.pick("bias", True, False):
         b = script.array("normal", scale_shape(), y.dtype)
         y = y + b if script.pick("side", 0, 1) == 0 else b + y
     return script.pick("result", lambda: y.astype(narrow), lambda: y)(), taps
+
+
+def _distributed(script: Script, x: Any, mean: Any, rstd: Any, w: Any) -> Any:
+    """(x - mean) * rstd * w as a sum, which may have a bias."""
+    s = script.pick("side", lambda: rstd * w, lambda: w * rstd)()
+    b = script.array("normal", x.shape[-1:], s.dtype)
+    return (
+        x * s
+        + script.spell(
+            "shift",
+            [lambda: b - mean * s, lambda: b + (-mean) * s, lambda: -mean * s, lambda: -(s * mean) + b],
+            [lambda: b + mean * s, lambda: mean * s - b, lambda: b - mean * rstd, lambda: b - mean * w],
+        )()
+    )
 
 
 # --- softmax ----------------------------------------------------------------------------------------------------------

@@ -78,6 +78,17 @@ SPELLINGS = {
         (X, W, B, R),
         "gelu_erf, bias, residual",
     ),
+    "rows taken apart": (
+        lambda x, w, b, r: jax.nn.relu((x @ w).reshape(3, 4, 24) + b) + r,
+        (X.reshape(12, 16), W, B, R),
+        "relu, bias, residual",
+    ),
+    "rows put together": (
+        lambda x, w, b, r: (x @ w).reshape(12, 24) + b + r,
+        (X, W, B, R.reshape(12, 24)),
+        "bias, residual",
+    ),
+    "a dimension of size 1": (lambda x, w, b: jnp.tanh((x @ w)[None] + b), (X, W, B), "tanh, bias"),
     "float32 inside": (
         lambda x, w, b: jax.nn.silu(jnp.dot(x, w, preferred_element_type=jnp.float32) + b).astype(BF16),
         (X, W, array(24, dtype=jnp.float32)),
@@ -92,7 +103,10 @@ def test_linear_layers_are_found(name):
     assert sites(function, *args) == [("linear", detail)]
 
 
-@pytest.mark.parametrize("name", ["relu", "maximum", "activation and residual", "several contracted"])
+@pytest.mark.parametrize(
+    "name",
+    ["relu", "maximum", "activation and residual", "several contracted", "rows taken apart", "rows put together"],
+)
 def test_values_and_gradients_are_those_of_the_program(name):
     function, args, _ = SPELLINGS[name]
     check(function, *args)
@@ -129,6 +143,9 @@ MISSES = {
     "a bias that is made of the product": (lambda x, w: (y := x @ w) + y.mean((0, 1)), (X, W)),
     "weights of a batch": (lambda x, w, r: jnp.einsum("btd,bdo->bto", x, w) + r, (X, array(3, 16, 24), R)),
     "float32": (lambda x, w, b: x @ w + b, tuple(a.astype(jnp.float32) for a in (X, W, B))),
+    "features taken apart": (lambda x, w, b: (x @ w).reshape(3, 4, 2, 12) + b, (X, W, array(12))),
+    "features and rows exchanged": (lambda x, w, b: (x @ w).reshape(3, 24, 4) + b, (X, W, array(4))),
+    "repeated": (lambda x, w, b: jnp.broadcast_to((x @ w)[None], (2, 3, 4, 24)) + b, (X, W, B)),
     "a residual that is repeated": (lambda x, w, r: x @ w + jnp.broadcast_to(r, (3, 4, 24)), (X, W, array(4, 24))),
 }
 

@@ -52,7 +52,42 @@ def with_mean(x, scale):
     return normalise(x, scale, mean=mean), mean
 
 
+def average(x):
+    return x.mean(-1, keepdims=True)
+
+
+def distributed(x, scale, bias, *, mean=None, of_mean=None, s=lambda s: s, minus=jnp.subtract):
+    """x * s + (bias - mean * s): twins of which one argument is another value."""
+    product = lax.rsqrt(x.var(-1, keepdims=True) + EPS) * scale
+    shift = (average(x) if mean is None else mean) * (product if of_mean is None else of_mean)
+    return x * s(product) + minus(bias, shift)
+
+
+def distributed_with_mean(x, scale, bias):
+    mean = average(x)
+    return distributed(x, scale, bias, mean=mean), mean
+
+
+DISTRIBUTED = [
+    Case(f"distributed: {name}", "layer_norm", miss, distributed, reason, "rpp")
+    for name, miss, reason in (
+        ("the mean added", lambda x, s, b: distributed(x, s, b, minus=jnp.add), "is not the mean times"),
+        ("the mean of other rows", lambda x, s, b: distributed(x, s, b, mean=x.mean(1, keepdims=True)), "not its mean"),
+        ("no mean", lambda x, s, b: distributed(x, s, b, mean=x), "not its mean"),
+        ("a maximum", lambda x, s, b: distributed(x, s, b, mean=x.max(-1, keepdims=True)), "not its mean"),
+        ("the mean times scale alone", lambda x, s, b: distributed(x, s, b, of_mean=s), "without its mean subtracted"),
+        ("a bias of each element", lambda x, s, b: distributed(x, s, jnp.sin(x)), "the normalised axis alone"),
+        ("a bias of each row", lambda x, s, b: distributed(x, s, b[:, None]), "the normalised axis alone"),
+        ("a scale of each row", lambda x, s, b: distributed(x, s[:, None], b), "the normalised axis alone"),
+        ("of x transposed", lambda x, s, b: distributed(x, s, b, s=lambda p: p.swapaxes(1, 2)), ""),
+        ("a mean without gradient", lambda x, s, b: distributed(x, s, b, mean=lax.stop_gradient(average(x))), ""),
+        ("the mean used elsewhere", distributed_with_mean, "elsewhere"),
+    )
+]
+
+
 NORMS = [
+    *DISTRIBUTED,
     Case(
         "variance of N - 1",
         "layer_norm",

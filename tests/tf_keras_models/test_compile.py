@@ -71,6 +71,7 @@ def test_transformer_with_two_inputs_and_a_dict_of_outputs():
     with zenith.configured(use_cost=False):
         counts = fast.report.counts()
     assert counts.get("gelu_erf") == 1, fast.report
+    assert counts.get("add_layer_norm") == 2, fast.report
 
 
 def test_functions_modules_and_concrete_functions():

@@ -28,7 +28,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | None:
     gate = linear.product(terms, eqn)
     if gate is None or linear.is_computed_again(graph, gate.product):
         return None
-    gate = linear.cast(graph, gate)
+    gate = linear.viewed(terms, gate, reshapes=False)
     for anchor in linear.anchors(graph, gate.top):
         gated = activations.match(graph, anchor)
         if not isinstance(gated, Match) or not gated.op.startswith("gated_") or len(gated.leaves) != 2:
@@ -54,7 +54,7 @@ def _value(terms: Terms, leaf, gate: linear.Layer) -> linear.Layer | None:
     same = numbers.get(value.x, value.x) is numbers.get(gate.x, gate.x) and value.transposed == gate.transposed
     if not same or value.w.aval.shape != gate.w.aval.shape or value.contracted != gate.contracted:
         return None
-    value = linear.cast(terms.graph, value)
+    value = linear.viewed(terms, value, reshapes=False)
     return value if linear.is_of(terms.graph, leaf, value) else None
 
 

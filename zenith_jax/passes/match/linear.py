@@ -2,8 +2,9 @@
 
   out[*b, *n] = act(sum over *k of x[*b, *k] * w[*k, *n]  + bias[*n]) + residual[*b, *n]
 
-*k and *n may each be several dimensions, which become one. Between product and result are only casts, each value used
-by the next step alone. The kernel rounds once, where the program may round the product, the sum and the activation.
+*k and *n may each be several dimensions, which become one. Between product and result are only casts and reshapes of
+*b, each value used by the next step alone. The kernel rounds once, where the program may round the product, the sum and
+the activation.
 A product alone is no site: XLA's is as good. In float32, which the CPU's kernel computes, so is a layer of fewer than
 `LEAST_WEIGHTS`, and one that is declined goes unmentioned.
 """
@@ -29,6 +30,7 @@ from zenith_jax.passes.match._match import Match
 _MAX_CLIMB = 6  # equations from the product's sum to the anchor of its activation
 _RELU = re.compile(r"relu at .*[/\\]jax[/\\]_src[/\\]nn[/\\]functions\.py:")
 CASTS = ("convert_element_type", "copy", "copy_p")
+_RESHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         return None
     layers = [bare]
     for step in (_biased, _activated, _added, _biased):  # r + x @ w + bias has the bias last
-        higher = step(terms, cast(graph, layers[-1]))
+        higher = step(terms, viewed(terms, layers[-1]))
         if higher is not None:
             layers.append(higher)
     if len(layers) == 1:
@@ -140,13 +142,28 @@ def is_computed_again(graph: Graph, product: Var) -> bool:
     return first is not product or any(v is first for v in graph.numbers.values())
 
 
-def cast(graph: Graph, layer: Layer) -> Layer:
-    """Above its casts between the operands' dtype and float32, which only round."""
-    while (user := graph.only_user(layer.top)) is not None and user.primitive.name in CASTS:
-        if not _is_summed_in(user, layer.x.aval.dtype):
+def viewed(terms: Terms, layer: Layer, reshapes: bool = True) -> Layer:
+    """Above its casts between the operands' dtype and float32, which only round, and reshapes of its rows."""
+    while (user := terms.graph.only_user(layer.top)) is not None:
+        if user.primitive.name in CASTS and _is_summed_in(user, layer.x.aval.dtype):
+            layer = layer.above(user)
+        elif reshapes and _is_reshape_of_rows(user, len(layer.features)):
+            axes = terms.of(user.outvars[0]).axes
+            rows = len(axes) - len(layer.features)
+            layer = layer.above(user, rows=axes[:rows], features=axes[rows:])
+        else:
             break
-        layer = layer.above(user)
     return layer
+
+
+def _is_reshape_of_rows(eqn: JaxprEqn, features: int) -> bool:
+    """Whether the last `features` dimensions stay: (*b, *n) -> (*c, *n), as exporters of 2-D products write it."""
+    if eqn.primitive.name not in _RESHAPES:
+        return False
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if eqn.primitive.name == "broadcast_in_dim" and math.prod(before) != math.prod(after):
+        return False
+    return len(after) > features and before[-features:] == after[-features:]
 
 
 def _addend(terms: Terms, layer: Layer) -> tuple[JaxprEqn, Term] | None:
@@ -303,6 +320,7 @@ def _build(graph: Graph, product: JaxprEqn, layer: Layer, simpler: Match | None)
             ("transposed", layer.transposed),
             ("features", len(layer.features)),
             ("has_bias", layer.bias is not None),
+            ("shape", layer.top.aval.shape),
         ),
         detail=layer.parts,
         case=(
@@ -324,12 +342,11 @@ def features_of(w: Any, features: int, transposed: bool) -> tuple[int, ...]:
     return w.shape[:features] if transposed else w.shape[w.ndim - features :]
 
 
-def emit(x, w, *optional, activation: str, transposed: bool, features: int, has_bias: bool):
+def emit(x, w, *optional, activation: str, transposed: bool, features: int, has_bias: bool, shape: tuple[int, ...]):
     """`features`: the number of dimensions of w that are not contracted."""
     contracted = w.ndim - features
     batch = x.shape[: x.ndim - contracted]
-    shape = features_of(w, features, transposed)
-    k, n = math.prod(x.shape[x.ndim - contracted :]), math.prod(shape)
+    k, n = math.prod(x.shape[x.ndim - contracted :]), math.prod(features_of(w, features, transposed))
     more = list(optional)
     bias = more.pop(0).reshape(n) if has_bias else None
     residual = more.pop(0).reshape(*batch, n) if more else None
@@ -341,4 +358,4 @@ def emit(x, w, *optional, activation: str, transposed: bool, features: int, has_
         activation=activation,
         transposed=transposed,
     )
-    return (y.reshape(*batch, *shape),)
+    return (y.reshape(shape),)

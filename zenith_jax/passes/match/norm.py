@@ -11,18 +11,8 @@ from zenith_jax.ir.graph import VIEWS, Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
 from zenith_jax.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from zenith_jax.passes.match._match import Match, as_precise
-from zenith_jax.passes.match.moments import eps_and_variance, mean_of, square_of, unclamped
-
-
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """v = variance of x along `axis` (centred), or its mean square (not centred)."""
-
-    x: Term
-    axis: Axis
-    centred: bool
-    mean: Term | None
-    inner: tuple[JaxprEqn, ...]
+from zenith_jax.passes.match.moments import eps_and_variance, square_of, unclamped
+from zenith_jax.passes.match.normalised import Moments, Normalised, distributed, is_mean_of, mean_along, normalised
 
 
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
@@ -55,25 +45,6 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
 # --- mean and variance ------------------------------------------------------------------------------------------------
 
 
-def _mean(terms: Terms, term: Term, path: list[JaxprEqn]) -> tuple[Term, Axis] | Refusal | None:
-    """The mean of x along one axis: (x, axis). Over several it is a group norm's."""
-    found = mean_of(terms, term, path)
-    if found is None or isinstance(found, Refusal):
-        return found
-    x, reduced = found
-    return (x, reduced[0]) if len(reduced) == 1 else None
-
-
-def _is_mean_of(terms: Terms, mean: Term, x: Term, axis: Axis, path: list[JaxprEqn]) -> bool:
-    """Whether `mean` is the mean of x along `axis`."""
-    found = _mean(terms, mean, path)
-    if found is None or isinstance(found, Refusal):
-        return False
-    operand, reduced = found
-    bound = terms.unify(operand, x, [reduced])
-    return bound is not None and list(bound.values()) == [axis]
-
-
 def _moments(terms: Terms, term: Term, path: list[JaxprEqn]) -> Moments | Refusal | None:
     """Reads a term as a variance or a mean square. The term may be clamped at 0: max(0, v)."""
     below = unclamped(terms, term, path)
@@ -83,7 +54,7 @@ def _moments(terms: Terms, term: Term, path: list[JaxprEqn]) -> Moments | Refusa
     difference = terms.producer(term, "sub")
     if difference is not None:
         return _difference_of_moments(terms, term, difference, path)
-    found = _mean(terms, term, path)
+    found = mean_along(terms, term, path)
     if found is None or isinstance(found, Refusal):
         return found
     squared, axis = found
@@ -96,11 +67,11 @@ def _moments(terms: Terms, term: Term, path: list[JaxprEqn]) -> Moments | Refusa
         x, mean = terms.operands(base, subtraction)
         if axis in x.axis_set and axis not in terms.peel(mean).axis_set:
             steps: list[JaxprEqn] = []
-            mean_found = _mean(terms, mean, steps)
+            mean_found = mean_along(terms, mean, steps)
             if isinstance(mean_found, Refusal):
                 return mean_found
             if mean_found is not None:
-                if not _is_mean_of(terms, mean, x, axis, steps):
+                if not is_mean_of(terms, mean, x, axis, steps):
                     return refuse("the variance is centred by a mean over another axis or of another value", depth=2)
                 path += [subtraction, *steps]
                 return Moments(terms.peel(x, path), axis, True, terms.peel(mean), tuple(path))
@@ -111,7 +82,7 @@ def _difference_of_moments(terms: Terms, term: Term, eqn: JaxprEqn, path: list[J
     """mean(x^2) - mean(x)^2."""
     first, second = terms.operands(term, eqn)
     steps: list[JaxprEqn] = [eqn]
-    found = _mean(terms, first, steps)
+    found = mean_along(terms, first, steps)
     if found is None or isinstance(found, Refusal):
         return found
     squared, axis = found
@@ -119,25 +90,13 @@ def _difference_of_moments(terms: Terms, term: Term, eqn: JaxprEqn, path: list[J
     mean = square_of(terms, second, steps)
     if x is None or mean is None:
         return None
-    if not _is_mean_of(terms, mean, x, axis, steps):
+    if not is_mean_of(terms, mean, x, axis, steps):
         return refuse("mean(x^2) and mean(x)^2 are of different values or axes", depth=2)
     path.extend(steps)
     return Moments(x, axis, True, mean, tuple(path))
 
 
 # --- from the reciprocal standard deviation up to the result ----------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """A normalised product: its variable, scale (None: 1) and the equations that it replaces. x is in `top`'s axes."""
-
-    var: Var
-    top: Term
-    scale: Term | None
-    x: Term
-    axis: Axis
-    inner: tuple[JaxprEqn, ...]
 
 
 def _climb(
@@ -149,6 +108,12 @@ def _climb(
     while True:
         users = graph.users_of(var)
         if len(users) != 1 or graph.is_output(var):
+            if best is None and moments.centred:
+                found = distributed(terms, var, root, rstd, moments)
+                if isinstance(found, Normalised):
+                    best = dataclasses.replace(found, inner=(*found.inner, *path))
+                else:
+                    refusal = found or refusal
             if best is None:
                 refusal = refusal or refuse(
                     "1/sqrt(variance + eps) is used {n} times, a norm uses it once",
@@ -164,8 +129,8 @@ def _climb(
         path.append(user)
         var = user.outvars[0]
         if name in ("mul", "div"):
-            found = _normalised(terms, var, root, rstd, moments)
-            if isinstance(found, _Found):
+            found = normalised(terms, var, root, rstd, moments)
+            if isinstance(found, Normalised):
                 best = dataclasses.replace(found, inner=(*found.inner, *path))
             elif best is not None:
                 break  # this product has one factor more: the norm ends below it
@@ -176,66 +141,8 @@ def _climb(
     return _finish(terms, root, moments, best, eps, inner)
 
 
-def _normalised(terms: Terms, var: Var, root: JaxprEqn, rstd: Term, moments: Moments) -> _Found | Refusal:
-    """Reads `var` as x_centred * rstd * scale."""
-    product_path: list[JaxprEqn] = []
-    top = terms.of(var)
-    product = terms.product(top, product_path)
-    wanted_exponent = 1 if root.primitive.name == "rsqrt" else -1
-    if product.coefficient != 1.0:
-        return refuse("the norm is scaled by the constant {c}", c=product.coefficient, depth=3)
-    rest: list[tuple[Term, int]] = []
-    found_rstd: Term | None = None
-    for factor, exponent in product.factors:
-        if factor.atom is root.outvars[0] and exponent == wanted_exponent:
-            found_rstd = factor
-        else:
-            rest.append((factor, exponent))
-    if found_rstd is None:
-        return refuse("the standard deviation is used as a factor, not as a divisor", depth=3)
-    full = [(f, e) for f, e in rest if f.axis_set == top.axis_set]
-    narrow = [(f, e) for f, e in rest if f.axis_set != top.axis_set]
-    if len(full) != 1 or full[0][1] != 1:
-        return refuse("the product has {n} full-size factors besides 1/sqrt(variance + eps)", n=len(full), depth=3)
-    centred = _centred(terms, full[0][0], moments)
-    if isinstance(centred, Refusal):
-        return centred
-    x, renamed, steps = centred
-    axis = renamed[moments.axis]
-    # Along an axis that x has not, the standard deviation was broadcast: it is the same at every index.
-    if any(found is not renamed.get(a, found) for found, a in zip(found_rstd.axes, rstd.axes, strict=True) if a):
-        return refuse("the standard deviation of one row divides another", depth=4)
-    if len(narrow) > 1 or any(e != 1 or f.axis_set != {axis} for f, e in narrow):
-        return refuse("a factor of the norm does not run along the normalised axis alone", depth=4)
-    scale = narrow[0][0] if narrow else None
-    return _Found(var, top, scale, x, axis, (*product_path, *steps))
-
-
-def _centred(terms: Terms, term: Term, moments: Moments) -> tuple[Term, dict[Axis, Axis], list[JaxprEqn]] | Refusal:
-    """Reads the factor as x - mean(x), or x for rms: (x, the axes of the moments renamed to the result's, path)."""
-    steps: list[JaxprEqn] = []
-    term = terms.peel(term, steps)
-    if not moments.centred:
-        bound = terms.unify(moments.x, term, [a for a in moments.x.axes if a is not None])
-        if bound is None:
-            return refuse("what is divided by the root mean square is another value than x", depth=3)
-        return term, bound, steps
-    eqn = terms.producer(term, "sub")
-    if eqn is None:
-        return refuse("x is divided by its standard deviation without its mean subtracted", depth=3)
-    x, mean = terms.operands(term, eqn)
-    x = terms.peel(x, steps)
-    bound = terms.unify(moments.x, x, [a for a in moments.x.axes if a is not None])
-    if bound is None:
-        return refuse("the variance is of another value than x", depth=3)
-    if not _is_mean_of(terms, mean, x, bound[moments.axis], steps):
-        return refuse("what is subtracted from x is not its mean along the normalised axis", depth=3)
-    steps.append(eqn)
-    return x, bound, steps
-
-
 def _finish(
-    terms: Terms, root: JaxprEqn, moments: Moments, found: _Found, eps: float, inner: list[JaxprEqn]
+    terms: Terms, root: JaxprEqn, moments: Moments, found: Normalised, eps: float, inner: list[JaxprEqn]
 ) -> Match | Refusal:
     graph = terms.graph
     x, axis = found.x, found.axis
@@ -249,8 +156,8 @@ def _finish(
         )
     if [a for a in x.axes if a is not None] != [a for a in found.top.axes if a is not None]:
         return refuse("the norm's result is transposed against x", depth=5)
-    result, bias, all_inner = found.var, None, [*inner, *moments.inner, *found.inner]
-    if moments.centred:
+    result, bias, all_inner = found.var, found.bias, [*inner, *moments.inner, *found.inner]
+    if moments.centred and found.bias is None:
         result, bias, steps = _add_bias(terms, found, axis)
         all_inner += steps
     escaped = graph.escapes(all_inner, [result])
@@ -302,7 +209,7 @@ def _finish(
     return alone
 
 
-def _add_bias(terms: Terms, found: _Found, axis: Axis) -> tuple[Var, Term | None, list[JaxprEqn]]:
+def _add_bias(terms: Terms, found: Normalised, axis: Axis) -> tuple[Var, Term | None, list[JaxprEqn]]:
     """The norm's single use `+ bias`, where bias runs along the normalised axis."""
     graph = terms.graph
     var, steps = found.var, []
@@ -318,11 +225,11 @@ def _add_bias(terms: Terms, found: _Found, axis: Axis) -> tuple[Var, Term | None
         if user.primitive.name != "add" or user.outvars[0].aval.shape != var.aval.shape:
             return found.var, None, []
         top = terms.of(user.outvars[0])
-        normalised = [terms.peel(t) for t in terms.operands(top, user)]
+        operands = [terms.peel(t) for t in terms.operands(top, user)]
         product = [i for i, a in enumerate(user.invars) if a is var]
         if len(product) != 1:
             return found.var, None, []
-        bias = normalised[1 - product[0]]
+        bias = operands[1 - product[0]]
         # The last axis of the sum is the normalised one: x's axes keep their order and sizes.
         if bias.axis_set != {top.axes[-1]}:
             return found.var, None, []
