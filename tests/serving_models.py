@@ -87,8 +87,9 @@ class Client:
         tensor.set_data_from_numpy(array)
         return tensor
 
-    def infer(self, model, *, version="", **inputs):
-        result = self.client.infer(model, [self.input(n, a) for n, a in inputs.items()], model_version=version)
+    def infer(self, model, *, version="", request_id="", **inputs):
+        tensors = [self.input(n, a) for n, a in inputs.items()]
+        result = self.client.infer(model, tensors, model_version=version, request_id=request_id)
         response = result.get_response()
         outputs = response["outputs"] if isinstance(response, dict) else response.outputs
         names = [o["name"] if isinstance(o, dict) else o.name for o in outputs]

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zenith_jax.bench.machine import machine
-from zenith_jax.serving import TritonServer, find_triton
+from zenith_jax.serving import TritonModelRepository, TritonServer, find_triton
 
 SAMPLES = 64
 TURN_SECONDS = 2.0  # of one model in one scenario
@@ -41,6 +41,13 @@ TITLES = {
 }
 WINDOW = 400  # requests of one of perf_analyzer's windows: two seconds or so
 EXPECTED = 500.0  # samples a second, of which Offline sends as many as its turn takes
+
+
+def settings(repository: TritonModelRepository) -> list[dict[str, Any]]:
+    """What `add` measured and chose for Zenith's model: its pool's threads, and how long it takes calls to be."""
+    chosen = json.loads((repository.path / "zenith" / "1" / "serving.json").read_text())
+    took = ", ".join(f"{rows}: {1000 * seconds:.1f}" for (rows,), seconds in chosen["seconds"])
+    return [dict(part="settings", pool_threads=chosen["pool_threads"], **{"ms of a call by rows": took})]
 
 
 def accuracy(server: TritonServer, onnx_file: pathlib.Path) -> list[dict[str, Any]]:
@@ -178,11 +185,12 @@ def _measured(scenario: str, turns: Sequence[Any]) -> dict[str, Any]:
 
 
 def _compared(scenario: str, turns: dict[str, list[Any]]) -> dict[str, Any]:
-    """ONNX Runtime's p99 by Zenith's, and Zenith's throughput by ONNX Runtime's: above 1, Zenith is ahead. With the
-    range of 90 % of samples, with replacement, of the pairs of turns."""
+    """ONNX Runtime's latency by Zenith's, and Zenith's throughput by ONNX Runtime's: above 1, Zenith is ahead. Of all
+    turns, with the range of 90 % of samples, with replacement, of the pairs of turns; and p99 pair by pair: the median
+    of the pairs' ratios, with the smallest and the largest."""
     rng, count = np.random.default_rng(0), len(turns[models.NAMES[0]])
     drawn = [np.arange(count), *(rng.integers(0, count, count) for _ in range(RESAMPLED))]
-    ratios: dict[str, list[float]] = {"p99_ms": [], "p99_ms of a turn": [], "per_second": []}
+    ratios: dict[str, list[float]] = {"p50_ms": [], "p99_ms": [], "per_second": []}
     for indices in drawn:
         ours, theirs = (_measured(scenario, [turns[name][i] for i in indices]) for name in models.NAMES)
         for key, found in ratios.items():
@@ -191,11 +199,16 @@ def _compared(scenario: str, turns: dict[str, list[Any]]) -> dict[str, Any]:
             elif scenario != "Offline":
                 found.append(theirs[key] / ours[key])
 
-    def text(values: list[float]) -> str:
-        low, high = np.percentile(values, [5, 95]) if values else (0, 0)
-        return f"{values[0]:.2f} ({low:.2f} to {high:.2f})" if values else ""
+    def text(values: list[float], low: float, high: float) -> str:
+        return f"{values[0]:.2f} ({low:.2f} to {high:.2f})"
 
-    return {key: text(values) for key, values in ratios.items()}
+    shown = {key: text(values, *np.percentile(values, [5, 95])) if values else "" for key, values in ratios.items()}
+    pairs: list[float] = []
+    if scenario != "Offline":
+        ours, theirs = ([np.percentile(t.latencies_ms, 99) for t in turns[name]] for name in models.NAMES)
+        pairs = sorted(float(b / a) for a, b in zip(ours, theirs, strict=True))
+    shown["p99_ms by pairs"] = text([float(np.median(pairs))], pairs[0], pairs[-1]) if pairs else ""
+    return shown
 
 
 def _processor_seconds(server: TritonServer) -> tuple[float, float]:
@@ -234,6 +247,7 @@ def main() -> None:
             models.export(onnx_file)
         if set(parts) - {"start"}:
             repository = models.write(root / "models", onnx_file)
+            keep(settings(repository))
             with TritonServer(repository.path, log=root / "log") as server:
                 if "accuracy" in parts:
                     keep(accuracy(server, onnx_file))

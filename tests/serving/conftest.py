@@ -60,7 +60,7 @@ def served(triton, compiled, tmp_path_factory):
     for dtype in ("bfloat16", "float16", "int32"):
         model = zenith.compile(twice, jnp.ones((2, 3), dtype), dynamic={"batch": (1, 4)})
         wide = {model.inputs[0].name: "int64"} if dtype == "int32" else {}
-        repository.add(model, name=dtype, dtypes=wide, **quick)
+        repository.add(model, name=dtype, dtypes=wide, dynamic_batching={"max_queue_delay_us": 5000}, **quick)
     with zenith.serving.TritonServer(
         repository.path, installation=triton, explicit=True, log=root / "log", exit_seconds=5
     ) as server:

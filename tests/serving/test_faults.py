@@ -6,9 +6,12 @@ ZENITH_SERVING_SOAK=1 also runs 200 clients for two minutes, and 100,000 request
 from __future__ import annotations
 
 import contextlib
+import functools as ft
 import http.client
 import json
 import os
+import queue
+import re
 import resource
 import signal
 import socket
@@ -20,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving_models import TOLERANCE, Client, compiled_mlp, rows, rss_mib, wrong
+from serving_models import TOLERANCE, Client, rows, rss_mib, wrong
 
 import zenith_jax as zenith
 
@@ -83,12 +86,35 @@ def test_a_model_or_version_that_is_not_there(client):
         client.infer("mlp", version="9", x=rows(1))
 
 
-def test_a_length_over_the_largest_is_refused_and_others_in_the_batch_are_answered(served):
+def test_a_length_over_the_largest_is_refused(served):
     with Client(served.server, "grpc") as client:
         with pytest.raises(Exception, match="length 9; the model is compiled for 1 to 8"):
             client.infer("lengths", x=np.zeros((1, 9, 3), np.float32))
         (answer,) = client.infer("lengths", x=np.ones((1, 8, 3), np.float32)).values()
         assert answer[0, -1, 0] == 16
+
+
+def test_one_request_of_a_batch_is_refused_and_the_others_are_answered(served):
+    """Four requests in one call of the backend, the third with a number that does not fit."""
+
+    def calls():
+        return int(re.search(r'nv_inference_exec_count\{model="int32".*\} (\d+)', served.server.metrics())[1])
+
+    sent = [np.array([[n, 1, 2**40 if n == 2 else 2]]) for n in range(4)]
+    with Client(served.server, "grpc") as client:
+        for _ in range(20):
+            before, done = calls(), queue.Queue()
+            for n, x in enumerate(sent):
+                answered = ft.partial(lambda done, n, result, error: done.put((n, (result, error))), done, n)
+                client.client.async_infer("int32", [client.input("x", x)], answered)
+            found = dict(done.get(timeout=30) for _ in sent)
+            assert "which int32 does not hold" in str(found[2][1])
+            for n in (0, 1, 3):
+                output = found[n][0].get_response().outputs[0].name
+                np.testing.assert_array_equal(found[n][0].as_numpy(output), sent[n] * 2 + 1)
+            if calls() == before + 1:
+                return
+    pytest.fail("the requests never came to the backend together")
 
 
 def binary_request(x, claimed=None):
@@ -312,54 +338,153 @@ def test_out_of_memory(triton, tmp_path, compiled):
         answers_rightly(server)
 
 
+# For the model.py of a version, behind its imports: writes down what happens in the model's process, a line each.
+SPY = """
+        import time
+        import jax
+        from zenith_jax.compiled import CompiledModel
+
+        log = open(folder / "happened", "a", buffering=1)
+        say = lambda what: print(time.monotonic(), what, file=log)
+        warm_up, execute = CompiledModel.warm_up, Backend.execute
+
+        def slow_warm_up(model):
+            time.sleep({warm_up})
+            warm_up(model)
+            say("warm")
+
+        def slow_execute(backend, requests):
+            say("execute " + " ".join(r.request_id() for r in requests))
+            time.sleep({execute})
+            return execute(backend, requests)
+
+        CompiledModel.warm_up, Backend.execute = slow_warm_up, slow_execute
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, *_, **__: say("compile") if event.endswith("backend_compile_duration") else None
+        )
+"""
+IMPORT = "        from zenith_jax.serving.backend import Backend\n"
+
+
+def spied(version, warm_up=0.0, execute=0.0):
+    """Makes both take so much longer. Returns a function that tells what happened: [(time.monotonic(), what)]."""
+    code = (version / "model.py").read_text()
+    assert IMPORT in code
+    spy = SPY.replace("{warm_up}", str(warm_up)).replace("{execute}", str(execute))
+    (version / "model.py").write_text(code.replace(IMPORT, IMPORT + spy))
+
+    def happened():
+        lines = (version / "happened").read_text().splitlines() if (version / "happened").exists() else []
+        return [(float(when), what) for when, what in (line.split(" ", 1) for line in lines)]
+
+    return happened
+
+
 def test_sigterm_under_load(triton, tmp_path, compiled):
-    """A request that was accepted is answered; whoever comes later is refused; nobody hangs; the exit code is 0."""
+    """24 clients, half of them over HTTP, have a request each with the server, most of them in its queue for a second
+    more. Then the signal: each gets its answer. What comes after it is answered or refused; nobody hangs."""
+    repository = zenith.serving.TritonModelRepository(tmp_path / "models")
+    happened = spied(repository.add(compiled, name="mlp", ahead_of_time=False, dynamic_batching=False), execute=0.05)
+    server = zenith.serving.TritonServer(repository.path, installation=triton, log=tmp_path / "log", exit_seconds=20)
+    count, signalled = 24, threading.Event()
+    answers, late = {}, {}
 
-    def slow(x):
-        spin = jax.lax.fori_loop(0, 60_000_000, lambda i, s: jnp.sin(s) + 1e-3, x.sum())
-        return x + 0 * spin
+    def ask(number):
+        x = rows(1 + number % 4, number)
+        with Client(server, "http" if number % 2 else "grpc") as client:
+            for into, identity in ((answers, f"early{number}"), (late, f"late{number}")):
+                try:
+                    into[identity] = wrong(x, client.infer("mlp", request_id=identity, x=x)), time.monotonic()
+                except Exception as error:
+                    into[identity] = error, time.monotonic()
+                signalled.wait(60)
 
-    with own_server(triton, tmp_path, slow=zenith.compile(slow, jnp.ones((1, 16))), mlp=compiled) as (server, _):
-        found, stop = {}, threading.Event()
+    def executed():
+        return sum(len(what.split()) - 1 for _, what in happened() if what.startswith("execute"))
 
-        def long_request():
-            with Client(server, "grpc") as client:
-                started = time.monotonic()
-                (found["answer"],) = client.infer("slow", x=rows(1)).values()
-                found["seconds"] = time.monotonic() - started
+    def accepted():
+        pending = re.search(r'nv_inference_pending_request_count\{model="mlp".*\} (\d+)', server.metrics())
+        return executed() + int(pending[1])
 
-        def background():
-            found["answered"], found["problems"] = load(server, 4, 30, stop)
-
-        threads = [threading.Thread(target=t) for t in (long_request, background)]
+    with server:
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(count)]
         for t in threads:
             t.start()
-        time.sleep(0.3)
+        until(lambda: accepted() >= count)
+        waiting, when = count - executed(), time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        stop.set()  # clients that keep a connection open keep a server waiting
+        time.sleep(0.3)  # those that are answered by then ask again
+        signalled.set()
         for t in threads:
             t.join(60)
-            assert not t.is_alive()
+            assert not t.is_alive(), "a client hangs"
         assert server.wait(60) == 0
-    np.testing.assert_array_equal(found["answer"], rows(1))
-    assert found["seconds"] > 0.3, "the request was over before the signal"
-    assert sum(found["answered"]) > 0
-    assert not [p for p in found["problems"] if p.startswith("wrong")]
+    after = [answer for answer, at in answers.values() if at > when]
+    print(f"{count} accepted, {waiting} of them waiting at the signal, {len(after)} answered after it; "
+          f"{sum(isinstance(a, Exception) for a, _ in late.values())} of {len(late)} later ones refused")  # fmt: skip
+    assert waiting > count // 3, "nothing was left to lose"
+    assert not {i: a for i, (a, _) in answers.items() if isinstance(a, Exception) or a > TOLERANCE}
+    assert len(answers) == len(late) == count and len(after) >= waiting
+    assert all(isinstance(a, Exception) or a <= TOLERANCE for a, _ in late.values())
+    lost = {i for _, what in happened() for i in what.split()[1:]} - {
+        i for i, (a, _) in {**answers, **late}.items() if not isinstance(a, Exception)
+    }
+    assert not lost, "computed, and not answered"
 
 
-def test_it_is_not_ready_before_it_is_warm(triton, tmp_path):
-    """Whenever readiness says yes, a request is answered at once by a compiled program."""
+def polled(server, model, seconds=60):
+    """Asks for readiness of the server and of the model over HTTP and gRPC, again and again, until all have said yes.
+    Returns when each said so first, and when those that were answered at all were asked."""
+    first, asked = {}, []
+    end = time.monotonic() + seconds
+    with Client(server, "http") as over_http, Client(server, "grpc") as over_grpc:
+        while len(first) < 4:
+            assert time.monotonic() < end, f"only {sorted(first)} said yes"
+            for protocol, api in (("http", over_http.client), ("grpc", over_grpc.client)):
+                for kind, ask in (("server", api.is_server_ready), ("model", ft.partial(api.is_model_ready, model))):
+                    begun = time.monotonic()
+                    try:
+                        yes = ask()
+                    except Exception:  # nobody listens yet
+                        continue
+                    asked.append(begun)
+                    if yes:
+                        first.setdefault((kind, protocol), time.monotonic())
+            time.sleep(0.005)
+    return first, asked
+
+
+def test_it_is_not_ready_before_it_is_warm(triton, tmp_path, compiled):
+    """Asked from the first moment on, while the warm-up takes a second longer: no yes comes before every program has
+    run, and no request then waits for a compiler. So at the server's start, and when a running one loads a model."""
     repository = zenith.serving.TritonModelRepository(tmp_path / "models")
-    repository.add(compiled_mlp(), name="mlp", ahead_of_time=False)
-    server = zenith.serving.TritonServer(repository.path, installation=triton, log=tmp_path / "log", exit_seconds=5)
+    happened = spied(repository.add(compiled, name="first", ahead_of_time=False), warm_up=1)
+    server = zenith.serving.TritonServer(
+        repository.path, installation=triton, explicit=True, log=tmp_path / "log", exit_seconds=5
+    )
     server.start()
     try:
-        until(server.is_ready, 60)
-        x = rows(16)
+        said_yes, _ = polled(server, "first")
+        (warm,) = [when for when, what in happened() if what == "warm"]
+        assert min(said_yes.values()) > warm
+
+        happened = spied(repository.add(compiled, name="second", ahead_of_time=False), warm_up=1)
+
+        def load():
+            with Client(server, "http") as client:
+                client.client.load_model("second")
+
+        loading = threading.Thread(target=load)
+        loading.start()
+        said_yes, asked = polled(server, "second")
+        loading.join(60)
         with Client(server, "http") as client:
-            started = time.monotonic()
-            assert wrong(x, client.infer("mlp", x=x)) <= TOLERANCE
-            assert time.monotonic() - started < 1
+            (warm,) = [when for when, what in happened() if what == "warm"]
+            assert min(when for (kind, _), when in said_yes.items() if kind == "model") > warm
+            assert min(asked) < warm - 0.5, "it was not asked while it loaded"
+            compiled_before = [what for _, what in happened()].count("compile")
+            for n in (1, 4, 16, 3):
+                assert wrong(rows(n), client.infer("second", x=rows(n))) <= TOLERANCE
+            assert [what for _, what in happened()].count("compile") == compiled_before >= 3
     finally:
         assert server.stop() == 0
