@@ -2,6 +2,7 @@
 formula, and XLA's product with bfloat16 weights.
 
     python benchmarks/h100/quantized_linear.py --json FILE
+    python benchmarks/h100/quantized_linear.py --shapes 4 --rows 1 4 8 16
 
 Each function is compiled alone and takes its weights in turn from copies that are together larger than the second-level
 cache, all copies in one program; contenders take turns, medians. The bars: 2.2 times the bfloat16 product's speed for
@@ -33,6 +34,8 @@ SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))  # k, n
 ROWS = (1, 4, 8, 16)
 GROUP = 128
 BYTES = 160 << 20  # of all copies of the weights; the second-level cache has 50 MB
+FEWEST = 8  # copies: fewer launches are over before the host has sent the next program
+PRODUCT = "bfloat16 product"
 FORMATS = ("int8", "int8 (n, k)", "int4", "int4 (n, k)")
 
 
@@ -59,23 +62,18 @@ def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(all_of_them)
 
 
-def measured(rows: int, k: int, n: int, runs: int, seconds: float) -> dict[str, float]:
-    """Microseconds of a layer by each contender."""
-    x = jax.random.normal(jax.random.key(0), (rows, k), jnp.bfloat16)
-    calls, copies = {}, {}
+def copies_of(make: Callable[[Any], tuple[Any, ...]], size_bytes: float) -> list[tuple[Any, ...]]:
+    made = jax.jit(make)
+    return [made(jax.random.key(i)) for i in range(max(FEWEST, math.ceil(BYTES / size_bytes)))]
 
-    def add(name: str, function: Callable[..., Any], make: Callable[[Any], tuple[Any, ...]], size_bytes: float) -> None:
-        count = max(2, math.ceil(BYTES / size_bytes))
-        weights = [make(jax.random.key(i)) for i in range(count)]
-        calls[name] = ft.partial(in_turn(function), x, weights)
-        copies[name] = count
 
-    add(
-        "bfloat16 product",
-        lambda x, w: x @ w,
-        lambda key: (jax.random.normal(key, (k, n), jnp.bfloat16) * k**-0.5,),
-        2 * k * n,
-    )
+def weights_of(k: int, n: int) -> dict[str, list[tuple[Any, ...]]]:
+    """{format: copies of a layer's weights, integers with their scale}."""
+
+    def bfloat16(key: Any) -> tuple[Any, ...]:
+        return (jax.random.normal(key, (k, n), jnp.bfloat16) * k**-0.5,)
+
+    weights = {PRODUCT: copies_of(bfloat16, 2 * k * n)}
     for name in FORMATS:
         is_4_bit, transposed = name.startswith("int4"), name.endswith("(n, k)")
         dtype, low = (jnp.int4, -8) if is_4_bit else (jnp.int8, -128)
@@ -85,11 +83,21 @@ def measured(rows: int, k: int, n: int, runs: int, seconds: float) -> dict[str, 
             scale = jax.random.uniform(key, (k // GROUP, n) if is_4_bit else (n,), jnp.bfloat16) / -low
             return w, scale
 
-        size_bytes = k * n / (2 if is_4_bit else 1)
-        ours = ft.partial(zenith.ops.quantized_linear, transposed=transposed)
-        add(f"{name}, ours", lambda x, w, s, f=ours: f(x, w, s), make, size_bytes)
-        if not transposed:
-            add(f"{name}, XLA", ft.partial(as_written, transposed=transposed), make, size_bytes)
+        weights[name] = copies_of(make, k * n / (2 if is_4_bit else 1))
+    return weights
+
+
+def measured(rows: int, weights: dict[str, list[tuple[Any, ...]]], runs: int, seconds: float) -> dict[str, float]:
+    """Microseconds of a layer by each contender."""
+    x = jax.random.normal(jax.random.key(0), (rows, weights[PRODUCT][0][0].shape[0]), jnp.bfloat16)
+    calls = {PRODUCT: ft.partial(in_turn(lambda x, w: x @ w), x, weights[PRODUCT])}
+    copies = {PRODUCT: len(weights[PRODUCT])}
+    for name in FORMATS:
+        transposed = name.endswith("(n, k)")
+        contenders = {"ours": zenith.ops.quantized_linear, "XLA": as_written}
+        for who, function in list(contenders.items())[: 2 - transposed]:
+            calls[f"{name}, {who}"] = ft.partial(in_turn(ft.partial(function, transposed=transposed)), x, weights[name])
+            copies[f"{name}, {who}"] = len(weights[name])
     times = interleaved(calls, runs=runs, seconds=seconds)
     return {name: 1e6 * s / copies[name] for name, s in times.items()}
 
@@ -98,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--shapes", type=int, default=2, help="how many of the shapes, default 2")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args(arguments)
     console = Console(width=160)
@@ -111,14 +121,15 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"zenith {zenith.__version__}: {here.text()}", highlight=False)
     table = Table(title=f"bfloat16 x, int8 of one scale a feature, int4 in groups of {GROUP}: us", title_justify="left")
     found = []
-    for k, n in SHAPES:
-        for rows in ROWS:
-            us = measured(rows, k, n, options.runs, options.seconds)
+    for k, n in SHAPES[: options.shapes]:
+        weights = weights_of(k, n)
+        for rows in options.rows:
+            us = measured(rows, weights, options.runs, options.seconds)
             if not found:
                 for column in ("rows x k x n", *us, "int8 of bfloat16", "int4 of bfloat16"):
                     table.add_column(column, justify="right")
             found.append({"rows": rows, "k": k, "n": n, "us": us})
-            product = us["bfloat16 product"]
+            product = us[PRODUCT]
             ratios = (f"{product / us[f'{name}, ours']:.2f} x" for name in ("int8", "int4"))
             table.add_row(f"{rows} x {k} x {n}", *(f"{t:.2f}" for t in us.values()), *ratios)
     console.print(table)

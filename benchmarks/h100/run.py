@@ -39,13 +39,14 @@ class Benchmark:
 
 
 BENCHMARKS = (
-    Benchmark("attention.py", 120, ("--runs", "5", "--seconds", "0.2")),
+    Benchmark("attention.py", 110, ("--runs", "5", "--seconds", "0.2")),
     Benchmark("attention_masks.py", 60, ("--runs", "5", "--seconds", "0.2")),
-    Benchmark("attention_crossover.py", 60),
-    Benchmark("rows.py", 70, ("--seconds", "0.1")),
-    Benchmark("linear.py", 60, ("--shapes", "1", "--chain", "gelu_erf")),
+    Benchmark("attention_crossover.py", 50),
+    Benchmark("rows.py", 60, ("--seconds", "0.1")),
+    Benchmark("linear.py", 50, ("--shapes", "1", "--chain", "gelu_erf")),
     Benchmark("linear_cross_entropy.py", 45),
-    Benchmark("against_a_copy.py", 30),
+    Benchmark("quantized_linear.py", 40, ("--runs", "5", "--rows", "1", "16")),
+    Benchmark("against_a_copy.py", 29),
     Benchmark("gpt2_train_step.py", 95, ("--runs", "12")),
 )
 

@@ -16,8 +16,8 @@ namespace zenith {
 /// 4 bits the number of elements in a row of w is even. y aliases no operand. param_dtype: `dtype`
 /// or float32.
 ///
-/// CUDA: float16 and bfloat16, at most kQuantizedRows rows; k and n are multiples of 16 (of 64, k
-/// if `transposed`), as is k / groups.
+/// CUDA: float16 and bfloat16, at most kQuantizedRows rows; k / groups a multiple of 16, or of 64
+/// if `transposed`; n of 16, or of 32 of 4 bits if not `transposed`.
 struct QuantizedLinearArgs {
   DType dtype, param_dtype;
   int32_t bits;

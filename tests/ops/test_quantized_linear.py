@@ -12,7 +12,15 @@ import pytest
 
 from zenith_jax import ops
 
+# XLA's code for float32, where it runs on a GPU, would round the operands to TensorFloat-32.
+pytestmark = pytest.mark.usefixtures("exact_products")
 ROUNDOFF = {jnp.float32: 2**-24, jnp.bfloat16: 2**-8, jnp.float16: 2**-11}
+
+
+@pytest.fixture
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def weights(k, n, dtype, transposed, seed=0):
@@ -45,6 +53,17 @@ def check(rows, k, n, groups, dtype, w_dtype, transposed, scale_dtype=None, edit
 
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX's default is a GPU, which takes other sizes")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU: what XLA hands to the kernel there")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("w_dtype", [jnp.int8, jnp.int4])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "groups", "scale_dtype"), [((1,), 1, None), ((2, 5), 4, jnp.float32)], ids=str)
+def test_on_a_gpu_the_kernel_reads_weights_as_they_are_stored(rows, groups, scale_dtype, transposed, w_dtype, dtype):
+    """int4 two in a byte, the first in the lower half."""
+    text = check(rows, 512, 288, groups, dtype, w_dtype, transposed, scale_dtype)
+    assert "zenith_quantized_linear_fwd" in text
 
 
 @on_cpu
@@ -89,6 +108,7 @@ def test_empty_arrays_give_what_the_formula_gives(shape, n):
     assert found.shape == (*shape[:-1], n) and not np.any(found)  # a sum of nothing is 0
 
 
+@on_cpu  # float32 is XLA's code elsewhere, whose sums depend on the number of rows
 def test_a_row_does_not_depend_on_the_others():
     _, w = weights(96, 64, jnp.int8, False)
     x, scale = jnp.asarray(np.random.default_rng(1).normal(size=(7, 96)), jnp.float32), jnp.ones(64)
@@ -115,6 +135,7 @@ def test_gradients_inside_jit_are_those_of_the_widened_weights():
     np.testing.assert_allclose(dbias, dy.sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 def test_in_a_program_for_several_devices_xla_splits_the_product():
     """The kernel would have all of x and w on every device."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "d")

@@ -222,13 +222,41 @@ def test_a_gradient_of_a_fused_layer_is_right():
     assert_error_ratio(fused, plain, in_float64(gradient)(x, s, b), floor_ulps=16.0)
 
 
-def test_on_a_gpu_it_is_taken_on_request():
+def _on_a_gpu(x, w, scale, use_cost):
+    def layer(x, w, scale):
+        k, n = w.shape
+        if scale.ndim == 1:
+            return (x @ w.astype(x.dtype)) * scale
+        return x @ (w.astype(x.dtype).reshape(len(scale), -1, n) * scale[:, None]).reshape(k, n)
+
+    shapes = [jax.ShapeDtypeStruct(*a) for a in (x, w, scale)]
+    graph = Graph.of(jax.make_jaxpr(layer)(*shapes))
+    return [m.op for m in plan(graph, Context("cuda", use_cost=use_cost))]
+
+
+def test_on_a_gpu_few_weights_are_taken_on_request():
     """And as far as the kernel goes."""
 
     def found(rows, use_cost):
-        args = jnp.ones((rows, 64), jnp.bfloat16), jnp.ones((64, 32), jnp.int8), jnp.ones(32, jnp.bfloat16)
-        graph = Graph.of(jax.make_jaxpr(lambda x, w, s: (x @ w.astype(x.dtype)) * s)(*args))
-        return [m.op for m in plan(graph, Context("cuda", use_cost=use_cost))]
+        x, w, scale = ((rows, 64), jnp.bfloat16), ((64, 32), jnp.int8), ((32,), jnp.bfloat16)
+        return _on_a_gpu(x, w, scale, use_cost)
 
     assert found(16, False) == ["quantized_linear"]
     assert found(16, True) == [] and "quantized_linear" not in found(17, False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "w_dtype", "groups", "taken"),
+    [
+        (16, 4096, jnp.int4, 32, True),
+        (16, 2048, jnp.int4, 16, False),
+        (16, 4096, jnp.int4, None, False),
+        (1, 4096, jnp.int8, None, True),
+        (1, 2048, jnp.int8, None, False),
+        (2, 4096, jnp.int8, None, False),
+    ],
+)
+def test_the_rule_of_a_gpu(rows, k, w_dtype, groups, taken):
+    x, w = ((rows, k), jnp.bfloat16), ((k, 4096), w_dtype)
+    scale = ((groups, 4096) if groups else (4096,), jnp.bfloat16)
+    assert _on_a_gpu(x, w, scale, True) == (["quantized_linear"] if taken else [])

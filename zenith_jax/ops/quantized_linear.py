@@ -21,8 +21,9 @@ from zenith_jax.ops._op import absent, as_batches, check_kernel_dtype, is_absent
 
 WEIGHT_DTYPES = (jnp.int8, jnp.int4)
 CUDA_ROWS = 16  # kQuantizedRows in ffi/kernels/quantized_linear.h: the rows of one tensor-core tile
-CUDA_ALIGNED = 16  # weights that a thread loads together; of k, four threads' where w is (n, k)
-CUDA_ALIGNED_TRANSPOSED = 64
+# k of a group, and n, of the kernel for CUDA: its steps, and whole pieces of 16 bytes.
+CUDA_K, CUDA_K_TRANSPOSED = 16, 64
+CUDA_N, CUDA_N_4_BIT = 16, 32
 
 
 def unsupported(
@@ -51,11 +52,12 @@ def unsupported(
             "the kernel is for up to {most} rows, got {rows}: XLA widens the weights once for all of them",
             dict(most=CUDA_ROWS, rows=rows),
         )
-    aligned = CUDA_ALIGNED_TRANSPOSED if transposed else CUDA_ALIGNED
-    if (k // groups) % aligned or n % CUDA_ALIGNED:
+    k_step = CUDA_K_TRANSPOSED if transposed else CUDA_K
+    n_step = CUDA_N_4_BIT if is_4_bit and not transposed else CUDA_N
+    if (k // groups) % k_step or n % n_step:
         return Refusal(
             "groups of {k} features must be a multiple of {a}, and {n} results of {b}",
-            dict(k=k // groups, a=aligned, n=n, b=CUDA_ALIGNED),
+            dict(k=k // groups, a=k_step, n=n, b=n_step),
         )
     return None
 
