@@ -73,9 +73,9 @@ bool FitsHopperModified(const AttentionProblem& p) {
 /// has not been measured.
 bool FitsDecode(const AttentionProblem& p) {
   constexpr int64_t kMaxQueries = 16, kMaxRows = 64;  // rows: of the heads that share keys
-  constexpr int64_t kMinKeys = 256;
+  constexpr int64_t kMinKeys = 256, kMaxGrid = 65535;
   return p.dtype != DType::kF32 && p.q_len <= kMaxQueries && p.q_len * p.groups <= kMaxRows &&
-         p.kv_len >= kMinKeys && IsHopper();
+         p.kv_len >= kMinKeys && p.batch <= kMaxGrid && p.kv_heads * 4 <= kMaxGrid && IsHopper();
 }
 
 /// Short problems are a tile or less of the kernels for Hopper, and the older ones' tiles are

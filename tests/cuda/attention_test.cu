@@ -190,7 +190,7 @@ std::vector<float> Delta(const Problem& p, const Array& out, const Array& dout, 
   return delta;
 }
 
-void Test(Report& report, const Problem& p) {
+void Test(Report& report, const Problem& p, bool forward_only) {
   report.Problem(p.dtype, p.text());
   Random random(5);
   const int64_t queries = p.batch * p.heads() * p.q_len, keys = p.batch * p.kv_heads * p.kv_len;
@@ -290,6 +290,7 @@ void Test(Report& report, const Problem& p) {
     report.Compare("attention forward", "lse_rest", rest, want_rest,
                    [&](int64_t) { return 2 * kFloatRoundoff * (32 + 4 * logit); });
 
+  if (forward_only) return;
   // Both kernels get the naive out and lse. Each has its own delta: the naive ones' is float64's.
   Array dlse;
   if (p.lse_used) dlse = Array(DType::kF32, random.Normals(queries));
@@ -625,6 +626,13 @@ void AddSmall(std::vector<Problem>& problems, DType dtype) {
     problems.push_back({.dtype = dtype,
                         .groups = 3,
                         .q_len = 2,
+                        .kv_len = 1037,
+                        .qk_dim = d,
+                        .v_dim = d,
+                        .interval = "1001"});
+    problems.push_back({.dtype = dtype,
+                        .groups = 3,
+                        .q_len = 2,
                         .kv_len = 525,
                         .qk_dim = d,
                         .v_dim = d - 8,
@@ -642,11 +650,14 @@ void AddSmall(std::vector<Problem>& problems, DType dtype) {
                       .bias = "00010"});
 }
 
-int Main(bool small) {
+int Main(bool small, bool decoding) {
   Report report;
   for (const DType dtype : kDTypes) {
     std::vector<Problem> problems;
-    if (small) {
+    if (decoding) {
+      if (dtype == DType::kF32) continue;
+      for (const int64_t d : {64, 128, 256}) AddDecoding(problems, dtype, d);
+    } else if (small) {
       AddSmall(problems, dtype);
     } else {
       AddSizes(problems, dtype);
@@ -655,7 +666,7 @@ int Main(bool small) {
         AddDecoding(problems, dtype, d);
       }
     }
-    for (const Problem& problem : problems) Test(report, problem);
+    for (const Problem& problem : problems) Test(report, problem, decoding);
   }
   return report.Finish();
 }
@@ -663,4 +674,8 @@ int Main(bool small) {
 }  // namespace
 }  // namespace zenith::test
 
-int main(int argc, char** argv) { return zenith::test::Main(zenith::test::IsSmall(argc, argv)); }
+/// `--decoding`: few queries over many keys alone, forward.
+int main(int argc, char** argv) {
+  const bool decoding = argc > 1 && std::strcmp(argv[1], "--decoding") == 0;
+  return zenith::test::Main(zenith::test::IsSmall(argc, argv), decoding);
+}

@@ -105,7 +105,7 @@ def _cuda_cross_entropy(case: dict[str, Any], differentiated: bool) -> Refusal |
 # backward: 0.2 M logits (b1 h12 s128) 5.9/6.7, 17/21; 1.6 M 12.3/10.9, 37/27; 3.1 M 13.8/13.2, 49/42; 25 M 93/30,
 # 287/114 (H100, 2026-11-26).
 _CUDA_LOGITS = 2**20
-# Decoding is bound by reading keys and values: b1 h32/8 d128 of 16384 keys, half a million logits, XLA 44, ours 34;
+# Decoding is bound by reading keys and values: b1 h32/8 d128 of 16384 keys, half a million logits, XLA 37, ours 28;
 # fewer are not measured.
 _CUDA_DECODED_QUERIES, _CUDA_DECODED_LOGITS = 16, 2**19
 # float32 is exact in our kernels, by three TensorFloat-32 products for each of XLA's one (errors 1e-6 and 6e-4). d64:

@@ -5,39 +5,44 @@
 // The keys of a row tile are dealt out in tiles of kCols to all warps of a cluster of blocks. Each
 // warp has a ring of buffers and a running softmax of its own and meets nobody on the way
 // (Flash-decoding: Dao et al. 2023, crfm.stanford.edu/2023/10/12/flashdecoding). At the end the
-// blocks of the cluster read each other's partial sums in shared memory: no scratch in global
-// memory, no second launch, and sums in one order, so bit-reproducible.
+// blocks of the cluster send each other their partial sums: no scratch in global memory, no second
+// launch, and sums in one order, so bit-reproducible.
 #pragma once
 
-#include <cooperative_groups.h>
-
 #include <algorithm>
+#include <array>
 
 #include "cuda/attention/kernels.h"
 #include "cuda/attention/score.cuh"
+#include "cuda/core/cluster.cuh"
 
 namespace zenith::attention::hopper {
 
-template <typename T_, int kDim_, int kCols_, int kStages_, int kBlocksPerSm_>
+/// kScores: bias, mask, segments or a cap, which are half of the code.
+template <typename T_, int kDim_, int kCols_, int kStages_, int kWarps_, int kBlocksPerSm_,
+          bool kScores_>
 struct DecodeConfig {
   using T = T_;
   static constexpr int kDim = kDim_;        // features, padded; of query, key and value
   static constexpr int kCols = kCols_;      // keys per tile of a warp, a multiple of 16
   static constexpr int kStages = kStages_;  // tiles of keys and values that a warp has room for
+  static constexpr int kWarps = kWarps_, kThreads = kWarps * kWarpSize;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr bool kScores = kScores_;
   static constexpr bool kQueryInRegisters = kDim <= 128;
-  static constexpr int kRows = 16, kWarps = 4, kThreads = kWarps * kWarpSize;
+  static constexpr int kRows = 16;
   static constexpr int kMaxCluster = 16;  // above 8 a kernel must ask for it
   static constexpr int kTileBytes = kCols * kDim * int{sizeof(T)};
   static constexpr int kWarpBytes = kStages * 2 * kTileBytes;
   static constexpr int kQueryBytes = kRows * kDim * int{sizeof(T)};
   static constexpr int kTilesBytes = kQueryBytes + kWarps * kWarpBytes;
   static constexpr int kStatisticsBytes = kWarps * kRows * int{sizeof(float2)};
-  static constexpr int kWeightsBytes = (kMaxCluster * kWarps + 1) * kRows * int{sizeof(float)};
-  static constexpr int kSharedBytes = kTilesBytes + kStatisticsBytes + kWeightsBytes;
+  // Sums are handed on in parts of four features, each with its row's maximum and sum.
+  static constexpr int kPartsPerRow = kDim / 4, kMostParts = kRows * kPartsPerRow + kMaxCluster;
+  static constexpr int kInboxBytes = kMostParts * int{sizeof(float4) + sizeof(float2)};
+  static constexpr int kSharedBytes = kTilesBytes + kStatisticsBytes + kInboxBytes + 8;
   // A warp's partial sums take the place of its buffers.
   static_assert(kRows * kDim * int{sizeof(float)} <= kWarpBytes);
-  static_assert(kThreads % kRows == 0 && kMaxCluster * kWarps % (kThreads / kRows) == 0);
 };
 
 /// A row of the tile: a query of one head of the group, and which keys it may see.
@@ -144,68 +149,87 @@ __device__ __forceinline__ void DecodeScores(
     for (int i = 0; i < 4; ++i) scores[0][n][i] += odd[n][i];
 }
 
+/// What a row's sum weighs beside one whose maximum is `max`, the larger; nothing without a key.
+__device__ __forceinline__ float DecodeWeight(float own_max, float max) {
+  return Exp2((own_max - (max == -INFINITY ? 0.f : max)) * kLog2E);
+}
+
+/// Grid: blocks of the cluster, row tiles of key/value heads, batch.
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     hopper_attention_decode_kernel(const __grid_constant__ AttentionForwardArgs args) {
-  namespace cg = cooperative_groups;
   using T = typename Config::T;
   constexpr int kDim = Config::kDim, kCols = Config::kCols, kRows = Config::kRows;
   constexpr int kWarps = Config::kWarps, kStages = Config::kStages;
   using Layout = TileLayout<T, kDim>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
-  const cg::cluster_group cluster = cg::this_cluster();
-  const int blocks = static_cast<int>(cluster.num_blocks());
-  const int block = static_cast<int>(cluster.block_rank());
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
   const int qk_dim = static_cast<int>(args.qk_dim), v_dim = static_cast<int>(args.v_dim);
 
   const int all_rows = static_cast<int>(args.groups) * q_len;
-  const int row_tiles = (all_rows + kRows - 1) / kRows;
-  const int index = static_cast<int>(blockIdx.x) / blocks;
-  const int row0 = index % row_tiles * kRows, rows = min(kRows, all_rows - row0);
   HeadIndex head;  // the first of the group
-  head.kv_head = index / row_tiles % args.kv_heads;
-  head.batch = index / row_tiles / args.kv_heads;
+  head.batch = blockIdx.z;
+  head.kv_head = blockIdx.y;
+  int row0 = 0;
+  if (all_rows > kRows) {
+    const int row_tiles = (all_rows + kRows - 1) / kRows, index = static_cast<int>(blockIdx.y);
+    head.kv_head = index / row_tiles;
+    row0 = index % row_tiles * kRows;
+  }
+  const int rows = min(kRows, all_rows - row0);
   head.head = head.kv_head * args.groups, head.group = 0;
   const T* key =
       RowPointer(static_cast<const T*>(args.key), args.key_strides, head.batch, head.kv_head, 0);
   const T* value = RowPointer(static_cast<const T*>(args.value), args.value_strides, head.batch,
                               head.kv_head, 0);
-  const int32_t* key_segments =
-      args.key_segments ? args.key_segments + ScoreOffset(args.key_segments_strides, head)
-                        : nullptr;
 
   const uint32_t query_tile = SharedAddress(shared);
+#pragma unroll 1
   for (int i = threadIdx.x; i < kRows * Layout::kChunksPerRow; i += Config::kThreads) {
     const int row = i / Layout::kChunksPerRow, chunk = i % Layout::kChunksPerRow;
-    const int group = (row0 + row) / q_len, t = (row0 + row) % q_len;
     const bool valid = row < rows && chunk * Layout::kChunk < qk_dim;
     const T* source = static_cast<const T*>(args.query);
-    if (valid)
+    if (valid) {
+      int group = row0 + row, t = 0;
+      if (q_len > 1) t = group % q_len, group /= q_len;
       source = RowPointer(source, args.query_strides, head.batch, head.head + group, t) +
                chunk * Layout::kChunk;
+    }
     CpAsync16(query_tile + Layout::Offset(row, chunk), source, valid);
   }
   CpAsyncCommit();
 
-  // Keys that some row sees. Each warp takes every (kWarps * blocks)-th of their tiles.
-  const Band band(args);
-  const DecodeRow own = MakeDecodeRow(args, band, head, row0 + lane % kRows);
-  const bool empty = own.begin >= own.end;
-  const int begin = __reduce_min_sync(kAllLanes, empty ? INT_MAX : own.begin);
-  const int end = __reduce_max_sync(kAllLanes, empty ? 0 : own.end);
-  // Between these all rows see all keys, if nothing but band and intervals forbids them.
-  const int all_begin = __reduce_max_sync(kAllLanes, own.begin);
-  const int all_end = __reduce_min_sync(kAllLanes, own.end);
-  const bool capped = args.softcap > 0, plain = !args.bias && !args.mask && !key_segments;
+  // Keys that some row sees. Each warp takes every (kWarps * blocks)-th of their tiles. Between
+  // all_begin and all_end all rows see all keys, if nothing but band and intervals forbids them.
+  int begin = 0, end = kv_len, all_begin = 0, all_end = kv_len;
+  DecodeRow row_of_lane[2] = {};  // of the scores that this lane holds
+  row_of_lane[0].end = row_of_lane[1].end = kv_len;
+  if (Config::kScores || args.interval || args.left < kUnbounded || args.right < kUnbounded) {
+    const Band band(args);
+    const DecodeRow own = MakeDecodeRow(args, band, head, row0 + lane % kRows);
+    const bool empty = own.begin >= own.end;
+    begin = __reduce_min_sync(kAllLanes, empty ? INT_MAX : own.begin);
+    end = __reduce_max_sync(kAllLanes, empty ? 0 : own.end);
+    all_begin = __reduce_max_sync(kAllLanes, own.begin);
+    all_end = __reduce_min_sync(kAllLanes, own.end);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const DecodeRow row = MakeDecodeRow(args, band, head, row0 + lane / 4 + 8 * half);
+      (half == 0 ? row_of_lane[0] : row_of_lane[1]) = row;
+    }
+  }
+  const int32_t* key_segments = nullptr;
+  bool capped = false, plain = true;
+  if constexpr (Config::kScores) {
+    if (args.key_segments)
+      key_segments = args.key_segments + ScoreOffset(args.key_segments_strides, head);
+    capped = args.softcap > 0, plain = !args.bias && !args.mask && !key_segments;
+  }
   const int first = begin < end ? begin / kCols : 0;
   const int tiles = begin < end ? (end + kCols - 1) / kCols - first : 0;
   const int stride = kWarps * blocks;
-  DecodeRow row_of_lane[2];  // of the scores that this lane holds
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    row_of_lane[half] = MakeDecodeRow(args, band, head, row0 + lane / 4 + 8 * half);
 
   const uint32_t stages = query_tile + Config::kQueryBytes + warp * Config::kWarpBytes;
   const TileCopy<kCols, kDim, T> keys(key, args.key_strides.length, qk_dim);
@@ -221,10 +245,29 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     next += stride;
     if (++next_stage == kStages) next_stage = 0;
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load_next();
+
+  // The other blocks' sums come to the inbox, and count at `arrived`.
+  const int parts = rows * Config::kPartsPerRow;  // dealt out to the blocks
+  const int own_parts = (parts - block + blocks - 1) / blocks;
+  const int most_parts = (parts + blocks - 1) / blocks;
+  unsigned char* const inbox = shared + Config::kTilesBytes + Config::kStatisticsBytes;
+  float4* const inbox_sums = reinterpret_cast<float4*>(inbox);
+  float2* const inbox_statistics = reinterpret_cast<float2*>(inbox_sums + Config::kMostParts);
+  const uint32_t arrived = SharedAddress(inbox + Config::kInboxBytes);
+  if (blocks > 1) {
+    if (threadIdx.x == 0) {
+      BarrierInit(arrived, 1);
+      BarrierInitFence();
+    }
+    ClusterArrive();
+  }
   CpAsyncWait<kStages - 1>();  // the query
   __syncthreads();
+  if (blocks > 1 && threadIdx.x == 0)
+    BarrierExpect(arrived, static_cast<uint32_t>(own_parts * blocks) *
+                               uint32_t{sizeof(float4) + sizeof(float2)});
 
   const uint32_t lane_query = query_tile + Layout::LaneOffset(lane);
   Operand<T, 4> query[Config::kQueryInRegisters ? Layout::kSteps : 1];
@@ -250,7 +293,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[0][j][i] *= scale;
-    if (capped)
+    if (Config::kScores && capped)
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
@@ -264,10 +307,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           const int s = s0 + 8 * j + i % 2;
           float& score = scores[0][j][i];
           bool allowed = s >= row.begin && s < row.end;
-          if (args.bias && allowed) score += LoadBias(args, row.bias + s * args.bias_strides.key);
-          if (args.mask && allowed) allowed = args.mask[row.mask + s * args.mask_strides.key];
-          if (key_segments && allowed)
-            allowed = key_segments[s * args.key_segments_strides.key] == row.segment;
+          if constexpr (Config::kScores) {
+            if (args.bias && allowed) score += LoadBias(args, row.bias + s * args.bias_strides.key);
+            if (args.mask && allowed) allowed = args.mask[row.mask + s * args.mask_strides.key];
+            if (key_segments && allowed)
+              allowed = key_segments[s * args.key_segments_strides.key] == row.segment;
+          }
           if (!allowed) score = -INFINITY;
         }
     float decay[2];
@@ -306,109 +351,118 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   float* partials = reinterpret_cast<float*>(shared + Config::kQueryBytes);  // of warp 0
   constexpr int kPartialStride = Config::kWarpBytes / int{sizeof(float)};
   float2* statistics = reinterpret_cast<float2*>(shared + Config::kTilesBytes);
-  float* weights =
-      reinterpret_cast<float*>(shared + Config::kTilesBytes + Config::kStatisticsBytes);
-  float* inverse = weights + Config::kMaxCluster * kWarps * kRows;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;
     sum[half] += __shfl_xor_sync(kAllLanes, sum[half], 1);
     sum[half] += __shfl_xor_sync(kAllLanes, sum[half], 2);
+    if (row >= rows) continue;
     if (lane % 4 == 0) statistics[warp * kRows + row] = {max[half], sum[half]};
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j)
       *reinterpret_cast<float2*>(partials + warp * kPartialStride + row * kDim + 8 * j +
                                  lane % 4 * 2) = {acc[0][j][2 * half], acc[0][j][2 * half + 1]};
   }
-  cluster.sync();
-
-  // What each warp's sum weighs: 2^(its maximum - that of all). Some lanes share a row.
-  constexpr int kLanesPerRow = Config::kThreads / kRows;
-  constexpr int kPartsPerLane = Config::kMaxCluster * kWarps / kLanesPerRow;
-  const int own_row = threadIdx.x / kLanesPerRow;
-  float2 parts[kPartsPerLane];
-  float row_max = -INFINITY, row_sum = 0;
-#pragma unroll
-  for (int i = 0; i < kPartsPerLane; ++i) {
-    const int part = i * kLanesPerRow + lane % kLanesPerRow;
-    parts[i] = {-INFINITY, 0};
-    if (part < blocks * kWarps)
-      parts[i] =
-          cluster.map_shared_rank(statistics, part / kWarps)[part % kWarps * kRows + own_row];
-    row_max = fmaxf(row_max, parts[i].x);
-  }
-  row_max = WarpAllReduce<Max>(row_max, kLanesPerRow);
-  const float shift = row_max == -INFINITY ? 0.f : row_max;
-#pragma unroll
-  for (int i = 0; i < kPartsPerLane; ++i) {
-    const float weight = Exp2((parts[i].x - shift) * kLog2E);
-    weights[(i * kLanesPerRow + lane % kLanesPerRow) * kRows + own_row] = weight;
-    row_sum += weight * parts[i].y;
-  }
-  row_sum = WarpAllReduce<Add>(row_sum, kLanesPerRow);
-  if (lane % kLanesPerRow == 0) {
-    inverse[own_row] = 1.f / row_sum;  // infinite, and out NaN, without an allowed key
-    if (block == 0 && own_row < rows)
-      WriteLse(args, FirstRow(args, head) + row0 + own_row, row_sum == 0, row_max, logf(row_sum));
-  }
   __syncthreads();
-  for (int i = block * Config::kThreads + threadIdx.x; i < rows * kDim;
-       i += blocks * Config::kThreads) {
-    const int row = i / kDim, e = i % kDim;
-    if (e >= v_dim) continue;
-    float total = 0;
+  if (blocks > 1) ClusterWait();  // all have begun
+
+  const auto finish = [&](int part, float row_max, float row_sum, float4 total) {
+    const int row = part / Config::kPartsPerRow, e = part % Config::kPartsPerRow * 4;
+    if (e == 0)
+      WriteLse(args, FirstRow(args, head) + row0 + row, row_sum == 0, row_max, logf(row_sum));
+    if (e >= v_dim) return;
+    const float inverse = 1.f / row_sum;  // infinite, and out NaN, without an allowed key
+    float out[4] = {total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse};
+    if (row_sum == 0 && args.masked_row == MaskedRow::kMean) {
+#pragma unroll 1
+      for (int i = 0; i < 4; ++i) {
+        float mean = 0;
 #pragma unroll 8
-    for (int j = 0; j < blocks * kWarps; ++j)
-      total += weights[j * kRows + row] *
-               cluster.map_shared_rank(partials,
-                                       j / kWarps)[j % kWarps * kPartialStride + row * kDim + e];
-    total *= inverse[row];
-    if (isinf(inverse[row]) && args.masked_row == MaskedRow::kMean) {
-      total = 0;
-#pragma unroll 8
-      for (int64_t s = 0; s < kv_len; ++s)
-        total += ToFloat(value[s * args.value_strides.length + e]);
-      total /= static_cast<float>(kv_len);
+        for (int64_t s = 0; s < kv_len; ++s)
+          mean += ToFloat(value[s * args.value_strides.length + e + i]);
+        mean /= static_cast<float>(kv_len);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) out[j] = i == j ? mean : out[j];
+      }
     }
-    const int group = (row0 + row) / q_len, t = (row0 + row) % q_len;
-    RowPointer(static_cast<T*>(args.out), args.out_strides, head.batch, head.head + group, t)[e] =
-        FromFloat<T>(total);
+    int group = row0 + row, t = 0;
+    if (q_len > 1) t = group % q_len, group /= q_len;
+    T* const to =
+        RowPointer(static_cast<T*>(args.out), args.out_strides, head.batch, head.head + group, t);
+    *reinterpret_cast<uint2*>(to + e) = {PackPair<T>(out[0], out[1]), PackPair<T>(out[2], out[3])};
+  };
+
+  // The warps' sums; with one block they are the result.
+#pragma unroll 1
+  for (int part = threadIdx.x; part < parts; part += Config::kThreads) {
+    const int row = part / Config::kPartsPerRow;
+    float2 of_warp[kWarps];
+    float row_max = -INFINITY, row_sum = 0;
+    float4 total = {};
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      of_warp[i] = statistics[i * kRows + row];
+      row_max = fmaxf(row_max, of_warp[i].x);
+    }
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      const float weight = DecodeWeight(of_warp[i].x, row_max);
+      const float4 sums = reinterpret_cast<const float4*>(partials + i * kPartialStride)[part];
+      row_sum += weight * of_warp[i].y;
+      total.x += weight * sums.x, total.y += weight * sums.y;
+      total.z += weight * sums.z, total.w += weight * sums.w;
+    }
+    if (blocks == 1) {
+      finish(part, row_max, row_sum, total);
+      continue;
+    }
+    const int to = block * most_parts + part / blocks;
+    StoreTo(part % blocks, SharedAddress(inbox_sums + to), arrived, total);
+    StoreTo(part % blocks, SharedAddress(inbox_statistics + to), arrived, float2{row_max, row_sum});
   }
-  cluster.sync();  // others may still read this block's sums
+  if (blocks == 1) return;
+
+  // The blocks' sums, a lane for each block.
+  BarrierWait(arrived, 0);
+  constexpr int kLanes = Config::kMaxCluster;
+  const int from = static_cast<int>(threadIdx.x) % kLanes;
+#pragma unroll 1
+  for (int i = threadIdx.x / kLanes; i < (own_parts + 1) / 2 * 2; i += Config::kThreads / kLanes) {
+    float2 of_block = {-INFINITY, 0};
+    float4 total = {};
+    if (from < blocks && i < own_parts) {
+      of_block = inbox_statistics[from * most_parts + i];
+      total = inbox_sums[from * most_parts + i];
+    }
+    const float row_max = WarpAllReduce<Max>(of_block.x, kLanes);
+    const float weight = DecodeWeight(of_block.x, row_max);
+    const float row_sum = WarpAllReduce<Add>(weight * of_block.y, kLanes);
+    total.x = WarpAllReduce<Add>(weight * total.x, kLanes);
+    total.y = WarpAllReduce<Add>(weight * total.y, kLanes);
+    total.z = WarpAllReduce<Add>(weight * total.z, kLanes);
+    total.w = WarpAllReduce<Add>(weight * total.w, kLanes);
+    if (from == 0 && i < own_parts) finish(i * blocks + block, row_max, row_sum, total);
+  }
 }
 
-/// For problems that FitsTensorCores (cuda/attention.cu) admits, of 16-bit types.
+/// For problems that FitsTensorCores (cuda/attention.cu) admits, of 16-bit types. `cluster`: blocks
+/// of a key/value head.
 template <typename Config>
-Status LaunchDecode(const AttentionForwardArgs& args, const Launch& launch) {
+Status LaunchDecode(const AttentionForwardArgs& args, int cluster, const Launch& launch) {
   const auto kernel = hopper_attention_decode_kernel<Config>;
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Config::kSharedBytes);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           Config::kSharedBytes);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return Status{cudaGetErrorString(error)};
-
-  // The cluster with which the device works through all keys soonest, a block a multiprocessor at a
-  // time, if it gains a tenth: blocks cost some time each. Two tiles a warp at least.
   const int64_t row_tiles = (args.groups * args.q_len + Config::kRows - 1) / Config::kRows;
-  const int64_t items = args.batch * args.kv_heads * row_tiles;
-  const int64_t slots = processors;
-  const int64_t most = args.kv_len / (2 * Config::kWarps * Config::kCols);
-  int64_t cluster = 1, rounds = (items + slots - 1) / slots;
-  for (int64_t c = 2; c <= std::min<int64_t>(most, Config::kMaxCluster); c *= 2) {
-    const int64_t rounds_of_c = (items * c + slots - 1) / slots;
-    if (10 * rounds_of_c * cluster < 9 * rounds * c) cluster = c, rounds = rounds_of_c;
-  }
-
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(items * cluster));
+  config.gridDim =
+      dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(args.kv_heads * row_tiles),
+           static_cast<unsigned>(args.batch));
   config.blockDim = dim3(Config::kThreads);
   config.dynamicSmemBytes = Config::kSharedBytes;
   config.stream = launch.stream;
@@ -416,6 +470,36 @@ Status LaunchDecode(const AttentionForwardArgs& args, const Launch& launch) {
   config.numAttrs = 1;
   error = cudaLaunchKernelEx(&config, kernel, args);
   return error == cudaSuccess ? LastLaunch() : Status{cudaGetErrorString(error)};
+}
+
+/// How many clusters of each size the device runs at once. Asked for once: the devices of a process
+/// are taken to be alike.
+template <typename Config>
+const std::array<int, Config::kMaxCluster + 1>& DecodeClusters() {
+  static const auto clusters = [] {
+    std::array<int, Config::kMaxCluster + 1> most = {};
+    const auto kernel = hopper_attention_decode_kernel<Config>;
+    (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               Config::kSharedBytes);
+    (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    for (unsigned size = 1; size <= Config::kMaxCluster; ++size) {
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {size, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(size);
+      config.blockDim = dim3(Config::kThreads);
+      config.dynamicSmemBytes = Config::kSharedBytes;
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+      if (cudaOccupancyMaxActiveClusters(&most[size], kernel, &config) != cudaSuccess) {
+        most[size] = 0;
+        (void)cudaGetLastError();
+      }
+    }
+    return most;
+  }();
+  return clusters;
 }
 
 }  // namespace zenith::attention::hopper
