@@ -31,6 +31,7 @@ struct LinearOperands {
   int64_t k, n;
   const float *x, *w, *bias, *residual;
   float *y, *pre;
+  const float* scale = nullptr;  // of each column of x @ w, before the bias is added
 };
 
 /// One chunk of one panel, for a block of rows of x.
@@ -43,6 +44,7 @@ struct LinearChunk {
   int64_t first_k = 0;          // first row of w
   int64_t depth = 0;            // rows of w
   bool is_last = false;         // of its panel
+  bool is_packed = false;       // before any tile
   const float* w = nullptr;     // the chunk's first element
   const float* next = nullptr;  // that of the chunk which this thread takes next
   int64_t next_depth = 0;       // rows of it that are fetched
@@ -62,10 +64,16 @@ ZENITH_NOINLINE void LinearProducts(const LinearChunk& chunk, const float* x, fl
   const int64_t depth = chunk.depth, w_stride = chunk.args.n, x_stride = chunk.args.k;
   const float *w = chunk.w, *next = nullptr;
   float* packed = chunk.packed;
-  int64_t next_depth = 0;
+  // The next chunk's lines lie w_stride apart; where w is (n, k), one behind the other in columns.
+  int64_t fetches = 0, line = 0, lines = 1, line_stride = w_stride, column_stride = 0;
   if (kSource == Source::kPacked && fetched < kPanel / 16) {
-    next = chunk.next + fetched * 16;
-    next_depth = chunk.next_depth;
+    fetches = chunk.next_depth;
+    next = chunk.next + fetched * 16 * (chunk.args.transposed ? x_stride : 1);
+    if (chunk.args.transposed) {
+      lines = CeilDiv(fetches, 16);
+      line_stride = 16;
+      column_stride = x_stride - lines * 16;
+    }
   }
   F32 acc[kRows][kVectors];
 #pragma GCC unroll 8
@@ -78,7 +86,14 @@ ZENITH_NOINLINE void LinearProducts(const LinearChunk& chunk, const float* x, fl
     if constexpr (kSource == Source::kPacked) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) b[j] = Load(packed + j * kLanes);
-      if (k < next_depth) __builtin_prefetch(next + k * w_stride, 0, 2);
+      if (k < fetches) {
+        __builtin_prefetch(next, 0, 2);
+        next += line_stride;
+        if (++line == lines) {
+          line = 0;
+          next += column_stride;
+        }
+      }
     } else {
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) {
@@ -113,12 +128,27 @@ ZENITH_NOINLINE void LinearProducts(const LinearChunk& chunk, const float* x, fl
   }
 }
 
+/// values = values * scale + bias, for `rows` rows.
+template <int kVectors>
+ZENITH_NOINLINE void LinearScale(const LinearChunk& chunk, int64_t rows, float* values) {
+  const float* const scale = chunk.args.scale + chunk.column;
+  const float* const bias = chunk.args.bias;
+  for (int64_t i = 0; i < rows; ++i, values += kVectors * kLanes) {
+    ForVectors(chunk.columns, [&](int64_t j, auto part) {
+      F32 v = Load(values + j) * Load(scale + j, part);
+      if (bias != nullptr) v += Load(bias + chunk.column + j, part);
+      Store(values + j, v);
+    });
+  }
+}
+
 /// y = epilogue(values) + residual, for `rows` rows from `row` of x on.
 template <int kVectors>
 ZENITH_NOINLINE void LinearFinish(const LinearChunk& chunk, int64_t row, int64_t rows,
-                                  const float* values) {
+                                  float* values) {
   const int64_t width = kVectors * kLanes, size = rows * width;
   float* const out = chunk.activated;
+  if (chunk.args.scale != nullptr) LinearScale<kVectors>(chunk, rows, values);
   const auto each = [=](auto function) {
     for (int64_t i = 0; i < size; i += kLanes) Store(out + i, function(Load(values + i)));
   };
@@ -176,13 +206,7 @@ template <int kVectors, bool kWhole>
 ZENITH_NOINLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t last) {
   const int64_t width = kVectors * kLanes;
   int tiles = 0;  // that the packed copy served
-  bool packed = chunk.args.transposed;
-  if (packed) {
-    GatherLaneTile(chunk.columns, chunk.depth, chunk.packed, width,
-                   [&](int64_t column, int64_t k, auto part) {
-                     return Load(chunk.w + column * chunk.args.k + k, part);
-                   });
-  }
+  bool packed = chunk.is_packed;
   for (int64_t row = first, rows; row < last; row += rows) {
     rows = last - row;
     rows = rows >= kTileRows ? kTileRows : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
@@ -191,7 +215,7 @@ ZENITH_NOINLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_
     if (chunk.first_k == 0) {
       for (int64_t i = 0; i < rows; ++i) {
         ForVectors(chunk.columns, [&](int64_t j, auto part) {
-          const float* const bias = chunk.args.bias;
+          const float* const bias = chunk.args.scale ? nullptr : chunk.args.bias;
           Store(values + i * width + j, bias ? Load(bias + chunk.column + j, part) : F32{});
         });
       }
@@ -217,6 +241,41 @@ ZENITH_INLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t 
   }
 }
 
+inline void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t last) {
+  const int64_t vectors = CeilDiv(chunk.columns, kLanes);
+  if (vectors == kTileVectors) {
+    LinearBlock<kTileVectors>(chunk, first, last);
+  } else if constexpr (kTileVectors > 2) {
+    if (vectors == 3) LinearBlock<3>(chunk, first, last);
+    if (vectors == 2) LinearBlock<2>(chunk, first, last);
+    if (vectors == 1) LinearBlock<1>(chunk, first, last);
+  } else {
+    LinearBlock<1>(chunk, first, last);
+  }
+}
+
+/// panel(column, the column that this thread takes next, first row, last row, scratch as in
+/// LinearChunk) for all panels of all blocks of rows.
+template <typename Panel>
+Status LinearTasks(int64_t rows, int64_t n, const Launch& launch, Panel panel) {
+  const int64_t panels = CeilDiv(n, kPanel), blocks = CeilDiv(rows, kLinearRows);
+  const int64_t block = RoundUp(CeilDiv(rows, blocks), kTileRows);
+  Flag out_of_memory;
+  launch.ParallelFor(panels * blocks, [&](int64_t task) {
+    const int64_t first = task / panels * block, last = Min(first + block, rows);
+    if (first >= last) return;
+    const int64_t packed = kChunk * kPanel, values = block * kPanel, tile = kTileRows * kPanel;
+    Scratch scratch(Scratch::Size(packed) + Scratch::Size(values) + Scratch::Size(tile));
+    if (!scratch.ok()) return out_of_memory.Set();
+    const int64_t column = task % panels * kPanel;
+    float* const at = scratch.Take(packed);
+    float* const sums = scratch.Take(values);
+    // Where all threads are equally fast, the others take the panels between this one and the next.
+    panel(column, column + launch.threads * kPanel, first, last, at, sums, scratch.Take(tile));
+  });
+  return out_of_memory.is_set() ? kOutOfMemory : Status{};
+}
+
 /// Rows [first, last) of the panel at `column`, chunk by chunk. next_column: of the panel that this
 /// thread takes next. Scratch as in LinearChunk.
 inline void LinearPanel(const LinearOperands& args, int64_t column, int64_t next_column,
@@ -231,19 +290,17 @@ inline void LinearPanel(const LinearOperands& args, int64_t column, int64_t next
     chunk.depth = Min(kChunk, args.k - k);
     chunk.is_last = is_last;
     chunk.w = args.w + column * column_stride + k * k_stride;
-    chunk.next = is_last ? args.w + next_column : chunk.w + kChunk * k_stride;
+    chunk.next = is_last ? args.w + next_column * column_stride : chunk.w + kChunk * k_stride;
     chunk.next_depth = Min(kChunk, is_last ? args.k : args.k - k - kChunk);
-    if (args.transposed || (is_last && next_column >= args.n)) chunk.next_depth = 0;
-    const int64_t vectors = CeilDiv(chunk.columns, kLanes);
-    if (vectors == kTileVectors) {
-      LinearBlock<kTileVectors>(chunk, first, last);
-    } else if constexpr (kTileVectors > 2) {
-      if (vectors == 3) LinearBlock<3>(chunk, first, last);
-      if (vectors == 2) LinearBlock<2>(chunk, first, last);
-      if (vectors == 1) LinearBlock<1>(chunk, first, last);
-    } else {
-      LinearBlock<1>(chunk, first, last);
+    if (is_last && next_column >= args.n) chunk.next_depth = 0;
+    if (args.transposed) {
+      GatherLaneTile(chunk.columns, chunk.depth, packed, RoundUp(chunk.columns, kLanes),
+                     [&](int64_t column, int64_t k, auto part) {
+                       return Load(chunk.w + column * chunk.args.k + k, part);
+                     });
+      chunk.is_packed = true;
     }
+    LinearBlock(chunk, first, last);
   }
 }
 
@@ -262,23 +319,8 @@ inline Status LinearForward(const LinearForwardArgs& args, const Launch& launch)
                                 static_cast<const float*>(args.residual),
                                 static_cast<float*>(args.y),
                                 static_cast<float*>(args.pre)};
-  const int64_t panels = CeilDiv(args.n, kPanel), blocks = CeilDiv(args.rows, kLinearRows);
-  const int64_t block = RoundUp(CeilDiv(args.rows, blocks), kTileRows);
-  Flag out_of_memory;
-  launch.ParallelFor(panels * blocks, [&](int64_t task) {
-    const int64_t first = task / panels * block, last = Min(first + block, args.rows);
-    if (first >= last) return;
-    const int64_t packed = kChunk * kPanel, values = block * kPanel, tile = kTileRows * kPanel;
-    Scratch scratch(Scratch::Size(packed) + Scratch::Size(values) + Scratch::Size(tile));
-    if (!scratch.ok()) return out_of_memory.Set();
-    const int64_t column = task % panels * kPanel;
-    float* const at = scratch.Take(packed);
-    float* const sums = scratch.Take(values);
-    // Where all threads are equally fast, the others take the panels between this one and the next.
-    LinearPanel(operands, column, column + launch.threads * kPanel, first, last, at, sums,
-                scratch.Take(tile));
-  });
-  return out_of_memory.is_set() ? kOutOfMemory : Status{};
+  return LinearTasks(args.rows, args.n, launch,
+                     [&](auto... of_panel) { LinearPanel(operands, of_panel...); });
 }
 
 /// A group is a task: its sums are added up by one thread.

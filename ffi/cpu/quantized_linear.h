@@ -1,9 +1,12 @@
 // A linear layer with integer weights. See ffi/kernels/quantized_linear.h.
 //
 // Weights are read once and widened in registers, so that a product of few rows costs their bytes.
-// A task is a panel of columns; x is widened to float32 ahead of all tasks.
+// A task is a panel of columns; x is widened to float32 ahead of all tasks. For more rows the tiles
+// of linear.h are faster, for which a chunk of 8-bit weights is widened into the second-level
+// cache.
 #pragma once
 
+#include "ffi/cpu/linear.h"
 #include "ffi/cpu/parallel.h"
 #include "ffi/kernels/quantized_linear.h"
 
@@ -232,11 +235,68 @@ inline void WidenRows(const QuantizedLinearArgs& args, int64_t halves, float* wi
   });
 }
 
+inline constexpr int64_t kQuantizedFewRows = 16;  // up to which a product is bound by its weights
+
+/// Rows [first, last) of the panel at `column`; as LinearPanel, but that chunks are widened first.
+inline void QuantizedChunks(const LinearOperands& args, const int8_t* weights, int64_t column,
+                            int64_t first, int64_t last, float* packed, float* values,
+                            float* activated) {
+  LinearChunk chunk{args, column, Min(kPanel, args.n - column), packed, values, activated};
+  chunk.is_packed = true;
+  const int64_t width = RoundUp(chunk.columns, kLanes);
+  const auto widened = [](const int8_t* p, auto part) {
+    return __builtin_convertvector(LoadBytes(p, part), F32);
+  };
+  for (int64_t k = 0; k == 0 || k < args.k; k += kChunk) {
+    chunk.first_k = k;
+    chunk.depth = Min(kChunk, args.k - k);
+    chunk.is_last = k + kChunk >= args.k;
+    if (args.transposed) {
+      const int8_t* const w = weights + column * args.k + k;
+      GatherLaneTile(
+          chunk.columns, chunk.depth, packed, width,
+          [&](int64_t j, int64_t i, auto part) { return widened(w + j * args.k + i, part); });
+    } else {
+      const int8_t* w = weights + k * args.n + column;
+      for (int64_t i = 0; i < chunk.depth; ++i, w += args.n) {
+        __builtin_prefetch(w + kQuantizedAhead * args.n, 0, 2);
+        ForVectors(chunk.columns, [&](int64_t j, auto part) {
+          Store(packed + i * width + j, widened(w + j, part));
+        });
+      }
+    }
+    LinearBlock(chunk, first, last);
+  }
+}
+
+inline Status QuantizedManyRows(const QuantizedLinearArgs& args, const Launch& launch) {
+  const LinearOperands operands{Epilogue::kNone,
+                                args.transposed,
+                                args.k,
+                                args.n,
+                                static_cast<const float*>(args.x),
+                                nullptr,
+                                static_cast<const float*>(args.bias),
+                                nullptr,
+                                static_cast<float*>(args.y),
+                                nullptr,
+                                static_cast<const float*>(args.scale)};
+  const auto* const w = static_cast<const int8_t*>(args.w);
+  return LinearTasks(args.rows, args.n, launch,
+                     [&](int64_t column, int64_t, auto... rows_and_scratch) {
+                       QuantizedChunks(operands, w, column, rows_and_scratch...);
+                     });
+}
+
 inline Status QuantizedLinear(const QuantizedLinearArgs& args, const Launch& launch) {
   if (args.rows == 0) return {};
   const bool is_4_bit = args.bits == 4;
   const bool odd_groups = is_4_bit && args.transposed && (args.k / args.groups) % 2 != 0;
   if (odd_groups) return {"groups of 4-bit weights along the rows of w must have an even size"};
+  if (args.rows > kQuantizedFewRows && !is_4_bit && args.groups == 1 && args.dtype == DType::kF32 &&
+      args.param_dtype == DType::kF32) {
+    return QuantizedManyRows(args, launch);
+  }
   Scratch scratch(Scratch::Size(args.rows * args.k));
   if (!scratch.ok()) return kOutOfMemory;
   float* const x = scratch.Take(args.rows * args.k);

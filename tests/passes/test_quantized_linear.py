@@ -198,10 +198,12 @@ def test_a_dequantised_matrix_of_an_onnx_model_is_one():
     ("x", "w", "s", "reason"),
     [
         (floats(16, 512), *WIDE, None),
-        (floats(17, 512), *WIDE, "17 rows"),
+        (floats(17, 512), *WIDE, None),
+        (floats(17, 512).astype(jnp.bfloat16), WIDE[0], WIDE[1].astype(jnp.bfloat16), "17 rows"),
+        (floats(1025, 512), *WIDE, "1025 rows"),
         (floats(1, 512), WIDE[0][:, :511], WIDE[1][:511], "512 x 511 weights"),
     ],
-    ids=["taken", "more rows", "fewer weights"],
+    ids=["taken", "tiles", "more rows", "most rows", "fewer weights"],
 )
 def test_the_rule_of_the_cpu(x, w, s, reason):
     with zenith.configured(use_cost=True):
