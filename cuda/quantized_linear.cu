@@ -308,6 +308,12 @@ struct ColumnTile {
 
 // --- The kernel.
 
+#if __CUDA_ARCH__ >= 900
+constexpr bool kHopperCode = true;
+#else
+constexpr bool kHopperCode = false;
+#endif
+
 /// How steps of k are dealt out to the warps of a cluster, in turn: in units of so many steps.
 struct Split {
   int unit, ranges;         // ranges: warps of a cluster
@@ -317,10 +323,15 @@ struct Split {
 };
 
 /// kTiles: tiles of 8 rows of x. kGrouped: more than one group, whose scale is applied in between.
-template <typename T, typename P, template <typename, int> typename TileOf, int kBits, int kTiles_,
-          bool kGrouped>
+/// kHopper: for compute capability 9.0, in its code alone; else what every newer GPU than 8.0 has
+/// shared memory for, in the code for 8.0.
+template <typename T_, typename P_, template <typename, int> typename TileOf, int kBits,
+          int kTiles_, bool kGrouped_, bool kHopper_>
 struct Config {
+  using T = T_;
+  using P = P_;
   using Tile = TileOf<T, kBits>;
+  static constexpr bool kGrouped = kGrouped_, kHopper = kHopper_;
   static constexpr int kTiles = kTiles_;
   static constexpr int kRows = 8 * kTiles, kColumns = Tile::kColumns;
   static constexpr int kWBytes = 512 * Tile::kPieces;
@@ -330,10 +341,11 @@ struct Config {
   // twice for 16 rows, in 210 registers, or a step is 5 KB; and two blocks of them for the many
   // tiles of (n, k) of 4 bits, 18 us for 22 of 14336 columns (H100, 11/2026).
   static constexpr bool kFat = (kGrouped && kTiles > 1) || kStageBytes > 4096;
-  static constexpr int kBlocks = Tile::kLineSteps > 0 && !kFat ? 2 : 1;  // of a multiprocessor
-  static constexpr int kWarps = kFat || kBlocks > 1 ? 8 : 16;
+  static constexpr int kBlocks = kHopper && Tile::kLineSteps > 0 && !kFat ? 2 : 1;  // at a time
+  static constexpr int kWarps =
+      !kHopper ? (kStageBytes > 3072 ? 4 : 8) : (kFat || kBlocks > 1 ? 8 : 16);
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kRingBytes = 200 * 1024 / kBlocks, kMaxStages = 8;
+  static constexpr int kRingBytes = kHopper ? 200 * 1024 / kBlocks : 88 * 1024, kMaxStages = 8;
   static constexpr int kStages = kRingBytes / kWarps / kStageBytes < kMaxStages
                                      ? kRingBytes / kWarps / kStageBytes
                                      : kMaxStages;
@@ -344,19 +356,20 @@ struct Config {
   static_assert(kStages > 2 && kRows * kStride * int{sizeof(float)} <= kWarpBytes);
   static constexpr int kParts = kRows * kColumns / 4;  // of a tile, 16 bytes each
   static constexpr int kSharedBytes = kWarps * kWarpBytes + (kParts + kMaxCluster) * 16;
+  static_assert(kSharedBytes <= (kHopper ? 227 : 99) * 1024);
 };
 
 /// A block: kColumns columns, k shared out to its warps, and to those of all blocks of a cluster
 /// (blockIdx.x). w crosses memory once, x once for each block. Warps do not meet on the way.
 ///
 /// Little code: instructions that a launch meets for the first time take 8 cycles each.
-template <typename T, typename P, template <typename, int> typename TileOf, int kBits, int kTiles,
-          bool kGrouped>
-__global__ void __launch_bounds__(Config<T, P, TileOf, kBits, kTiles, kGrouped>::kThreads,
-                                  Config<T, P, TileOf, kBits, kTiles, kGrouped>::kBlocks)
-    quantized_linear_kernel(const __grid_constant__ QuantizedLinearArgs args, Split split) {
-  using C = Config<T, P, TileOf, kBits, kTiles, kGrouped>;
+template <typename C>
+__device__ __forceinline__ void Multiply(const QuantizedLinearArgs& args, const Split& split) {
+  using T = typename C::T;
+  using P = typename C::P;
   using Tile = typename C::Tile;
+  constexpr int kTiles = C::kTiles;
+  constexpr bool kGrouped = C::kGrouped;
   constexpr int kWarps = C::kWarps, kThreads = C::kThreads;
   extern __shared__ __align__(16) unsigned char shared[];
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
@@ -535,6 +548,12 @@ __global__ void __launch_bounds__(Config<T, P, TileOf, kBits, kTiles, kGrouped>:
 #endif
 }
 
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    quantized_linear_kernel(const __grid_constant__ QuantizedLinearArgs args, Split split) {
+  if constexpr (C::kHopper == kHopperCode) Multiply<C>(args, split);
+}
+
 /// group_steps: of a group, or 0.
 template <typename Tile>
 Split SplitOf(int64_t steps, int64_t ranges, int64_t group_steps) {
@@ -558,15 +577,11 @@ Split SplitOf(int64_t steps, int64_t ranges, int64_t group_steps) {
           .units_of_group = static_cast<int>(group_steps > 0 ? group_steps / unit : 1)};
 }
 
-/// How many blocks at once the device holds in clusters of each size, on a GPU before Hopper in
-/// single blocks alone. Asked for once: the devices of a process are taken to be alike.
-template <typename Kernel>
-std::array<int, kMaxCluster + 1> ClustersAtOnce(Kernel kernel, int threads, size_t shared_bytes) {
+/// How many clusters of each size the device runs at once. Asked for once: the devices of a process
+/// are taken to be alike.
+template <typename C>
+std::array<int, kMaxCluster + 1> ClustersAtOnce() {
   std::array<int, kMaxCluster + 1> most = {};
-  int device = 0, major = 0;
-  (void)cudaGetDevice(&device);
-  (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (major != 9) return most;  // what other code than PTX of 8.0 is compiled for
   for (int blocks = 1; blocks <= kMaxCluster; ++blocks) {
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -574,11 +589,12 @@ std::array<int, kMaxCluster + 1> ClustersAtOnce(Kernel kernel, int threads, size
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared_bytes;
+    config.blockDim = dim3(C::kThreads);
+    config.dynamicSmemBytes = C::kSharedBytes;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    if (cudaOccupancyMaxActiveClusters(&most[blocks], kernel, &config) != cudaSuccess) {
+    if (cudaOccupancyMaxActiveClusters(&most[blocks], quantized_linear_kernel<C>, &config) !=
+        cudaSuccess) {
       most[blocks] = 0;
       (void)cudaGetLastError();
     }
@@ -586,29 +602,27 @@ std::array<int, kMaxCluster + 1> ClustersAtOnce(Kernel kernel, int threads, size
   return most;
 }
 
-template <typename T, typename P, template <typename, int> typename TileOf, int kBits, int kTiles,
-          bool kGrouped>
-Status LaunchKernel(const QuantizedLinearArgs& args, const Launch& launch) {
-  using C = Config<T, P, TileOf, kBits, kTiles, kGrouped>;
-  const auto kernel = quantized_linear_kernel<T, P, TileOf, kBits, kTiles, kGrouped>;
+template <typename C>
+Status LaunchKernel(const QuantizedLinearArgs& args, int device, const Launch& launch) {
+  const auto kernel = quantized_linear_kernel<C>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
-  int device = 0, multiprocessors = 0;
-  (void)cudaGetDevice(&device);
-  (void)cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  static const std::array<int, kMaxCluster + 1> most =
-      ClustersAtOnce(kernel, C::kThreads, C::kSharedBytes);
 
-  // The smallest clusters that fill nine of ten multiprocessors: memory is then what is waited for.
-  // They must all run at once, or the last ones double the time.
   const int64_t tiles = (args.n + C::kColumns - 1) / C::kColumns;
+  if (tiles > 65535) return {"more than 65535 tiles of columns"};
   const int64_t steps = args.k / C::Tile::kStep;
   int64_t blocks = 1;
-  for (int b = 2; b <= kMaxCluster && 10 * blocks * tiles < 9 * multiprocessors; ++b) {
-    if (b * C::kWarps <= steps && most[b] >= tiles) blocks = b;
+  if constexpr (C::kHopper) {
+    // The smallest clusters that fill nine of ten multiprocessors: memory is then what is waited
+    // for. They must all run at once, or the last ones double the time.
+    static const std::array<int, kMaxCluster + 1> most = ClustersAtOnce<C>();
+    int multiprocessors = 0;
+    (void)cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    for (int b = 2; b <= kMaxCluster && 10 * blocks * tiles < 9 * multiprocessors; ++b) {
+      if (b * C::kWarps <= steps && most[b] >= tiles) blocks = b;
+    }
   }
-  if (tiles > 65535) return {"more than 65535 tiles of columns"};
   const Split split = SplitOf<typename C::Tile>(steps, blocks * C::kWarps,
                                                 args.groups > 1 ? steps / args.groups : 0);
   cudaLaunchConfig_t config = {};
@@ -642,13 +656,27 @@ Status QuantizedLinear(const QuantizedLinearArgs& args, const Launch& launch) {
                   static_cast<const char*>(args.scale), static_cast<const char*>(args.y))) {
     return {"x, w, scale and y must begin at a multiple of 16 bytes"};
   }
+  int device = 0;
+  [[maybe_unused]] int major = 0;
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() -> Status {
     if constexpr (std::is_same_v<T, float>) {
       return {"float16 and bfloat16 only"};
     } else {
+      const auto launched =
+          [&]<template <typename, int> typename TileOf, int kBits, int kTiles, bool kGrouped>() {
+#ifdef ZENITH_HOPPER
+            if (major == 9)
+              return LaunchKernel<Config<T, P, TileOf, kBits, kTiles, kGrouped, true>>(args, device,
+                                                                                       launch);
+#endif
+            return LaunchKernel<Config<T, P, TileOf, kBits, kTiles, kGrouped, false>>(args, device,
+                                                                                      launch);
+          };
       const auto grouped = [&]<template <typename, int> typename TileOf, int kBits, int kTiles>() {
-        return args.groups > 1 ? LaunchKernel<T, P, TileOf, kBits, kTiles, true>(args, launch)
-                               : LaunchKernel<T, P, TileOf, kBits, kTiles, false>(args, launch);
+        return args.groups > 1 ? launched.template operator()<TileOf, kBits, kTiles, true>()
+                               : launched.template operator()<TileOf, kBits, kTiles, false>();
       };
       const auto tiled = [&]<template <typename, int> typename TileOf, int kBits>() {
         return args.rows > 8 ? grouped.template operator()<TileOf, kBits, 2>()
