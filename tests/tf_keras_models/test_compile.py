@@ -86,6 +86,8 @@ def test_functions_modules_and_concrete_functions():
     module, x = Scale(), tf.random.normal((4, 2))
     for model in (module, module.__call__, module.__call__.get_concrete_function()):
         same(zenith.tensorflow.compile(model)(x), module(x))
+    nested = tf.function(lambda x: {"y": (tf.exp(x), [x + 1]), "a": {"b": x * 2}})
+    same(zenith.tensorflow.compile(nested, signature=[tf.TensorSpec((None, 2), tf.float32)])(x), nested(x))
     plain = tf.function(lambda x: tf.nn.relu(x) + 1)
     same(zenith.tensorflow.compile(plain, signature=[tf.TensorSpec((None,), tf.float32)])(x[0]), plain(x[0]))
 
@@ -109,12 +111,25 @@ def test_compiled_saved_and_loaded_without_tensorflow(cnn, tmp_path):
 
 
 def test_wrong_models_and_inputs(cnn, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("model.keras", "saved_model.pb"):
+        (damaged / name).write_bytes(b"no model")
     with pytest.raises(FrontendError, match=r"takes a Keras model.*got int"):
         zenith.tensorflow.compile(3)
     with pytest.raises(FrontendError, match="neither the folder of a SavedModel"):
         zenith.tensorflow.compile(tmp_path)
     with pytest.raises(FrontendError, match="give signature="):
         zenith.tensorflow.compile(tf.function(lambda x: x))
+    for path, message in (
+        (tmp_path / "none.keras", "there is no file"),
+        (damaged / "model.keras", "Keras cannot read"),
+        (damaged, "TensorFlow cannot read"),
+    ):
+        with pytest.raises(FrontendError, match=message):
+            zenith.tensorflow.compile(path)
+    with pytest.raises(FrontendError, match=r"give an example of each, got 0"):
+        zenith.compile(cnn)
     fast = zenith.tensorflow.compile(cnn)
     with pytest.raises(InputError, match="got 2 inputs"):
         fast(images(1), images(1))

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -108,6 +108,11 @@ def source(obj: Any, *example_inputs: Any) -> Source:
     """For `zenith.compile`."""
     _require()
     imported = _imported(_concrete(obj, None, example_inputs))
+    if len(example_inputs) != len(imported.specs):
+        names = [spec.name for spec in imported.specs]
+        raise FrontendError(
+            f"{imported.name} takes the inputs {names}: give an example of each, got {len(example_inputs)}"
+        )
     compiled = CompiledFunction(imported)
 
     def adapt(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -150,10 +155,10 @@ def _concrete(model: Any, signature: Sequence[Any] | None, examples: Sequence[An
     if isinstance(model, str | os.PathLike):
         path = os.fspath(model)
         if os.path.isfile(os.path.join(path, "saved_model.pb")):
-            return _of_saved_model(tf.saved_model.load(path), path)
+            return _of_saved_model(_read(tf.saved_model.load, path, "TensorFlow"), path)
         if not path.endswith(".keras"):
             raise FrontendError(f"{path!r} is neither the folder of a SavedModel nor a .keras file")
-        model = keras.saving.load_model(path)
+        model = _read(keras.saving.load_model, path, "Keras")
     if isinstance(model, keras.Model):
         return _of_keras(tf, model, examples)
     if hasattr(model, "structured_outputs") and hasattr(model, "captured_inputs"):
@@ -173,6 +178,15 @@ def _concrete(model: Any, signature: Sequence[Any] | None, examples: Sequence[An
         raise FrontendError(
             f"the tf.function does not take {specs or 'no inputs'}: give signature=[tf.TensorSpec(...)] ({error})"
         ) from error
+
+
+def _read(load_: Callable[[str], Any], path: str, reader: str) -> Any:
+    if not os.path.exists(path):
+        raise FrontendError(f"there is no file {path!r}")
+    try:
+        return load_(path)
+    except (ValueError, OSError) as error:
+        raise FrontendError(f"{reader} cannot read {path!r}: {error}") from error
 
 
 def _dtype_of(x: Any) -> Any:
@@ -225,7 +239,9 @@ def _imported(concrete: Any) -> _Imported:
     with _converting:
         loud.setLevel(logging.CRITICAL)  # it reports Erfc, which it leaves in the graph and Zenith computes
         try:
-            proto, _ = tf2onnx.convert.from_function(_Given(concrete), input_signature=specs, opset=_OPSET)
+            proto, _ = tf2onnx.convert.from_function(
+                _Given(_flat(tf, concrete, specs)), input_signature=specs, opset=_OPSET
+            )
         except Exception as error:
             raise FrontendError(f"tf2onnx cannot convert {name}: {type(error).__name__}: {error}") from error
         finally:
@@ -261,6 +277,20 @@ class _Given:
 
     def get_concrete_function(self, *_: Any) -> Any:
         return self.concrete
+
+
+def _flat(tf: Any, concrete: Any, specs: Sequence[Any]) -> Any:
+    """The concrete function, its outputs in a flat list where it returns a dict of other things than tensors, which
+    tf2onnx does not take."""
+    outputs = concrete.structured_outputs
+    if not isinstance(outputs, dict) or not any(map(tf.nest.is_nested, outputs.values())):
+        return concrete
+
+    @tf.function
+    def flat(*inputs: Any) -> Any:
+        return [t for t in tf.nest.flatten(concrete(*inputs)) if t is not None]
+
+    return flat.get_concrete_function(*specs)
 
 
 def _input_names(onnx: OnnxModel, specs: Sequence[Any], name: str) -> tuple[str, ...]:
