@@ -33,6 +33,8 @@ def main(arguments: argparse.Namespace) -> int:
     as_dicts = [dataclasses.asdict(e) for e in found]
     if arguments.json:
         print(json.dumps(as_dicts, indent=1))
+    elif arguments.action == "show" and not found:
+        print(f"no entry in {tuning.folder()} has a site with {arguments.word!r} in it: see `zenith cache ls`")
     elif arguments.action == "show":
         print("\n\n".join("\n".join(f"{k:9} {v}" for k, v in (*d.pop("key").items(), *d.items())) for d in as_dicts))
     else:

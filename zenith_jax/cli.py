@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from zenith_jax.version import __version__
+
 
 class Command(NamedTuple):
     """module: has add_arguments(parser), which declares the options, and main(arguments), which returns the exit code:
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Hand-tuned kernels for the JAX model you already have.",
         epilog="zenith COMMAND --help shows examples and exit codes.",
     )
+    parser.add_argument("--version", action="version", version=f"zenith-jax {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)

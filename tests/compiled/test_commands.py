@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from zenith_jax import cli
+from zenith_jax.version import __version__
 
 pytest.importorskip("flatbuffers", reason="jax.export serialises with it")
 
@@ -85,6 +86,12 @@ def test_help_shows_an_example(command, capsys):
     # The actions of `zenith onnx` have an example each.
     below = shown.partition("usage: zenith ")[2]
     assert f"zenith {command} " in below or command == "onnx", "no example besides the usage"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"zenith-jax {__version__}\n"
 
 
 def test_an_unknown_command_is_a_usage_error(capsys):
