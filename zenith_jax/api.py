@@ -50,6 +50,9 @@ def fuse(function: Callable) -> Callable:
     is passed as it is. Composes with every JAX transformation.
     """
 
+    if not callable(function):
+        raise TypeError(f"zenith.jit and zenith.fuse take a function, got {function!r}")
+
     @ft.wraps(function)
     def fused(*args: Any, **kwargs: Any) -> Any:
         settings = config()

@@ -193,6 +193,8 @@ def test_dynamic_dimensions_that_no_input_has_are_refused():
         zenith.compile(lambda x: x, X, dynamic={"length": (4, 8)})
     with pytest.raises(FrontendError, match="must have sizes to compile for"):
         zenith.compile(lambda x: x, X, dynamic={"batch": ()})
+    with pytest.raises(FrontendError, match=r"dynamic must name dimensions .* got True"):
+        zenith.compile(lambda x: x, X, dynamic=True)
 
 
 # --- wrong calls ------------------------------------------------------------------------------------------------------

@@ -218,6 +218,19 @@ def test_saving_into_no_folder_is_refused(model, tmp_path):
         model.save(tmp_path / "nowhere" / "m.zenith")
 
 
+def test_what_is_no_file_is_not_replaced(model, tmp_path):
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path, tmp_path / "link"):
+        with pytest.raises(SavedModelError, match="is no file that saving could replace"):
+            model.save(path)
+
+
+def test_unknown_platforms_are_refused(model, tmp_path):
+    for platforms in ("tpu", ("cpu", "gpu")):
+        with pytest.raises(SavedModelError, match=r"platforms must be some of \('cpu', 'cuda'\)"):
+            model.save(tmp_path / "m.zenith", platforms=platforms)
+
+
 def test_without_flatbuffers_the_extra_is_named(model, whole, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     for action in (lambda: zenith.load(whole), lambda: model.save(tmp_path / "m.zenith")):

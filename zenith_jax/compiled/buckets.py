@@ -38,6 +38,8 @@ class Spec:
 
 def checked(dynamic: Mapping[str, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:
     """The sizes of each dimension, ascending. Raises FrontendError."""
+    if not isinstance(dynamic, Mapping | None):
+        raise FrontendError(f'dynamic must name dimensions and their sizes, {{"batch": (1, 8, 64)}}, got {dynamic!r}')
     sizes: dict[str, tuple[int, ...]] = {}
     for name, given in (dynamic or {}).items():
         if isinstance(given, int) or not given or any(not isinstance(n, int) or n < 1 for n in given):

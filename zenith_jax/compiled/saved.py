@@ -34,9 +34,13 @@ MANIFEST = "manifest.json"
 def save(model: CompiledModel, path: pathlib.Path, platforms: Sequence[str] | None) -> pathlib.Path:
     """See `CompiledModel.save`."""
     _require_flatbuffers("saving a model")
-    platforms = tuple(platforms or (native.default_platform(),))
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms or (native.default_platform(),))
+    if not native.PLATFORMS.keys() >= set(platforms):
+        raise SavedModelError(f"platforms must be some of {(*native.PLATFORMS,)}, got {platforms}")
     if not path.parent.is_dir():
         raise SavedModelError(f"there is no folder {path.parent} to save {path.name} in")
+    if path.exists() and not path.is_file():
+        raise SavedModelError(f"{path} is no file that saving could replace: give the path of one")
     devices = {d for values in (model.parameters, model.folded) for p in values.values() for d in p.devices()}
     if len(devices) > 1:
         raise SavedModelError(f"the parameters are spread over {len(devices)} devices; a file holds programs for one")
@@ -116,7 +120,7 @@ def _manifest(reader: archive.Reader) -> dict[str, Any]:
     """manifest.json, of a version that is read here."""
     try:
         manifest = json.loads(reader.member(MANIFEST))
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise reader.damaged(f"{MANIFEST} is no JSON ({error})") from error
     if not isinstance(manifest, dict):
         raise reader.damaged(f"{MANIFEST} is no JSON object")

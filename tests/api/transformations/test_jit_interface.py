@@ -172,3 +172,9 @@ def test_cost_of_tracing_grows_linearly_with_depth(params, x):
     seconds(deep(2))
     # Quadratic growth would be 16 times; 8 leaves room for a busy machine.
     assert seconds(deep(24)) < 8 * seconds(deep(6))
+
+
+@pytest.mark.parametrize("decorate", [zenith.jit, zenith.fuse])
+def test_what_is_no_function_is_refused_when_it_is_decorated(decorate):
+    with pytest.raises(TypeError, match="take a function, got 3"):
+        decorate(3)
