@@ -130,7 +130,9 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
   if (FitsDecode(args)) return hopper::Decode(args, launch);
   if (FitsHopper(args) && Length(args) >= 64) return HopperForward(args, launch);
   if (FitsHopperModified(args) && Length(args) > 128) {
-    const Status status = hopper::ForwardModified(args, launch);
+    Status status = hopper::MakeMaskTiles(args, false, launch);
+    const auto kernel = hopper::MasksAlone(args) ? hopper::ForwardMasked : hopper::ForwardModified;
+    if (status.ok()) status = kernel(args, launch);
     return status.ok() && MayHaveDeadRows(args) ? ForwardDeadRows(args, launch) : status;
   }
 #endif
@@ -147,10 +149,14 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
   if (FitsHopper(args) && (Length(args) > 128 || HeadDim(args) > 128))
     return HopperBackward(args, launch);
   if (FitsHopperModified(args) && Length(args) > 128) {
+    status = hopper::MakeMaskTiles(args, true, launch);
+    const bool masked = hopper::MasksAlone(args);
     const auto dquery = args.dbias ? Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32)
+                        : masked   ? hopper::DqueryMasked
                                    : hopper::DqueryModified;
-    status = dquery(args, launch);
-    if (status.ok()) status = hopper::DkeyDvalueModified(args, launch);
+    if (status.ok()) status = dquery(args, launch);
+    if (status.ok())
+      status = (masked ? hopper::DkeyDvalueMasked : hopper::DkeyDvalueModified)(args, launch);
     return status.ok() && MayHaveDeadRows(args) ? BackwardDeadRows(args, !args.dbias, launch)
                                                 : status;
   }

@@ -172,13 +172,21 @@ void CheckOut(Check& check, const Operand& out, const Inputs& in) {
   check.Shape(out, in.query, in.batch_rank() + 3, {in.value.dim(-1)});
 }
 
+/// Room to work in: [*b k w], uint32, for any w.
+void CheckScratch(Check& check, const Operand& scratch, const Inputs& in) {
+  check.Type(scratch, ffi::DataType::U32);
+  check.RankAtLeast(scratch, 1);
+  if (check.failed()) return;
+  check.Shape(scratch, in.query, in.batch_rank() + 1, {scratch.dim(-1)});
+}
+
 /// lse, delta: [*b k g t], float32.
 void CheckRows(Check& check, const Operand& rows, const Inputs& in) {
   check.Type(rows, ffi::DataType::F32);
   check.Shape(rows, in.query, in.batch_rank() + 3, {});
 }
 
-AttentionProblem Problem(const Inputs& in) {
+AttentionProblem Problem(const Inputs& in, const Operand& scratch) {
   const AttentionAttributes& a = in.attributes;
   const Sizes n = in.sizes();
   const auto layout = static_cast<Layout>(a.layout);
@@ -218,6 +226,8 @@ AttentionProblem Problem(const Inputs& in) {
       .key_segments = has_segments ? in.key_segments.data<const int32_t>() : nullptr,
       .query_segments_strides = DenseScores(has_segments ? a.query_segments_axes : 0, n).strides,
       .key_segments_strides = DenseScores(has_segments ? a.key_segments_axes : 0, n).strides,
+      .mask_scratch = scratch.data<uint32_t>(),
+      .mask_scratch_words = scratch.size(),
   };
 }
 
@@ -226,7 +236,7 @@ AttentionProblem Problem(const Inputs& in) {
 ffi::Error Forward(Context context, Buffer query, Buffer key, Buffer value, Buffer mask,
                    Buffer bias, Buffer interval, Buffer query_segments, Buffer key_segments,
                    Result out_buffer, Result lse_buffer, Result lse_rest_buffer,
-                   AttentionAttributes attributes) {
+                   Result scratch_buffer, AttentionAttributes attributes) {
   const Inputs in{.query = {"query", query},
                   .key = {"key", key},
                   .value = {"value", value},
@@ -237,15 +247,16 @@ ffi::Error Forward(Context context, Buffer query, Buffer key, Buffer value, Buff
                   .key_segments = {"key_segments", key_segments},
                   .attributes = attributes};
   const Operand out("out", out_buffer), lse("lse", lse_buffer);
-  const Operand lse_rest("lse_rest", lse_rest_buffer);
+  const Operand lse_rest("lse_rest", lse_rest_buffer), scratch("scratch", scratch_buffer);
   Check check("attention_fwd");
   CheckInputs(check, in);
   CheckOut(check, out, in);
   CheckRows(check, lse, in);
   CheckRows(check, lse_rest, in);
+  CheckScratch(check, scratch, in);
   if (check.failed()) return check.error();
 
-  const AttentionForwardArgs args{Problem(in), out.data(), lse.data<float>(),
+  const AttentionForwardArgs args{Problem(in, scratch), out.data(), lse.data<float>(),
                                   lse_rest.data<float>()};
   return Run("attention_fwd", context,
              [&](const Launch& launch) { return AttentionForward(args, launch); });
@@ -265,6 +276,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, Forward,
                            .Ret<Buffer>()  // out [*b k g t e]
                            .Ret<Buffer>()  // lse [*b k g t], float32
                            .Ret<Buffer>()  // lse_rest [*b k g t], float32
+                           .Ret<Buffer>()  // [*b k w], uint32: scratch
                            .Attrs<AttentionAttributes>(),
                        kTraits);
 
@@ -272,7 +284,7 @@ struct BackwardCall {
   const char* target;
   Inputs in;
   Operand out, lse, lse_rest, dout, dlse;
-  Operand dquery, dkey, dvalue, delta;
+  Operand dquery, dkey, dvalue, delta, scratch;
   std::optional<Operand> dbias = {};
 };
 
@@ -289,6 +301,7 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
   check.Same(call.dkey, in.key);
   check.Same(call.dvalue, in.value);
   CheckRows(check, call.delta, in);
+  CheckScratch(check, call.scratch, in);
   if (call.dbias) {
     check.Type(*call.dbias, ffi::DataType::F32);
     check.Shape(*call.dbias, in.query, in.batch_rank() + 3, {in.key.dim(-2)});
@@ -296,7 +309,7 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
   if (check.failed()) return check.error();
 
   const auto rows = [](const Operand& x) { return x.size() > 0 ? x.data<const float>() : nullptr; };
-  const AttentionBackwardArgs args{Problem(in),
+  const AttentionBackwardArgs args{Problem(in, call.scratch),
                                    call.out.data(),
                                    call.dout.data(),
                                    call.lse.data<const float>(),
@@ -315,7 +328,7 @@ ffi::Error BackwardWithoutBias(Context context, Buffer query, Buffer key, Buffer
                                Buffer bias, Buffer interval, Buffer query_segments,
                                Buffer key_segments, Buffer out, Buffer lse, Buffer lse_rest,
                                Buffer dout, Buffer dlse, Result dquery, Result dkey, Result dvalue,
-                               Result delta, AttentionAttributes attributes) {
+                               Result delta, Result scratch, AttentionAttributes attributes) {
   return Backward(context, {.target = "attention_bwd",
                             .in = {.query = {"query", query},
                                    .key = {"key", key},
@@ -334,7 +347,8 @@ ffi::Error BackwardWithoutBias(Context context, Buffer query, Buffer key, Buffer
                             .dquery = {"dquery", dquery},
                             .dkey = {"dkey", dkey},
                             .dvalue = {"dvalue", dvalue},
-                            .delta = {"delta", delta}});
+                            .delta = {"delta", delta},
+                            .scratch = {"scratch", scratch}});
 }
 
 XLA_FFI_DEFINE_HANDLER(kBackward, BackwardWithoutBias,
@@ -357,6 +371,7 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardWithoutBias,
                            .Ret<Buffer>()  // dkey [*b k s d]
                            .Ret<Buffer>()  // dvalue [*b k s e]
                            .Ret<Buffer>()  // delta [*b k g t], float32: scratch
+                           .Ret<Buffer>()  // [*b k w], uint32: scratch
                            .Attrs<AttentionAttributes>(),
                        kTraits);
 
@@ -364,7 +379,8 @@ ffi::Error BackwardWithBias(Context context, Buffer query, Buffer key, Buffer va
                             Buffer bias, Buffer interval, Buffer query_segments,
                             Buffer key_segments, Buffer out, Buffer lse, Buffer lse_rest,
                             Buffer dout, Buffer dlse, Result dquery, Result dkey, Result dvalue,
-                            Result delta, Result dbias, AttentionAttributes attributes) {
+                            Result delta, Result dbias, Result scratch,
+                            AttentionAttributes attributes) {
   return Backward(context, {.target = "attention_bias_bwd",
                             .in = {.query = {"query", query},
                                    .key = {"key", key},
@@ -384,6 +400,7 @@ ffi::Error BackwardWithBias(Context context, Buffer query, Buffer key, Buffer va
                             .dkey = {"dkey", dkey},
                             .dvalue = {"dvalue", dvalue},
                             .delta = {"delta", delta},
+                            .scratch = {"scratch", scratch},
                             .dbias = Operand{"dbias", dbias}});
 }
 
@@ -408,6 +425,7 @@ XLA_FFI_DEFINE_HANDLER(kBiasBackward, BackwardWithBias,
                            .Ret<Buffer>()  // dvalue [*b k s e]
                            .Ret<Buffer>()  // delta [*b k g t], float32: scratch
                            .Ret<Buffer>()  // dbias [*b k g t s], float32
+                           .Ret<Buffer>()  // [*b k w], uint32: scratch
                            .Attrs<AttentionAttributes>(),
                        kTraits);
 

@@ -318,7 +318,7 @@ def attention_cases(structured: bool = False) -> dict[str, Case]:
     operands = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias}
     operands |= {"interval": interval, "query_segments": query_segments, "key_segments": key_segments}
     out, lse, *_ = attention(*operands.values(), **band)
-    rows = ((b, k, g, t), F32)
+    rows, scratch = ((b, k, g, t), F32), {"scratch": ((b, k, 5), np.uint32)}
     residuals = {"out": F32(out), "lse": F32(lse), "lse_rest": np.zeros(lse.shape, F32)}
     backward_operands = operands | residuals | {"dout": normal(b, k, g, t, e), "dlse": dlse}
     cotangents = {"dquery": (query.shape, F32), "dkey": (key.shape, F32), "dvalue": (value.shape, F32), "delta": rows}
@@ -326,13 +326,21 @@ def attention_cases(structured: bool = False) -> dict[str, Case]:
     return {
         "attention_fwd": Case(
             operands,
-            {"out": (out.shape, F32), "lse": rows, "lse_rest": rows},
-            lambda *a: (*attention(*a, **band)[:2], None),
+            {"out": (out.shape, F32), "lse": rows, "lse_rest": rows} | scratch,
+            lambda *a: (*attention(*a, **band)[:2], None, None),
             attributes,
         ),
-        "attention_bwd": Case(backward_operands, cotangents, lambda *a: attention_backward(*a, **band)[:4], attributes),
+        "attention_bwd": Case(
+            backward_operands,
+            cotangents | scratch,
+            lambda *a: (*attention_backward(*a, **band)[:4], None),
+            attributes,
+        ),
         "attention_bias_bwd": Case(
-            backward_operands, cotangents | scores, lambda *a: attention_backward(*a, **band), attributes
+            backward_operands,
+            cotangents | scores | scratch,
+            lambda *a: (*attention_backward(*a, **band), None),
+            attributes,
         ),
     }
 
@@ -536,7 +544,7 @@ LENGTH_MAJOR = {5: (0, 3, 1, 2, 4), 4: (0, 2, 1, 3)}  # query, out: b t k g d; k
 @pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd", "attention_bias_bwd"])
 def test_attention_reads_and_writes_length_major_arrays(name):
     case = CASES[name]
-    dense = {"mask", "bias", *STRUCTURE, "lse", "lse_rest", "delta", "dbias"}
+    dense = {"mask", "bias", *STRUCTURE, "lse", "lse_rest", "delta", "dbias", "scratch"}
     attributes = case.attributes | {"layout": np.int32(1)}
     actual = call(
         name,
@@ -618,12 +626,12 @@ def refuse_others(name, case, operand):
 def test_result_of_another_size_rank_or_dtype_is_refused(name, result):
     case = CASES[name]
     shape, dtype = case.results[result]
-    for axis in range(len(shape)):
+    for axis in range(len(shape) - (result == "scratch")):  # of which there may be any amount
         text = refusal(name, case.operands, case.results | {result: (doubled(shape, axis), dtype)}, case.attributes)
         assert f": {result} must have shape {shape}" in text
     refusal(name, case.operands, case.results | {result: ((*shape, 1), dtype)}, case.attributes)
     text = refusal(name, case.operands, case.results | {result: (shape, jnp.int32)}, case.attributes)
-    assert f": {result} must be float32" in text
+    assert f": {result} must be {np.dtype(dtype).name}" in text
 
 
 def test_error_names_target_operand_invariant_and_what_came():

@@ -43,6 +43,15 @@ Status DkeyDvalueF32(const AttentionBackwardArgs& args, const Launch& launch);
 namespace hopper {
 /// Few queries, of any problem of those types: masks, biases, rows without a key and all.
 Status Decode(const AttentionForwardArgs& args, const Launch& launch);
+/// What Masked and Modified kernels want of mask, interval and segments, into the scratch if that
+/// is large enough (mask_tiles.cuh). `by_key`: for dkey and dvalue too.
+Status MakeMaskTiles(const AttentionProblem& problem, bool by_key, const Launch& launch);
+/// Whether nothing but these is special, and the scratch is large enough: then Masked kernels
+/// serve, for head sizes up to 128. Rows without an allowed key are left to DeadRows.
+bool MasksAlone(const AttentionProblem& problem);
+Status ForwardMasked(const AttentionForwardArgs& args, const Launch& launch);
+Status DqueryMasked(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueMasked(const AttentionBackwardArgs& args, const Launch& launch);
 /// Head sizes up to 128 and what the following do not take, but for a softcap and dbias. Rows
 /// without an allowed key are left to DeadRows.
 Status ForwardModified(const AttentionForwardArgs& args, const Launch& launch);

@@ -287,6 +287,126 @@ __device__ __forceinline__ float QueryRest(const float* rest, int t, int q_len) 
   return rest && t < q_len ? kLog2E * rest[t] : 0.f;
 }
 
+/// The warp's tile of a tensor that is broadcast to the scores, seen as rows and columns of scores.
+template <bool kByQuery>
+__device__ __forceinline__ ScoreTensor TensorOf(const AttentionProblem& p,
+                                                const ScoreStrides& strides) {
+  const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
+  return kByQuery ? ScoreTensor{strides.query, strides.key, q_len, kv_len}
+                  : ScoreTensor{strides.key, strides.query, kv_len, q_len};
+}
+
+/// Where this lane's scores are, of a warp's tile whose first is (row0, col0).
+__device__ __forceinline__ LaneOrigin OriginOf(int row0, int col0) {
+  const int lane = threadIdx.x % kWarpSize;
+  return {row0 + lane / 4, col0 + lane % 4 * 2};
+}
+
+/// scores += bias.
+template <bool kByQuery, int kRowTiles, int kColTiles>
+__device__ __forceinline__ void AddBias(float (&scores)[kRowTiles][kColTiles][4],
+                                        const AttentionProblem& p, const ScoreOffsets& offsets,
+                                        LaneOrigin origin) {
+  const auto add = [&]<typename E>(const E* bias) {
+    ForEachScore(scores, bias + offsets.bias, TensorOf<kByQuery>(p, p.bias_strides), origin,
+                 [](float& score, E value) { score += ToFloat(value); });
+  };
+  if (p.bias_dtype == DType::kF16)
+    add(static_cast<const __half*>(p.bias));
+  else if (p.bias_dtype == DType::kBF16)
+    add(static_cast<const __nv_bfloat16*>(p.bias));
+  else
+    add(static_cast<const float*>(p.bias));
+}
+
+/// -inf where the mask forbids a key.
+template <bool kByQuery, int kRowTiles, int kColTiles>
+__device__ __forceinline__ void ApplyMask(float (&scores)[kRowTiles][kColTiles][4],
+                                          const AttentionProblem& p, const ScoreOffsets& offsets,
+                                          LaneOrigin origin) {
+  ForEachScore(scores, reinterpret_cast<const uint8_t*>(p.mask) + offsets.mask,
+               TensorOf<kByQuery>(p, p.mask_strides), origin,
+               [](float& score, uint8_t allowed) { score = allowed ? score : -INFINITY; });
+}
+
+/// Of the lane's scores of a warp's tile whose first is (row0, col0): where they are, and which of
+/// them are queries.
+template <bool kByQuery, int kRowTiles, int kColTiles>
+struct LaneScores {
+  static constexpr int kRows = 2 * kRowTiles, kCols = 2 * kColTiles;
+  static constexpr int kQueries = kByQuery ? kRows : kCols;
+  LaneOrigin origin;
+
+  __device__ __forceinline__ LaneScores(int row0, int col0) : origin(OriginOf(row0, col0)) {}
+  __device__ __forceinline__ int row(int i) const { return origin.row + 8 * i; }
+  __device__ __forceinline__ int col(int i) const { return origin.col + 8 * (i / 2) + i % 2; }
+  __device__ __forceinline__ int query(int i) const { return kByQuery ? row(i) : col(i); }
+  /// Calls f(score, row, column), each counted among the lane's.
+  template <typename F>
+  __device__ __forceinline__ static void ForEach(float (&scores)[kRowTiles][kColTiles][4], F f) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kColTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) f(scores[r][n][i], 2 * r + i / 2, 2 * n + i % 2);
+  }
+};
+
+/// -inf where intervals forbid a key. `row0`, `col0`: of the warp's tile.
+template <bool kByQuery, int kRowTiles, int kColTiles>
+__device__ __forceinline__ void ApplyIntervals(float (&scores)[kRowTiles][kColTiles][4],
+                                               const AttentionProblem& p,
+                                               const ScoreOffsets& offsets, int row0, int col0) {
+  using Lane = LaneScores<kByQuery, kRowTiles, kColTiles>;
+  const Lane lane(row0, col0);
+  const int q_len = static_cast<int>(p.q_len);
+  int2 keys[Lane::kQueries];
+#pragma unroll
+  for (int i = 0; i < Lane::kQueries; ++i)
+    keys[i] = LoadInterval(p, offsets.interval, min(lane.query(i), q_len - 1));
+  // Most tiles lie inside of the intervals of all their queries.
+  constexpr int kKeys = kByQuery ? 8 * kColTiles : 16 * kRowTiles;
+  const int first = kByQuery ? col0 : row0;
+  bool inside = true;
+#pragma unroll
+  for (int i = 0; i < Lane::kQueries; ++i)
+    inside = inside && keys[i].x <= first && keys[i].y >= first + kKeys;
+  if (__all_sync(kAllLanes, inside)) return;
+  Lane::ForEach(scores, [&](float& score, int row, int col) {
+    const int2 allowed = keys[kByQuery ? row : col];
+    const int s = kByQuery ? lane.col(col) : lane.row(row);
+    score = s >= allowed.x && s < allowed.y ? score : -INFINITY;
+  });
+}
+
+/// -inf where query and key are of different segments. `row0`, `col0`: of the warp's tile.
+template <bool kByQuery, int kRowTiles, int kColTiles>
+__device__ __forceinline__ void ApplySegments(float (&scores)[kRowTiles][kColTiles][4],
+                                              const AttentionProblem& p,
+                                              const ScoreOffsets& offsets, int row0, int col0) {
+  using Lane = LaneScores<kByQuery, kRowTiles, kColTiles>;
+  const Lane lane(row0, col0);
+  const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
+  const auto query_segment = [&](int t) {
+    return p.query_segments[offsets.query_segments +
+                            min(t, q_len - 1) * p.query_segments_strides.query];
+  };
+  const auto key_segment = [&](int s) {
+    return p.key_segments[offsets.key_segments + min(s, kv_len - 1) * p.key_segments_strides.key];
+  };
+  int rows[Lane::kRows], cols[Lane::kCols];
+#pragma unroll
+  for (int i = 0; i < Lane::kRows; ++i)
+    rows[i] = kByQuery ? query_segment(lane.row(i)) : key_segment(lane.row(i));
+#pragma unroll
+  for (int i = 0; i < Lane::kCols; ++i)
+    cols[i] = kByQuery ? key_segment(lane.col(i)) : query_segment(lane.col(i));
+  Lane::ForEach(scores, [&](float& score, int row, int col) {
+    score = rows[row] == cols[col] ? score : -INFINITY;
+  });
+}
+
 /// Scores become logits in T's unit, -inf where not allowed. Without kModified the scale is left to
 /// the caller's exponent, and only the band is applied. `row0`, `col0`: of the warp's tile.
 /// `whole`: every score of the tile is inside the band and the tensors. `on_slope(r, n, i, slope)`
@@ -296,14 +416,9 @@ __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kCo
                                                   const AttentionProblem& p, const Band& band,
                                                   const ScoreOffsets& offsets, int row0, int col0,
                                                   bool whole, OnSlope on_slope) {
-  const int lane = threadIdx.x % kWarpSize;
-  const LaneOrigin origin{row0 + lane / 4, col0 + lane % 4 * 2};
+  const LaneOrigin origin = OriginOf(row0, col0);
   const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
   if constexpr (kModified) {
-    const auto tensor = [&](const ScoreStrides& strides) {
-      return kByQuery ? ScoreTensor{strides.query, strides.key, q_len, kv_len}
-                      : ScoreTensor{strides.key, strides.query, kv_len, q_len};
-    };
     const bool capped = p.softcap > 0;
     const float scale = capped ? p.scale / p.softcap : p.scale;
 #pragma unroll
@@ -323,75 +438,10 @@ __device__ __forceinline__ void ApplyBandMaskBias(float (&scores)[kRowTiles][kCo
             scores[r][n][i] = p.softcap * tanh;
             on_slope(r, n, i, 1.f - tanh * tanh);
           }
-    if (p.bias) {
-      const auto add = [&]<typename E>(const E* bias) {
-        ForEachScore(scores, bias + offsets.bias, tensor(p.bias_strides), origin,
-                     [](float& score, E value) { score += ToFloat(value); });
-      };
-      if (p.bias_dtype == DType::kF16)
-        add(static_cast<const __half*>(p.bias));
-      else if (p.bias_dtype == DType::kBF16)
-        add(static_cast<const __nv_bfloat16*>(p.bias));
-      else
-        add(static_cast<const float*>(p.bias));
-    }
-    if (p.mask)
-      ForEachScore(scores, reinterpret_cast<const uint8_t*>(p.mask) + offsets.mask,
-                   tensor(p.mask_strides), origin,
-                   [](float& score, uint8_t allowed) { score = allowed ? score : -INFINITY; });
-    // Calls f(score, row of the tile, column) for each of the lane's scores.
-    const auto for_each = [&](auto f) {
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-        for (int n = 0; n < kColTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) f(scores[r][n][i], 2 * r + i / 2, 2 * n + i % 2);
-    };
-    constexpr int kRowsOfLane = 2 * kRowTiles, kColsOfLane = 2 * kColTiles;
-    constexpr int kQueriesOfLane = kByQuery ? kRowsOfLane : kColsOfLane;
-    const auto row_at = [&](int i) { return origin.row + 8 * i; };
-    const auto col_at = [&](int i) { return origin.col + 8 * (i / 2) + i % 2; };
-    if (p.interval) {
-      int2 keys[kQueriesOfLane];
-#pragma unroll
-      for (int i = 0; i < kQueriesOfLane; ++i)
-        keys[i] =
-            LoadInterval(p, offsets.interval, min(kByQuery ? row_at(i) : col_at(i), q_len - 1));
-      // Most tiles lie inside of the intervals of all their queries.
-      constexpr int kKeys = kByQuery ? 8 * kColTiles : 16 * kRowTiles;
-      const int first = kByQuery ? col0 : row0;
-      bool inside = true;
-#pragma unroll
-      for (int i = 0; i < kQueriesOfLane; ++i)
-        inside = inside && keys[i].x <= first && keys[i].y >= first + kKeys;
-      if (!__all_sync(kAllLanes, inside))
-        for_each([&](float& score, int row, int col) {
-          const int2 allowed = keys[kByQuery ? row : col];
-          const int s = kByQuery ? col_at(col) : row_at(row);
-          score = s >= allowed.x && s < allowed.y ? score : -INFINITY;
-        });
-    }
-    if (p.query_segments) {
-      const auto query_segment = [&](int t) {
-        return p.query_segments[offsets.query_segments +
-                                min(t, q_len - 1) * p.query_segments_strides.query];
-      };
-      const auto key_segment = [&](int s) {
-        return p
-            .key_segments[offsets.key_segments + min(s, kv_len - 1) * p.key_segments_strides.key];
-      };
-      int rows[kRowsOfLane], cols[kColsOfLane];
-#pragma unroll
-      for (int i = 0; i < kRowsOfLane; ++i)
-        rows[i] = kByQuery ? query_segment(row_at(i)) : key_segment(row_at(i));
-#pragma unroll
-      for (int i = 0; i < kColsOfLane; ++i)
-        cols[i] = kByQuery ? key_segment(col_at(i)) : query_segment(col_at(i));
-      for_each([&](float& score, int row, int col) {
-        score = rows[row] == cols[col] ? score : -INFINITY;
-      });
-    }
+    if (p.bias) AddBias<kByQuery>(scores, p, offsets, origin);
+    if (p.mask) ApplyMask<kByQuery>(scores, p, offsets, origin);
+    if (p.interval) ApplyIntervals<kByQuery>(scores, p, offsets, row0, col0);
+    if (p.query_segments) ApplySegments<kByQuery>(scores, p, offsets, row0, col0);
   }
   if (whole) return;
 #pragma unroll

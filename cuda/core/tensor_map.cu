@@ -24,7 +24,7 @@ Encode FindEncode() {
 
 }  // namespace
 
-Status MakeTensorMap(const HeadTensor& tensor, int rows, CUtensorMap& map) {
+Status MakeTensorMap(const HeadTensor& tensor, int rows, CUtensorMap& map, int box_features) {
   static const Encode encode = FindEncode();
   if (encode == nullptr)
     return {"the CUDA driver has no cuTensorMapEncodeTiled (it is older than 12.0)"};
@@ -35,15 +35,18 @@ Status MakeTensorMap(const HeadTensor& tensor, int rows, CUtensorMap& map) {
   const cuuint64_t strides[] = {kBytes * static_cast<cuuint64_t>(tensor.length_stride),
                                 kBytes * static_cast<cuuint64_t>(tensor.head_stride),
                                 kBytes * static_cast<cuuint64_t>(tensor.batch_stride)};
-  const cuuint32_t box[] = {kBoxFeatures, static_cast<cuuint32_t>(rows), 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_features), static_cast<cuuint32_t>(rows), 1,
+                            1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(&map,
-             tensor.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             4, const_cast<void*>(tensor.base), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      &map,
+      tensor.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(tensor.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box_features == kBoxFeatures ? CU_TENSOR_MAP_SWIZZLE_128B
+      : box_features == 32         ? CU_TENSOR_MAP_SWIZZLE_64B
+                                   : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? Status{} : Status{"cuTensorMapEncodeTiled refused a tensor"};
 }
 

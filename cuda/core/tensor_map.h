@@ -20,8 +20,10 @@ struct HeadTensor {
 
 inline constexpr int kBoxFeatures = 64;  // 128 bytes, a row of the widest swizzle
 
-/// A map that copies boxes of `rows` (up to 256) positions x kBoxFeatures features of one head,
-/// with the swizzle of 128 bytes that wgmma reads (cuda/core/wgmma.cuh).
-Status MakeTensorMap(const HeadTensor& tensor, int rows, CUtensorMap& map);
+/// A map that copies boxes of `rows` (up to 256) positions x `box_features` features of one head,
+/// with the swizzle of 128 bytes that wgmma reads (cuda/core/wgmma.cuh), of 64 bytes for 32
+/// features, and none for fewer.
+Status MakeTensorMap(const HeadTensor& tensor, int rows, CUtensorMap& map,
+                     int box_features = kBoxFeatures);
 
 }  // namespace zenith

@@ -62,7 +62,8 @@ struct Ring {
 
 /// Copies the box of `map` that starts at (feature, length, head, batch) to shared memory
 /// (1024-byte aligned where the map swizzles by 128 bytes); elements outside of the tensor become
-/// zeros, and count as bytes all the same. One thread.
+/// zeros, and count as bytes all the same. Without a swizzle the box must begin at a multiple of 16
+/// bytes (sm_90: illegal instruction). One thread.
 __device__ __forceinline__ void TmaLoad(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
                                         int feature, int length, int head, int batch) {
   asm volatile(
@@ -71,6 +72,15 @@ __device__ __forceinline__ void TmaLoad(uint32_t shared, const CUtensorMap& map,
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(feature), "r"(length), "r"(head),
       "r"(batch)
       : "memory");
+}
+
+/// Brings a box to the L2 cache. One thread.
+__device__ __forceinline__ void TmaPrefetchBox(const CUtensorMap& map, int feature, int length,
+                                               int head, int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];\n" ::"l"(
+                   reinterpret_cast<uint64_t>(&map)),
+               "r"(feature), "r"(length), "r"(head), "r"(batch)
+               : "memory");
 }
 
 // Clusters: blocks that run at the same time and reach each other's shared memory.

@@ -61,7 +61,40 @@ struct AttentionProblem {
   ScoreStrides interval_strides;                                     // key: 1, from first to last
   const int32_t *query_segments = nullptr, *key_segments = nullptr;  // both or none
   ScoreStrides query_segments_strides, key_segments_strides;
+
+  /// Scratch in which a kernel may keep what it makes of mask, interval and segments, 16-byte
+  /// aligned: with at least MaskScratchWords of it, Hopper's leave out what is masked. With less,
+  /// or null, they do without.
+  uint32_t* mask_scratch = nullptr;
+  int64_t mask_scratch_words = 0;
 };
+
+/// The axes along which mask, interval and segments vary, but for the key axis.
+struct ScoreAxes {
+  bool batch, kv_head, group, query;
+};
+inline ScoreAxes MaskAxes(const AttentionProblem& p) {
+  const ScoreStrides *m = &p.mask_strides, *i = &p.interval_strides;
+  const ScoreStrides *q = &p.query_segments_strides, *k = &p.key_segments_strides;
+  return {.batch = (m->batch | i->batch | q->batch | k->batch) != 0,
+          .kv_head = (m->kv_head | i->kv_head | q->kv_head | k->kv_head) != 0,
+          .group = (m->group | i->group) != 0,
+          .query = (m->query | i->query | q->query) != 0};
+}
+
+/// A byte for each 64 x 32 scores of every matrix that differs in what is masked; and with a mask
+/// the bits by query and by key, in rows of whole 16 bytes. `_scratch_words` of
+/// zenith_jax/ops/attention_kernels.py.
+inline int64_t MaskScratchWords(const AttentionProblem& p) {
+  const auto round_up = [](int64_t x, int64_t step) { return (x + step - 1) / step * step; };
+  const ScoreAxes axes = MaskAxes(p);
+  const int64_t matrices =
+      (axes.batch ? p.batch : 1) * (axes.kv_head ? p.kv_heads : 1) * (axes.group ? p.groups : 1);
+  const int64_t queries = axes.query ? p.q_len : 1, row_words = round_up(p.kv_len, 128) / 32;
+  const int64_t column_words = round_up(queries, 128) / 32;
+  const int64_t bits = p.mask ? queries * row_words + p.kv_len * column_words : 0;
+  return matrices * bits + round_up(matrices * (round_up(queries, 64) / 64) * row_words / 4, 4);
+}
 
 /// Softmax and products accumulate in float32 whatever `dtype`.
 /// out: `out_strides`, dtype. lse: dense (batch, head, t), float32: log-sum-exp of the allowed

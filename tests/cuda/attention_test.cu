@@ -14,6 +14,7 @@
 //     cancel by chance, or that 16-bit p underflows in, is not held to its own size.
 #include <algorithm>
 #include <limits>
+#include <tuple>
 
 #include "cuda/attention/kernels.h"
 #include "tests/cuda/harness.cuh"
@@ -27,7 +28,8 @@ struct Problem {
   int64_t left = kUnbounded, right = kUnbounded;
   MaskedRow masked_row = MaskedRow::kMean;
   /// A digit per axis of (batch, kv_head, group, query, key): 1 full, 0 broadcast. Then 'd': every
-  /// third query is allowed no key; 't': the key axis is not the innermost in memory.
+  /// third query is allowed no key; 'b': whole blocks are masked, or open; 't': the key axis is not
+  /// the innermost in memory.
   std::string mask = "", bias = "";
   DType bias_dtype = DType::kF32;
   float fill = 0;             // if not 0: the bias of all keys of every third query
@@ -39,6 +41,7 @@ struct Problem {
   float scale = NAN;          // NaN: 1 / sqrt(qk_dim)
   double amplitude = 1;       // of query, key and value
   int64_t offset = 0;         // in elements
+  bool mask_scratch = true;   // there is some
 
   int64_t heads() const { return kv_heads * groups; }
   int64_t scores() const { return batch * heads() * q_len * kv_len; }
@@ -66,6 +69,7 @@ struct Problem {
     if (!std::isnan(scale)) s += " scale " + std::to_string(scale);
     if (amplitude != 1) s += " amplitude " + std::to_string(amplitude);
     if (offset) s += " unaligned";
+    if (!mask_scratch) s += " without scratch";
     return s;
   }
 };
@@ -96,6 +100,17 @@ struct ScoreLayout {
 
 std::vector<char> RandomMask(Random& random, const Problem& p, const ScoreLayout& layout) {
   std::vector<char> mask(static_cast<size_t>(layout.size));
+  if (p.mask.find('b') != std::string::npos) {
+    const int64_t cols = std::max<int64_t>(layout.strides.query, 1);
+    std::vector<char> blocks(static_cast<size_t>(layout.size));  // of 64 queries and 32 keys
+    for (int64_t i = 0; i < layout.size; ++i) {
+      const int64_t t = i / cols % p.q_len, s = i % cols;
+      char& kind = blocks[static_cast<size_t>(i - t % 64 * cols - s % 32)];
+      if (kind == 0) kind = random.Chance(0.6) ? 1 : random.Chance(0.6) ? 2 : 3;
+      mask[static_cast<size_t>(i)] = kind != 1 && (kind == 2 || (s + t) % 3 != 0);
+    }
+    return mask;
+  }
   const bool dead_rows = p.mask.find('d') != std::string::npos && layout.strides.query != 0;
   for (int64_t i = 0; i < layout.size; ++i) {
     const bool dead = dead_rows && i / layout.strides.query % p.q_len % 3 == 0;
@@ -200,7 +215,7 @@ void Test(Report& report, const Problem& p, bool forward_only) {
   const Array query = input(queries, p.qk_dim, p.amplitude);
   const Array key = input(keys, p.qk_dim, p.amplitude);
   const Array value = input(keys, p.v_dim, p.amplitude), dout = input(queries, p.v_dim, 1);
-  Array mask, bias, dbias, want_dbias;
+  Array mask, mask_scratch, bias, dbias, want_dbias;
 
   AttentionBackwardArgs args{};
   args.dtype = p.dtype;
@@ -238,6 +253,11 @@ void Test(Report& report, const Problem& p, bool forward_only) {
     args.key_segments = key_segments.data<int32_t>();
     args.query_segments_strides = {.batch = p.q_len, .query = 1};
     args.key_segments_strides = {.batch = p.kv_len, .key = 1};
+  }
+  if (p.mask_scratch) {
+    args.mask_scratch_words = MaskScratchWords(args);
+    mask_scratch = Array(DType::kF32, args.mask_scratch_words);
+    args.mask_scratch = mask_scratch.data<uint32_t>();
   }
   double largest_bias = 0;
   if (!p.bias.empty()) {
@@ -484,7 +504,8 @@ void AddScores(std::vector<Problem>& problems, DType dtype, int64_t d) {
                           .qk_dim = d,
                           .v_dim = d,
                           .masked_row = row,
-                          .mask = mask});
+                          .mask = mask,
+                          .mask_scratch = row == MaskedRow::kMean});
     }
   }
   for (const char* bias : {"00111", "11111", "10001", "01010", "00011t"}) {
@@ -527,6 +548,8 @@ void AddScores(std::vector<Problem>& problems, DType dtype, int64_t d) {
                           .bias = *interval == '0' ? "" : "00011",
                           .interval = interval,
                           .segments = row == MaskedRow::kNan});
+      problems.push_back(problems.back());
+      problems.back().mask_scratch = false, problems.back().bias = "";
     }
   }
   for (const float fill : {-1e9f, std::numeric_limits<float>::lowest()}) {
@@ -569,6 +592,82 @@ void AddScores(std::vector<Problem>& problems, DType dtype, int64_t d) {
                       .v_dim = d,
                       .scale = 0.3f,
                       .amplitude = 4});
+}
+
+/// Masks and biases that lie so that they are copied to shared memory in tiles (lengths of keys
+/// that are multiples of 16, elements of 16 bits), broadcast along each axis, alone, together, with
+/// a band and with what is not copied; more tiles than buffers, and groups of heads.
+void AddScoreTiles(std::vector<Problem>& problems, DType dtype, int64_t d) {
+  const DType other = dtype == DType::kF16 ? DType::kBF16 : DType::kF16;
+  constexpr std::pair<const char*, const char*> kMasksAndBiases[] = {
+      {"11111d", ""},      {"10011d", ""},      {"00010", ""},      {"10001", ""},
+      {"11111b", ""},      {"10011b", ""},      {"10001b", ""},     {"10010b", "00011"},
+      {"10111b", "11011"}, {"", "11111"},       {"", "01111"},      {"", "00011"},
+      {"", "10011"},       {"", "11101"},       {"", "00111"},      {"11011", "00111"},
+      {"10011d", "10001"}, {"00011t", "11111"}, {"00111", "00011t"}};
+  for (const auto& [mask, bias] : kMasksAndBiases) {
+    for (const auto& [t, s, right] :
+         {std::tuple{133, 144, kOpen}, {450, 464, kOpen}, {450, 464, int64_t{14}}}) {
+      problems.push_back({.dtype = dtype,
+                          .batch = 2,
+                          .kv_heads = 2,
+                          .groups = 2,
+                          .q_len = t,
+                          .kv_len = s,
+                          .qk_dim = d,
+                          .v_dim = d - (right == kOpen ? 0 : 8),
+                          .right = right,
+                          .mask = mask,
+                          .bias = bias,
+                          .bias_dtype = right == kOpen ? dtype : other,
+                          .length_first = t == 450});
+    }
+  }
+  // More tiles of keys and of queries than a warp has lanes, most of them masked.
+  if (d == 64)
+    problems.push_back({.dtype = dtype,
+                        .groups = 2,
+                        .q_len = 3300,
+                        .kv_len = 4200,
+                        .qk_dim = d,
+                        .v_dim = d,
+                        .masked_row = MaskedRow::kNan,
+                        .mask = "00011b"});
+  problems.push_back({.dtype = dtype,
+                      .batch = 2,
+                      .kv_heads = 3,
+                      .q_len = 300,
+                      .kv_len = 320,
+                      .qk_dim = d,
+                      .v_dim = d,
+                      .left = 200,
+                      .masked_row = MaskedRow::kNan,
+                      .mask = "10011d",
+                      .bias = "01011",
+                      .bias_dtype = dtype,
+                      .interval = "1001",
+                      .segments = true});
+  // No fill of -60000, float16's: logits there are multiples of 2^-8, to which two kernels' may be
+  // rounded differently.
+  problems.push_back({.dtype = dtype,
+                      .batch = 2,
+                      .groups = 2,
+                      .q_len = 133,
+                      .kv_len = 160,
+                      .qk_dim = d,
+                      .v_dim = d,
+                      .bias = "11111",
+                      .bias_dtype = DType::kBF16,
+                      .fill = -1e9f});
+  problems.push_back({.dtype = dtype,
+                      .q_len = 200,
+                      .kv_len = 256,
+                      .qk_dim = d,
+                      .v_dim = d,
+                      .mask = "00011",
+                      .bias = "00011",
+                      .bias_dtype = dtype,
+                      .scale = -0.3f});
 }
 
 /// Few queries and many keys: clusters of all sizes, and more rows than a tile has.
@@ -640,6 +739,24 @@ void AddSmall(std::vector<Problem>& problems, DType dtype) {
                         .interval = "1001",
                         .length_first = true});
   }
+  for (const int64_t d : {64, 128}) {  // buffers that are filled again
+    problems.push_back({.dtype = dtype,
+                        .groups = 2,
+                        .q_len = 260,
+                        .kv_len = 272,
+                        .qk_dim = d,
+                        .v_dim = d,
+                        .mask = "11011d",
+                        .bias = "01111",
+                        .bias_dtype = dtype});
+    problems.push_back({.dtype = dtype,
+                        .batch = 2,
+                        .q_len = 260,
+                        .kv_len = 560,
+                        .qk_dim = d,
+                        .v_dim = d,
+                        .mask = "10011b"});
+  }
   problems.push_back({.dtype = dtype, .qk_dim = 8, .v_dim = 8});
   problems.push_back({.dtype = dtype,
                       .q_len = 17,
@@ -650,9 +767,11 @@ void AddSmall(std::vector<Problem>& problems, DType dtype) {
                       .bias = "00010"});
 }
 
-int Main(bool small, bool decoding) {
+/// `only`: the name of a dtype, or null for all.
+int Main(bool small, bool decoding, const char* only) {
   Report report;
   for (const DType dtype : kDTypes) {
+    if (only && std::strcmp(only, Name(dtype)) != 0) continue;
     std::vector<Problem> problems;
     if (decoding) {
       if (dtype == DType::kF32) continue;
@@ -663,6 +782,7 @@ int Main(bool small, bool decoding) {
       AddSizes(problems, dtype);
       for (const int64_t d : {64, 128, 256}) {
         AddScores(problems, dtype, d);
+        AddScoreTiles(problems, dtype, d);
         AddDecoding(problems, dtype, d);
       }
     }
@@ -674,8 +794,10 @@ int Main(bool small, bool decoding) {
 }  // namespace
 }  // namespace zenith::test
 
-/// `--decoding`: few queries over many keys alone, forward.
+/// `--decoding`: few queries over many keys alone, forward. The name of a dtype: its problems
+/// alone.
 int main(int argc, char** argv) {
+  const bool small = zenith::test::IsSmall(argc, argv);
   const bool decoding = argc > 1 && std::strcmp(argv[1], "--decoding") == 0;
-  return zenith::test::Main(zenith::test::IsSmall(argc, argv), decoding);
+  return zenith::test::Main(small, decoding, argc > 1 && !small && !decoding ? argv[1] : nullptr);
 }

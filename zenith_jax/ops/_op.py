@@ -130,6 +130,7 @@ class Kernel:
     in_place: (operand index, result index), where the kernel may write a result over an operand of its shape and dtype;
     XLA copies the operand first if it is needed later.
     adapted: (operands, platform, **attributes) -> operands of the same meaning that the platform's kernel takes.
+    scratch: how many of the last results are room for the kernel to work in: hidden, and no residuals.
     saving: (operands, **attributes) -> the kernel that runs in the place of this one where it is differentiated, with
     the same visible results and more hidden ones, or None.
     linear: whether it is linear in its first operand: where only that moves, the tangent is the kernel of the tangent,
@@ -145,6 +146,7 @@ class Kernel:
     reference: Callable[..., tuple[Any, ...]]
     result_dtypes: tuple[Any, ...]
     visible: int = 1
+    scratch: int = 0
     backward: Callable[..., dict[int, Any]] | None = None
     ffi_attributes: Callable[..., dict[str, Any]] = lambda avals, **attributes: attributes
     layouts: Callable[..., tuple[list, list]] | None = None
@@ -166,6 +168,11 @@ class Kernel:
 
     def __repr__(self) -> str:
         return self.name
+
+    @property
+    def residuals(self) -> tuple[Spec, ...]:
+        """The results that `backward` gets."""
+        return self.signature.results[: len(self.signature.results) - self.scratch]
 
     def visible_reference(self, *operands: Any, **attributes: Any) -> tuple[Any, ...]:
         return tuple(self.reference(*operands, **attributes))[: self.visible]
@@ -246,10 +253,11 @@ def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attribut
     if kernel.backward is None:
         return results, list(_reference_jvp(kernel, attributes, live, primals, live_tangents, visible=False))
     # Named so that a remat policy can save them: the output and the log-sum-exp together; one alone still recomputes.
-    results = [checkpoint_name(r, f"zenith_{kernel.name}") for r in results]
+    residuals = [checkpoint_name(r, f"zenith_{kernel.name}") for r in results[: len(kernel.residuals)]]
+    results = [*residuals, *results[len(residuals) :]]
     present, missing = _without_absent(kernel, primals)
     visible = tangent_p.bind(
-        *present, *results, *live_tangents, kernel=kernel, attributes=attributes, live=live, missing=missing
+        *present, *residuals, *live_tangents, kernel=kernel, attributes=attributes, live=live, missing=missing
     )
     hidden = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results[kernel.visible :]]
     return results[:count], [*visible, *hidden][:count]
@@ -319,7 +327,7 @@ ad.primitive_transposes[call_p] = _call_transpose
 batching.primitive_batchers[call_p] = _call_batch
 
 
-# --- tangent_p: (*operands, *results, *tangents of the live operands) -> tangents of the visible results --------------
+# --- tangent_p: (*operands, *residuals, *tangents of the live operands) -> tangents of the visible results ------------
 #
 # Absent operands are left out and named by the param `missing`, ((index, dtype), ...): operands and results become
 # residuals, and XLA's partitioner crashes on a residual of size 0 that is sharded over devices (`jax.grad` of
@@ -337,9 +345,9 @@ def _without_absent(kernel: Kernel, operands: Sequence) -> tuple[list[Any], tupl
 
 
 def _split(kernel: Kernel, args: Sequence, missing: tuple) -> tuple[list[Any], list[Any], list[Any]]:
-    """(operands that are there, results, tangents)."""
+    """(operands that are there, results but for scratch, tangents)."""
     operands = len(kernel.signature.operands) - len(missing)
-    results = operands + len(kernel.signature.results)
+    results = operands + len(kernel.residuals)
     return list(args[:operands]), list(args[operands:results]), list(args[results:])
 
 
@@ -404,7 +412,7 @@ def _tangent_batch(
     signature = kernel.signature
     gone = {i for i, _ in missing}
     present = [s for i, s in enumerate(signature.operands) if i not in gone]
-    specs = [*present, *signature.results, *(signature.operands[i] for i in live)]
+    specs = [*present, *kernel.residuals, *(signature.operands[i] for i in live)]
     params = dict(kernel=kernel, attributes=attributes, live=live, missing=missing)
     moved = _batch_to_front(specs, args, dims)
     if moved is None:

@@ -8,7 +8,7 @@ d query/key features, e value features.
   out     = softmax(logits where allowed) . value;  lse = log(sum(exp(logits where allowed)))
 
 The forward kernel has a hidden result, lse_rest: what float32 rounds off lse in rows that a bias moves far from 0, for
-the backward kernels.
+the backward kernels. The last result of each, w words for each element of *b, is scratch.
 
 `interval` holds (first, last) of each query. An attention sink, one more logit without a value, is arithmetic on out
 and lse: out * sigmoid(lse - sink).
@@ -19,6 +19,7 @@ Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691. The kernels' cont
 from __future__ import annotations
 
 import functools as ft
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,6 +98,24 @@ def unsupported(platform: str, *, head_size: int) -> Refusal | None:
     return None
 
 
+def _scratch_words(query: Any, value: Any, mask: Any, structure: Sequence[Any], softcap: float) -> int:
+    """32-bit words for each element of *b: MaskScratchWords of ffi/kernels/attention.h, where kernels for Hopper would
+    use them (cuda/attention.cu), at least 1. With other batch sizes of mask or structure they do without."""
+    (*batch, _, t, d), (s, e) = query.shape, value.shape[-2:]
+    # (*b, g, t) of what masks, 1 where it does not vary
+    interval, query_segments, key_segments = structure
+    shapes = [x.shape[:-1] for x in (mask, interval) if not is_absent(x)]
+    shapes += [(*x.shape[:-1], 1, n) for x, n in ((query_segments, t), (key_segments, 1)) if not is_absent(x)]
+    if not shapes or query.dtype.itemsize != 2 or max(d, e) > 128 or max(t, s) <= 128 or softcap:
+        return 1
+    *outer, queries = (max(sizes) for sizes in zip(*shapes, strict=True))
+    matrices = math.prod(outer)
+    row_words, column_words = -(-s // 128) * 4, -(-queries // 128) * 4
+    bits = 0 if is_absent(mask) else queries * row_words + s * column_words
+    words = matrices * bits + -(-matrices * -(-queries // 64) * row_words // 16) * 4
+    return max(1, -(-words // max(1, math.prod(batch))))
+
+
 def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
     query, key, value = avals[:3]
     if not query.dtype == key.dtype == value.dtype:
@@ -134,7 +153,8 @@ def _full_axes(operand: Any, bits: tuple[int, ...]) -> np.int64:
     return np.int64(varies + sum(bit for bit, n in zip(bits, inner, strict=True) if n != 1))
 
 
-def _ffi(avals: Any, *, scale, softcap, left, right, masked_row, layout) -> dict[str, Any]:
+def _ffi(avals: Any, *, scale, softcap, left, right, masked_row, layout, w) -> dict[str, Any]:
+    del w
     return dict(
         scale=np.float32(scale),
         softcap=np.float32(softcap),
@@ -160,12 +180,12 @@ def _orders(rank: int, layout: int) -> tuple[tuple[int, ...] | None, tuple[int, 
 
 def _forward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, list]:
     q, k = _orders(rank, layout)
-    return [q, k, k, *[None] * 5], [q, None, None]
+    return [q, k, k, *[None] * 5], [q, None, None, None]
 
 
 def _backward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, list]:
     q, k = _orders(rank, layout)
-    return [q, k, k, *[None] * 5, q, None, None, q, None], [q, k, k, None]
+    return [q, k, k, *[None] * 5, q, None, None, q, None], [q, k, k, None, None]
 
 
 def _bias_backward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, list]:
@@ -178,7 +198,11 @@ def _bias_backward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, l
 _F32 = jnp.float32
 _OPERANDS = "*b g t d, *b s d, *b s e, ?*b g t s, ?*b g t s, ?*b g t i, ?*b t, ?*b s"
 _BACKWARD_OPERANDS = f"{_OPERANDS}, *b g t e, *b g t, ?*b g t, *b g t e, ?*b g t"
-_NATIVE = dict(supports=_supports, adapted=_adapted, ffi_attributes=_ffi)
+_NATIVE = dict(supports=_supports, adapted=_adapted, ffi_attributes=_ffi, scratch=1)
+
+
+def _scratch(query, w: int) -> Any:
+    return jnp.zeros((*query.shape[:-3], w), jnp.uint32)
 
 
 def _forward_reference(*operands, masked_row, **attributes):
@@ -186,7 +210,7 @@ def _forward_reference(*operands, masked_row, **attributes):
     return _out(*operands, masked_row=masked_row, **attributes), lse, jnp.zeros(lse.shape, _F32)
 
 
-def _backward_reference(query, key, value, mask, bias, *rest, with_bias, layout, **attributes):
+def _backward_reference(query, key, value, mask, bias, *rest, with_bias, layout, w, **attributes):
     del layout
     *structure, out, _, _, dout, dlse = rest
     delta = jnp.sum(widened(dout) * widened(out), axis=-1)
@@ -200,13 +224,13 @@ def _backward_reference(query, key, value, mask, bias, *rest, with_bias, layout,
     if with_bias:
         bias = jnp.broadcast_to(bias, (*query.shape[:-1], key.shape[-2])).astype(delta.dtype)
     cotangents = jax.vjp(function, query, key, value, bias)[1](dout)
-    return *cotangents[:3], delta, *([cotangents[3]] if with_bias else [])
+    return *cotangents[:3], delta, *([cotangents[3]] if with_bias else []), _scratch(query, w)
 
 
 @kernel(
     "attention_bwd",
-    f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t",
-    (0, 1, 2, _F32),
+    f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t, *b w",
+    (0, 1, 2, _F32, jnp.uint32),
     visible=3,
     layouts=_backward_layouts,
     **_NATIVE,
@@ -217,8 +241,8 @@ def attention_bwd(*operands, **attributes):
 
 @kernel(
     "attention_bias_bwd",
-    f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t, *b g t s",
-    (0, 1, 2, _F32, _F32),
+    f"{_BACKWARD_OPERANDS} -> *b g t d, *b s d, *b s e, *b g t, *b g t s, *b w",
+    (0, 1, 2, _F32, _F32, jnp.uint32),
     visible=5,
     layouts=_bias_backward_layouts,
     **_NATIVE,
@@ -237,9 +261,9 @@ def _backward(operands, results, cotangents, needed, **attributes):
         lse_rest = absent()
     operands = (*operands, out, lse, lse_rest, dout, dlse)
     if 4 not in needed:
-        dquery, dkey, dvalue, _ = attention_bwd(*operands, **attributes)
+        dquery, dkey, dvalue, *_ = attention_bwd(*operands, **attributes)
         return {0: dquery, 1: dkey, 2: dvalue}
-    dquery, dkey, dvalue, _, dbias = attention_bias_bwd(*operands, **attributes)
+    dquery, dkey, dvalue, _, dbias, _ = attention_bias_bwd(*operands, **attributes)
     broadcast = tuple(i for i, n in enumerate(bias.shape) if n == 1 and dbias.shape[i] != 1)
     dbias = jnp.sum(dbias, axis=broadcast, keepdims=True).astype(bias.dtype)
     return {0: dquery, 1: dkey, 2: dvalue, 4: dbias}
@@ -247,16 +271,16 @@ def _backward(operands, results, cotangents, needed, **attributes):
 
 @kernel(
     "attention_fwd",
-    f"{_OPERANDS} -> *b g t e, *b g t, *b g t",
-    (0, WIDENED, _F32),
+    f"{_OPERANDS} -> *b g t e, *b g t, *b g t, *b w",
+    (0, WIDENED, _F32, jnp.uint32),
     visible=2,
     backward=_backward,
     layouts=_forward_layouts,
     **_NATIVE,
 )
-def attention_fwd(*operands, layout, **attributes):
+def attention_fwd(*operands, layout, w, **attributes):
     del layout
-    return _forward_reference(*operands, **attributes)
+    return *_forward_reference(*operands, **attributes), _scratch(operands[0], w)
 
 
 # --- on canonical shapes ----------------------------------------------------------------------------------------------
@@ -287,19 +311,22 @@ def attention_canonical(
     def optional(x: Any, dtype: Any) -> Any:
         return absent(dtype) if x is None else x
 
-    out, lse, _ = attention_fwd(
+    mask = optional(mask, jnp.bool_)
+    structure = [optional(x, jnp.int32) for x in (interval, query_segments, key_segments)]
+    out, lse, *_ = attention_fwd(
         query,
         key,
         value,
-        optional(mask, jnp.bool_),
+        mask,
         optional(bias, jnp.float32),
-        *(optional(x, jnp.int32) for x in (interval, query_segments, key_segments)),
+        *structure,
         scale=float(scale),
         softcap=float(softcap),
         left=int(left),
         right=int(right),
         masked_row=masked_row,
         layout=layout,
+        w=_scratch_words(query, value, mask, structure, softcap),
     )
     return out, lse
 

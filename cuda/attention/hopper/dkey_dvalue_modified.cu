@@ -2,14 +2,16 @@
 
 namespace zenith::attention::hopper {
 
-// kModified, for head sizes up to 128: the tiles that are right for most lengths, to compile few.
+// Scores::kAny, for head sizes up to 128: the tiles that are right for most lengths, to compile
+// few.
 template <typename T>
 Status LaunchByHead(const AttentionBackwardArgs& args, const Launch& launch) {
   return args.qk_dim <= 64 && args.v_dim <= 64
-             ? LaunchDkeyDvalue<DkeyDvalueConfig<T, 64, 64, 2, 64, 3, Wanted::kBoth, true>>(args,
-                                                                                            launch)
-             : LaunchDkeyDvalue<DkeyDvalueConfig<T, 128, 128, 2, 64, 3, Wanted::kBoth, true>>(
-                   args, launch);
+             ? LaunchDkeyDvalue<DkeyDvalueConfig<T, 64, 64, 2, 64, 3, Wanted::kBoth, Scores::kAny>>(
+                   args, launch)
+             : LaunchDkeyDvalue<
+                   DkeyDvalueConfig<T, 128, 128, 2, 64, 3, Wanted::kBoth, Scores::kAny>>(args,
+                                                                                         launch);
 }
 
 Status DkeyDvalueModified(const AttentionBackwardArgs& args, const Launch& launch) {

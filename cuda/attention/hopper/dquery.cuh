@@ -8,18 +8,18 @@
 // query, dout and dquery cross memory once, key and value once per query tile.
 #pragma once
 
-#include "cuda/attention/hopper/fragment.cuh"
-#include "cuda/attention/hopper/pipeline.cuh"
+#include "cuda/attention/hopper/score_tiles.cuh"
 #include "cuda/attention/kernels.h"
 
 namespace zenith::attention::hopper {
 
 /// kModified: as in forward.cuh.
 template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_,
-          bool kModified_ = false>
+          Scores kScores_ = Scores::kPlain>
 struct DqueryConfig {
   using T = T_;
-  static constexpr bool kModified = kModified_;
+  static constexpr Scores kScores = kScores_;
+  static constexpr bool kModified = kScores != Scores::kPlain, kAny = kScores == Scores::kAny;
   static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
   static constexpr int kConsumers = kConsumers_;          // warpgroups
   static constexpr int kCols = kCols_;                    // keys per tile
@@ -29,14 +29,22 @@ struct DqueryConfig {
   static constexpr int kDoutBytes = TileBytes(kRows, kVDim);
   static constexpr int kKeyBytes = TileBytes(kCols, kQkDim);
   static constexpr int kValueBytes = TileBytes(kCols, kVDim);
-  static constexpr int kTilesBytes = kQueryBytes + kDoutBytes + kStages * (kKeyBytes + kValueBytes);
-  static constexpr int kSharedBytes =
-      kTilesBytes + BarrierPair::kBytes + 2 * BarrierRing<kStages>::kBytes + kTileAlignment;
+  static constexpr int kBiasBytes = kAny ? BiasBytes(kRows, kCols) : 0;
+  static constexpr int kBitsBytes = kModified ? kRows * BitsRowBytes(kCols) : 0;
+  static constexpr int kTilesBytes =
+      kQueryBytes + kDoutBytes + kStages * (kKeyBytes + kValueBytes + kBiasBytes + kBitsBytes);
+  static constexpr int kMessagesBytes = kModified ? (kStages + 1) * TileMessage::kBytes : 0;
+  static constexpr int kSharedBytes = kTilesBytes + BarrierPair::kBytes +
+                                      2 * BarrierRing<kStages>::kBytes + kMessagesBytes +
+                                      kTileAlignment;
+  static constexpr int kProducerRegisters =
+      kModified && kConsumers == 2 ? 40 : hopper::ProducerRegisters(kConsumers);
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 struct DqueryParams {
   CUtensorMap query, key, value, dout;
+  ScoreTiles tiles;  // kModified
   AttentionBackwardArgs args;
   Schedule schedule;
 };
@@ -44,18 +52,22 @@ struct DqueryParams {
 /// Addresses in shared memory.
 template <typename Config>
 struct DqueryShared {
-  uint32_t query, dout, keys, values;
+  uint32_t query, dout, keys, values, bias, bits;
   BarrierPair rows;
-  BarrierRing<Config::kStages> key, value;
+  BarrierRing<Config::kStages> key, value;  // bias, bits and message come with the values
+  MessageRing<Config::kStages> messages;
 
   __device__ __forceinline__ explicit DqueryShared(uint32_t base)
       : query((base + kTileAlignment - 1) & ~(kTileAlignment - 1)),
         dout(query + Config::kQueryBytes),
         keys(dout + Config::kDoutBytes),
         values(keys + Config::kStages * Config::kKeyBytes),
+        bias(values + Config::kStages * Config::kValueBytes),
+        bits(bias + Config::kStages * Config::kBiasBytes),
         rows{query + Config::kTilesBytes},
         key{rows.end()},
-        value{key.end()} {}
+        value{key.end()},
+        messages{value.end()} {}
 };
 
 /// One warp, whose first lane issues the copies.
@@ -63,33 +75,86 @@ template <typename Config>
 __device__ __forceinline__ void ProduceDquery(const DqueryParams& p,
                                               const DqueryShared<Config>& shared,
                                               const Band& band) {
+  constexpr int kRows = Config::kRows, kCols = Config::kCols;
+  constexpr bool kModified = Config::kModified;
   const int rounds = p.schedule.total_rounds();
   Ring<Config::kStages> ring;
   uint32_t row_parity = 0;
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const auto tile = QueryTile<Config::kRows, Config::kCols>::template Of<Config::kModified>(
-        p.args, p.schedule, band, item);
-    if (threadIdx.x != 0) continue;
-    BarrierWait(shared.rows.empty(), row_parity ^ 1);
-    row_parity ^= 1;
-    BarrierExpect(shared.rows.full(), Config::kQueryBytes + Config::kDoutBytes);
-    LoadTile<Config::kRows, Config::kQkDim>(shared.query, p.query, shared.rows.full(), tile.t0,
-                                            tile.head, tile.batch);
-    LoadTile<Config::kRows, Config::kVDim>(shared.dout, p.dout, shared.rows.full(), tile.t0,
-                                           tile.head, tile.batch);
-    for (int n = tile.first + tile.count - 1; n >= tile.first; --n, ring.Advance()) {
+    const auto tile = QueryTile<kRows, kCols>::Of(p.args, p.schedule, band, item,
+                                                  kModified && !p.tiles.has_classes);
+    const auto load_rows = [&] {
+      BarrierExpect(shared.rows.full(), Config::kQueryBytes + Config::kDoutBytes);
+      LoadTile<kRows, Config::kQkDim>(shared.query, p.query, shared.rows.full(), tile.t0, tile.head,
+                                      tile.batch);
+      LoadTile<kRows, Config::kVDim>(shared.dout, p.dout, shared.rows.full(), tile.t0, tile.head,
+                                     tile.batch);
+    };
+    const auto load_key = [&](int n) {
       BarrierWait(shared.key.empty(ring.stage), ring.parity ^ 1);
       BarrierExpect(shared.key.full(ring.stage), Config::kKeyBytes);
-      LoadTile<Config::kCols, Config::kQkDim>(shared.keys + ring.stage * Config::kKeyBytes, p.key,
-                                              shared.key.full(ring.stage), n * Config::kCols,
-                                              tile.kv_head, tile.batch);
-      BarrierWait(shared.value.empty(ring.stage), ring.parity ^ 1);
-      BarrierExpect(shared.value.full(ring.stage), Config::kValueBytes);
-      LoadTile<Config::kCols, Config::kVDim>(shared.values + ring.stage * Config::kValueBytes,
-                                             p.value, shared.value.full(ring.stage),
-                                             n * Config::kCols, tile.kv_head, tile.batch);
+      LoadTile<kCols, Config::kQkDim>(shared.keys + ring.stage * Config::kKeyBytes, p.key,
+                                      shared.key.full(ring.stage), n * kCols, tile.kv_head,
+                                      tile.batch);
+    };
+    const auto load_value = [&](int n) {
+      LoadTile<kCols, Config::kVDim>(shared.values + ring.stage * Config::kValueBytes, p.value,
+                                     shared.value.full(ring.stage), n * kCols, tile.kv_head,
+                                     tile.batch);
+    };
+    if constexpr (kModified) {
+      const int matrix = p.tiles.has_classes ? p.tiles.mask.MatrixOf(tile.head_index(p.args)) : 0;
+      TileWalk walk(tile.first, tile.count);
+      const auto next = [&] {
+        return walk.Next(p.tiles.has_classes, [&](int n) {
+          return p.tiles.mask.Class<kRows, kCols>(matrix, tile.t0, n * kCols);
+        });
+      };
+      TileWalk::Step step = next();
+      if (threadIdx.x == 0) {
+        BarrierWait(shared.rows.empty(), row_parity ^ 1);
+        shared.messages.StoreAny(step.tile >= 0);
+        load_rows();
+      }
+      row_parity ^= 1;
+      for (; step.tile >= 0; ring.Advance()) {
+        const int n = step.tile;
+        const bool open = step.is_open;
+        step = next();
+        if (threadIdx.x != 0) continue;
+        const uint32_t full = shared.value.full(ring.stage);
+        const bool with_bits = p.tiles.has_bits && !open;
+        load_key(n);
+        BarrierWait(shared.value.empty(ring.stage), ring.parity ^ 1);
+        shared.messages.Store(ring.stage, n, step.tile < 0, open);
+        BarrierExpect(full, Config::kValueBytes +
+                                (Config::kAny ? p.tiles.bias_bytes(kRows, kCols) : 0) +
+                                (with_bits ? p.tiles.bits_bytes<true>(kRows, kCols) : 0));
+        load_value(n);
+        if (Config::kAny && p.tiles.has_bias) {
+          p.tiles.LoadBias<kRows, kCols>(shared.bias + ring.stage * Config::kBiasBytes, full,
+                                         tile.t0, n * kCols, tile.head, tile.batch);
+          if (n - kBiasAhead >= tile.first)
+            p.tiles.PrefetchBias<kRows, kCols>(tile.t0, (n - kBiasAhead) * kCols, tile.head,
+                                               tile.batch);
+        }
+        if (with_bits)
+          p.tiles.LoadBits<true>(shared.bits + ring.stage * Config::kBitsBytes, full, matrix,
+                                 tile.t0, n * kCols);
+      }
+    } else {
+      if (threadIdx.x != 0) continue;
+      BarrierWait(shared.rows.empty(), row_parity ^ 1);
+      row_parity ^= 1;
+      load_rows();
+      for (int n = tile.first + tile.count - 1; n >= tile.first; --n, ring.Advance()) {
+        load_key(n);
+        BarrierWait(shared.value.empty(ring.stage), ring.parity ^ 1);
+        BarrierExpect(shared.value.full(ring.stage), Config::kValueBytes);
+        load_value(n);
+      }
     }
   }
 }
@@ -103,6 +168,7 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
   const int group = ConsumerIndex();
   const int warp = threadIdx.x % kWarpgroupSize / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int q_len = static_cast<int>(p.args.q_len), kv_len = static_cast<int>(p.args.kv_len);
+  const bool natural = Config::kAny && p.tiles.natural;
   const float factor = p.args.scale * kLog2E;
 
   const uint64_t query = MatrixDescriptor(shared.query + group * 64 * kBlockRowBytes);
@@ -113,18 +179,19 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
   float scores[kCols / 2], dp[kCols / 2], acc[kQkDim / 2];
   uint32_t dlogits[kCols / 16][4];
 
+  const int tile_row = group * 64 + warp * 16;
+  [[maybe_unused]] const BiasLane bias_lane = BiasLane::ByQuery(p.tiles, tile_row, Config::kRows);
+
   const int rounds = p.schedule.total_rounds();
   Ring<Config::kStages> ring;
   uint32_t row_parity = 0;
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const auto tile = QueryTile<Config::kRows, kCols>::template Of<Config::kModified>(
-        p.args, p.schedule, band, item);
-    const ScoreOffsets offsets(p.args, tile.head_index(p.args));
-    const int t = tile.t0 + group * 64 + warp * 16;
-    // lse in units of log2, or natural and its rest in units of log2 in kModified; +inf past the
-    // end and without an allowed key: p = 0.
+    const auto tile = QueryTile<Config::kRows, kCols>::Of(p.args, p.schedule, band, item, false);
+    const int t = tile.t0 + tile_row;
+    // lse in units of log2, or natural and its rest in units of log2 where scores are natural; +inf
+    // past the end and without an allowed key: p = 0.
     float lse[2], delta[2];
     [[maybe_unused]] float rest[2];
 #pragma unroll
@@ -136,8 +203,11 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
         const float2 statistics = QueryStatistics<T, true>(p.args.lse + index - row,
                                                            p.args.delta + index - row, row, q_len);
         lse[half] = statistics.x, delta[half] = statistics.y;
-        rest[half] =
-            QueryRest(p.args.lse_rest ? p.args.lse_rest + index - row : nullptr, row, q_len);
+        rest[half] = 0;
+        if constexpr (Config::kAny)
+          rest[half] =
+              QueryRest(p.args.lse_rest ? p.args.lse_rest + index - row : nullptr, row, q_len);
+        if (!natural) lse[half] = lse[half] * kLog2E + rest[half];
       } else {
         lse[half] = row < q_len ? p.args.lse[index] * kLog2E : INFINITY;
         delta[half] = row < q_len ? p.args.delta[index] : 0.f;
@@ -146,14 +216,25 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
 
     BarrierWait(shared.rows.full(), row_parity);
     row_parity ^= 1;
-    if constexpr (Config::kModified)
-      if (tile.count == 0)
+    int n = tile.first + tile.count;  // the tile of keys
+    bool more = n > tile.first;
+    if constexpr (Config::kModified) {
+      more = shared.messages.LoadAny();
+      if (!more)
 #pragma unroll
         for (float& x : acc) x = 0;
-    for (int n = tile.first + tile.count - 1, i = 0; i < tile.count; --n, ++i) {
+    }
+    for (bool accumulate = false; more; accumulate = true) {
       const uint32_t stage = ring.stage;
       BarrierWait(shared.key.full(stage), ring.parity);
       BarrierWait(shared.value.full(stage), ring.parity);
+      [[maybe_unused]] TileMessage message;
+      if constexpr (Config::kModified) {
+        message = shared.messages.Load(stage);
+        n = message.tile(), more = !message.last();
+      } else {
+        --n, more = n > tile.first;
+      }
       FenceRegisters(scores);
       FenceRegisters(dp);
       WgmmaFence();
@@ -165,16 +246,23 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
       FenceRegisters(scores);
       const bool whole = (n + 1) * kCols <= kv_len && band.HoldsAll(t, 16, n * kCols, kCols);
       if constexpr (Config::kModified)
-        ApplyAll<T, true>(scores, p.args, band, offsets, t, n * kCols, whole);
+        ApplyAll<true, Config::kScores>(scores, p.args, p.tiles, band, tile.head_index(p.args),
+                                        bias_lane, shared.bias + stage * Config::kBiasBytes,
+                                        shared.bits + stage * Config::kBitsBytes, message, t,
+                                        n * kCols, tile_row, whole);
       else if (!whole)
         ApplyBand<true>(scores, band, t, n * kCols, kv_len);
+      if (natural)
 #pragma unroll
-      for (int j = 0; j < kCols / 2; ++j)
-        scores[j] = Exp2(Config::kModified ? (scores[j] - lse[j / 2 % 2]) * kLog2E - rest[j / 2 % 2]
-                                           : scores[j] * factor - lse[j / 2 % 2]);
+        for (int j = 0; j < kCols / 2; ++j)
+          scores[j] = Exp2((scores[j] - lse[j / 2 % 2]) * kLog2E - rest[j / 2 % 2]);
+      else
+#pragma unroll
+        for (int j = 0; j < kCols / 2; ++j) scores[j] = Exp2(scores[j] * factor - lse[j / 2 % 2]);
       WgmmaWait<0>();
       FenceRegisters(dp);
-      if (lane == 0) BarrierArrive(shared.value.empty(stage));
+      if (Config::kModified || lane == 0)  // every lane if it read message, bias and bits
+        BarrierArrive(shared.value.empty(stage));
 #pragma unroll
       for (int j = 0; j < kCols / 2; ++j) {
         const float dlogit = scores[j] * (dp[j] - delta[j / 2 % 2]);
@@ -183,13 +271,14 @@ __device__ __forceinline__ void ConsumeDquery(const DqueryParams& p,
       Pack<T>(scores, dlogits);
       FenceRegisters(acc);
       WgmmaFence();
-      MultiplyColumns<T>(acc, dlogits, keys_by_column + stage * (Config::kKeyBytes / 16), i > 0);
+      MultiplyColumns<T>(acc, dlogits, keys_by_column + stage * (Config::kKeyBytes / 16),
+                         accumulate);
       WgmmaWait<0>();
       FenceRegisters(acc);
       if (lane == 0) BarrierArrive(shared.key.empty(stage));
       ring.Advance();
     }
-    if (lane == 0) BarrierArrive(shared.rows.empty());
+    if (Config::kModified || lane == 0) BarrierArrive(shared.rows.empty());
     const float scale[2] = {p.args.scale, p.args.scale};
     StoreFragment(
         acc, scale,
@@ -204,18 +293,20 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
   extern __shared__ unsigned char shared_bytes[];
   const DqueryShared<Config> shared(SharedAddress(shared_bytes));
   if (threadIdx.x == 0) {
-    shared.rows.Init(WarpsOf(Config::kConsumers));
+    constexpr int kReaders =
+        Config::kModified ? Config::kConsumers * kWarpgroupSize : WarpsOf(Config::kConsumers);
+    shared.rows.Init(kReaders);
     shared.key.Init(WarpsOf(Config::kConsumers));
-    shared.value.Init(WarpsOf(Config::kConsumers));
+    shared.value.Init(kReaders);
     BarrierInitFence();
   }
   __syncthreads();
   const Band band(p.args);
   if (threadIdx.x < kWarpgroupSize) {
-    LowerRegisters<ProducerRegisters(Config::kConsumers)>();
+    LowerRegisters<Config::kProducerRegisters>();
     if (threadIdx.x < kWarpSize) ProduceDquery<Config>(p, shared, band);
   } else {
-    RaiseRegisters<ConsumerRegisters(Config::kConsumers)>();
+    RaiseRegisters<ConsumerRegisters(Config::kConsumers, Config::kProducerRegisters)>();
     ConsumeDquery<Config>(p, shared, band);
   }
 }
@@ -223,11 +314,14 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
 /// For problems that FitsHopper (cuda/attention.cu) admits.
 template <typename Config>
 Status LaunchDquery(const AttentionBackwardArgs& a, const Launch& launch) {
-  DqueryParams p{.query = {}, .key = {}, .value = {}, .dout = {}, .args = a, .schedule = {}};
+  DqueryParams p{
+      .query = {}, .key = {}, .value = {}, .dout = {}, .tiles = {}, .args = a, .schedule = {}};
   Status status = QueryMap(a, a.query, a.query_strides, a.qk_dim, Config::kRows, p.query);
   if (status.ok()) status = QueryMap(a, a.dout, a.out_strides, a.v_dim, Config::kRows, p.dout);
   if (status.ok()) status = KeyMap(a, a.key, a.key_strides, a.qk_dim, Config::kCols, p.key);
   if (status.ok()) status = KeyMap(a, a.value, a.value_strides, a.v_dim, Config::kCols, p.value);
+  if (status.ok() && Config::kModified)
+    status = MakeScoreTiles<true>(a, Config::kRows, Config::kCols, p.tiles);
   if (!status.ok()) return status;
   const auto kernel = hopper_attention_dquery_kernel<Config>;
   int blocks = 0;

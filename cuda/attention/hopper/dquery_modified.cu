@@ -2,12 +2,13 @@
 
 namespace zenith::attention::hopper {
 
-// kModified, for head sizes up to 128: the tiles that are right for most lengths, to compile few.
+// Scores::kAny, for head sizes up to 128: the tiles that are right for most lengths, to compile
+// few.
 template <typename T>
 Status LaunchByHead(const AttentionBackwardArgs& args, const Launch& launch) {
   return args.qk_dim <= 64 && args.v_dim <= 64
-             ? LaunchDquery<DqueryConfig<T, 64, 64, 2, 96, true>>(args, launch)
-             : LaunchDquery<DqueryConfig<T, 128, 128, 2, 64, true>>(args, launch);
+             ? LaunchDquery<DqueryConfig<T, 64, 64, 2, 96, Scores::kAny>>(args, launch)
+             : LaunchDquery<DqueryConfig<T, 128, 128, 2, 96, Scores::kAny>>(args, launch);
 }
 
 Status DqueryModified(const AttentionBackwardArgs& args, const Launch& launch) {

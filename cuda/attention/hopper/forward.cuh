@@ -10,18 +10,18 @@
 // in docs/kernels/attention_hopper.md.
 #pragma once
 
-#include "cuda/attention/hopper/fragment.cuh"
-#include "cuda/attention/hopper/pipeline.cuh"
+#include "cuda/attention/hopper/score_tiles.cuh"
 #include "cuda/attention/kernels.h"
 
 namespace zenith::attention::hopper {
 
 /// kModified: as IsModified, and rows without an allowed key; but no softcap.
 template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_,
-          bool kModified_ = false>
+          Scores kScores_ = Scores::kPlain>
 struct ForwardConfig {
   using T = T_;
-  static constexpr bool kModified = kModified_;
+  static constexpr Scores kScores = kScores_;
+  static constexpr bool kModified = kScores != Scores::kPlain, kAny = kScores == Scores::kAny;
   static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
   static constexpr int kConsumers = kConsumers_;          // warpgroups
   static constexpr int kCols = kCols_;                    // keys per tile
@@ -30,15 +30,23 @@ struct ForwardConfig {
   static constexpr int kQueryBytes = TileBytes(kRows, kQkDim);
   static constexpr int kKeyBytes = TileBytes(kCols, kQkDim);
   static constexpr int kValueBytes = TileBytes(kCols, kVDim);
-  static constexpr int kTilesBytes = kQueryBytes + kStages * (kKeyBytes + kValueBytes);
-  static constexpr int kSharedBytes =
-      kTilesBytes + BarrierPair::kBytes + 2 * BarrierRing<kStages>::kBytes + kTileAlignment;
+  static constexpr int kBiasBytes = kAny ? BiasBytes(kRows, kCols) : 0;
+  static constexpr int kBitsBytes = kModified ? kRows * BitsRowBytes(kCols) : 0;
+  static constexpr int kTilesBytes =
+      kQueryBytes + kStages * (kKeyBytes + kValueBytes + kBiasBytes + kBitsBytes);
+  static constexpr int kMessagesBytes = kModified ? (kStages + 1) * TileMessage::kBytes : 0;
+  static constexpr int kSharedBytes = kTilesBytes + BarrierPair::kBytes +
+                                      2 * BarrierRing<kStages>::kBytes + kMessagesBytes +
+                                      kTileAlignment;
+  static constexpr int kProducerRegisters =
+      kModified && kConsumers == 2 ? 56 : hopper::ProducerRegisters(kConsumers);
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
 /// What the kernel takes: 128 bytes of each map and the problem in 32 bits.
 struct ForwardParams {
   CUtensorMap query, key, value;
+  ScoreTiles tiles;  // kModified
   AttentionForwardArgs args;
   Schedule schedule;
 };
@@ -46,17 +54,21 @@ struct ForwardParams {
 /// Addresses in shared memory.
 template <typename Config>
 struct ForwardShared {
-  uint32_t query, keys, values;
+  uint32_t query, keys, values, bias, bits;
   BarrierPair rows;
-  BarrierRing<Config::kStages> key, value;
+  BarrierRing<Config::kStages> key, value;  // bias, bits and message come with the keys
+  MessageRing<Config::kStages> messages;
 
   __device__ __forceinline__ explicit ForwardShared(uint32_t base)
       : query((base + kTileAlignment - 1) & ~(kTileAlignment - 1)),
         keys(query + Config::kQueryBytes),
         values(keys + Config::kStages * Config::kKeyBytes),
+        bias(values + Config::kStages * Config::kValueBytes),
+        bits(bias + Config::kStages * Config::kBiasBytes),
         rows{query + Config::kTilesBytes},
         key{rows.end()},
-        value{key.end()} {}
+        value{key.end()},
+        messages{value.end()} {}
 };
 
 /// One warp, whose first lane issues the copies.
@@ -64,43 +76,101 @@ template <typename Config>
 __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
                                                const ForwardShared<Config>& shared,
                                                const Band& band) {
+  constexpr int kRows = Config::kRows, kCols = Config::kCols;
+  constexpr bool kModified = Config::kModified;
   const int rounds = p.schedule.total_rounds();
   Ring<Config::kStages> ring;
   uint32_t row_parity = 0;
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const auto tile = QueryTile<Config::kRows, Config::kCols>::template Of<Config::kModified>(
-        p.args, p.schedule, band, item);
-    if (threadIdx.x != 0) continue;
-    BarrierWait(shared.rows.empty(), row_parity ^ 1);
-    row_parity ^= 1;
-    BarrierExpect(shared.rows.full(), Config::kQueryBytes);
-    LoadTile<Config::kRows, Config::kQkDim>(shared.query, p.query, shared.rows.full(), tile.t0,
-                                            tile.head, tile.batch);
-    for (int n = tile.first + tile.count - 1; n >= tile.first; --n, ring.Advance()) {
-      BarrierWait(shared.key.empty(ring.stage), ring.parity ^ 1);
-      BarrierExpect(shared.key.full(ring.stage), Config::kKeyBytes);
-      LoadTile<Config::kCols, Config::kQkDim>(shared.keys + ring.stage * Config::kKeyBytes, p.key,
-                                              shared.key.full(ring.stage), n * Config::kCols,
-                                              tile.kv_head, tile.batch);
+    const auto tile = QueryTile<kRows, kCols>::Of(p.args, p.schedule, band, item,
+                                                  kModified && !p.tiles.has_classes);
+    const auto load_query = [&] {
+      BarrierExpect(shared.rows.full(), Config::kQueryBytes);
+      LoadTile<kRows, Config::kQkDim>(shared.query, p.query, shared.rows.full(), tile.t0, tile.head,
+                                      tile.batch);
+    };
+    const auto load_key = [&](int n) {
+      LoadTile<kCols, Config::kQkDim>(shared.keys + ring.stage * Config::kKeyBytes, p.key,
+                                      shared.key.full(ring.stage), n * kCols, tile.kv_head,
+                                      tile.batch);
+    };
+    const auto load_value = [&](int n) {
       BarrierWait(shared.value.empty(ring.stage), ring.parity ^ 1);
       BarrierExpect(shared.value.full(ring.stage), Config::kValueBytes);
-      LoadTile<Config::kCols, Config::kVDim>(shared.values + ring.stage * Config::kValueBytes,
-                                             p.value, shared.value.full(ring.stage),
-                                             n * Config::kCols, tile.kv_head, tile.batch);
+      LoadTile<kCols, Config::kVDim>(shared.values + ring.stage * Config::kValueBytes, p.value,
+                                     shared.value.full(ring.stage), n * kCols, tile.kv_head,
+                                     tile.batch);
+    };
+    if constexpr (kModified) {
+      const int matrix = p.tiles.has_classes ? p.tiles.mask.MatrixOf(tile.head_index(p.args)) : 0;
+      TileWalk walk(tile.first, tile.count);
+      const auto next = [&] {
+        return walk.Next(p.tiles.has_classes, [&](int n) {
+          return p.tiles.mask.Class<kRows, kCols>(matrix, tile.t0, n * kCols);
+        });
+      };
+      TileWalk::Step step = next();
+      if (threadIdx.x == 0) {
+        BarrierWait(shared.rows.empty(), row_parity ^ 1);
+        shared.messages.StoreAny(step.tile >= 0);
+        load_query();
+      }
+      row_parity ^= 1;
+      for (; step.tile >= 0; ring.Advance()) {
+        const int n = step.tile;
+        const bool open = step.is_open;
+        step = next();
+        if (threadIdx.x != 0) continue;
+        const uint32_t full = shared.key.full(ring.stage);
+        const bool with_bits = p.tiles.has_bits && !open;
+        BarrierWait(shared.key.empty(ring.stage), ring.parity ^ 1);
+        shared.messages.Store(ring.stage, n, step.tile < 0, open);
+        BarrierExpect(full, Config::kKeyBytes +
+                                (Config::kAny ? p.tiles.bias_bytes(kRows, kCols) : 0) +
+                                (with_bits ? p.tiles.bits_bytes<true>(kRows, kCols) : 0));
+        load_key(n);
+        if (Config::kAny && p.tiles.has_bias) {
+          p.tiles.LoadBias<kRows, kCols>(shared.bias + ring.stage * Config::kBiasBytes, full,
+                                         tile.t0, n * kCols, tile.head, tile.batch);
+          if (n - kBiasAhead >= tile.first)
+            p.tiles.PrefetchBias<kRows, kCols>(tile.t0, (n - kBiasAhead) * kCols, tile.head,
+                                               tile.batch);
+        }
+        if (with_bits)
+          p.tiles.LoadBits<true>(shared.bits + ring.stage * Config::kBitsBytes, full, matrix,
+                                 tile.t0, n * kCols);
+        load_value(n);
+      }
+    } else {
+      if (threadIdx.x != 0) continue;
+      BarrierWait(shared.rows.empty(), row_parity ^ 1);
+      row_parity ^= 1;
+      load_query();
+      for (int n = tile.first + tile.count - 1; n >= tile.first; --n, ring.Advance()) {
+        BarrierWait(shared.key.empty(ring.stage), ring.parity ^ 1);
+        BarrierExpect(shared.key.full(ring.stage), Config::kKeyBytes);
+        load_key(n);
+        load_value(n);
+      }
     }
   }
 }
 
 /// The running softmax of this lane's two rows.
 struct OnlineSoftmax {
+  /// Up to here (in units of log2) a maximum may be rounded before it is subtracted; above, where a
+  /// bias of -1e9 fills rows, what is left of a logit counts.
+  static constexpr float kLargeShift = 1024;
+
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
   /// Scores become weights 2^(factor * (score - max)); `decay`: of what was summed before.
-  /// kSubtractFirst: for scores so large that factor * max has no digits left.
-  template <bool kSubtractFirst, int N>
+  /// kMayBeLarge: whether scores may pass kLargeShift. All lanes of the warp.
+  template <bool kMayBeLarge, int N>
   __device__ __forceinline__ void Update(float (&scores)[N], float (&decay)[2], float factor) {
+    float row_max[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float high[2] = {scores[2 * half], scores[2 * half + 1]};
@@ -109,15 +179,40 @@ struct OnlineSoftmax {
         high[0] = fmaxf(high[0], scores[j + 2 * half]);
         high[1] = fmaxf(high[1], scores[j + 2 * half + 1]);
       }
-      const float row_max = fmaxf(max[half], QuadReduce<Max>(fmaxf(high[0], high[1])));
-      const float finite_max = row_max == -INFINITY ? 0.f : row_max;  // no -inf - -inf
+      row_max[half] = fmaxf(max[half], QuadReduce<Max>(fmaxf(high[0], high[1])));
+    }
+    if constexpr (kMayBeLarge)
+      if (__any_sync(kAllLanes, IsLarge(row_max[0], factor) || IsLarge(row_max[1], factor)))
+        return Weigh<true>(scores, row_max, decay, factor);
+    Weigh<false>(scores, row_max, decay, factor);
+  }
+
+  /// Logarithm of the sum, after the maximum of a row was subtracted, exactly.
+  __device__ __forceinline__ float LogSum(float row_max, float row_sum, float factor) const {
+    // What rounding left of factor * max is in each weight.
+    const float rest =
+        IsLarge(row_max, factor) ? 0.f : fmaf(row_max, factor, -__fmul_rn(row_max, factor));
+    return logf(row_sum) - kLn2 * rest;
+  }
+
+ private:
+  static __device__ __forceinline__ bool IsLarge(float row_max, float factor) {
+    return fabsf(row_max * factor) > kLargeShift && row_max != -INFINITY;
+  }
+
+  template <bool kSubtractFirst, int N>
+  __device__ __forceinline__ void Weigh(float (&scores)[N], const float (&row_max)[2],
+                                        float (&decay)[2], float factor) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float finite_max = row_max[half] == -INFINITY ? 0.f : row_max[half];  // no -inf - -inf
       const float shift = __fmul_rn(finite_max, factor);
       const auto weight = [&](float score) {
         return Exp2(kSubtractFirst ? (score - finite_max) * factor : score * factor - shift);
       };
       // Exactly 1 while the maximum stays: what rounding left would come once more with each tile.
       decay[half] = kSubtractFirst ? weight(max[half]) : Exp2(__fmul_rn(max[half], factor) - shift);
-      max[half] = row_max;
+      max[half] = row_max[half];
       float low[2] = {sum[half] * decay[half], 0};
 #pragma unroll
       for (int j = 0; j < N; j += 4)
@@ -141,7 +236,8 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
   const int group = ConsumerIndex();
   const int warp = threadIdx.x % kWarpgroupSize / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int q_len = static_cast<int>(p.args.q_len), kv_len = static_cast<int>(p.args.kv_len);
-  const float factor = Config::kModified ? kLog2E : p.args.scale * kLog2E;
+  const bool natural = Config::kAny && p.tiles.natural;
+  const float factor = natural ? kLog2E : p.args.scale * kLog2E;
 
   const uint64_t query = MatrixDescriptor(shared.query + group * 64 * kBlockRowBytes);
   const uint64_t keys = MatrixDescriptor(shared.keys);
@@ -159,6 +255,12 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) BarrierArrive(barrier);
   };
+  const auto release_rows = [&] {  // every lane where it read the message
+    if (Config::kModified || lane == 0) BarrierArrive(shared.rows.empty());
+  };
+
+  const int tile_row = group * 64 + warp * 16;
+  [[maybe_unused]] const BiasLane bias_lane = BiasLane::ByQuery(p.tiles, tile_row, Config::kRows);
 
   const int rounds = p.schedule.total_rounds();
   Ring<Config::kStages> ring;
@@ -166,26 +268,42 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const auto tile = QueryTile<Config::kRows, Config::kCols>::template Of<Config::kModified>(
-        p.args, p.schedule, band, item);
-    const ScoreOffsets offsets(p.args, tile.head_index(p.args));
-    const int t = tile.t0 + group * 64 + warp * 16;
-    const auto apply_band = [&](int n) {
-      if constexpr (Config::kModified)
-        ApplyAll<T, true>(scores, p.args, band, offsets, t, n * kCols,
-                          (n + 1) * kCols <= kv_len && band.HoldsAll(t, 16, n * kCols, kCols));
-      else if ((n + 1) * kCols > kv_len || !band.HoldsAll(t, 16, n * kCols, kCols))
-        ApplyBand<true>(scores, band, t, n * kCols, kv_len);
+    const auto tile =
+        QueryTile<Config::kRows, Config::kCols>::Of(p.args, p.schedule, band, item, false);
+    const int t = tile.t0 + tile_row;
+    int n = tile.first + tile.count;  // the tile of keys
+    [[maybe_unused]] TileMessage message;
+    const auto next = [&] {  // is in the ring's buffer
+      if constexpr (Config::kModified) {
+        message = shared.messages.Load(ring.stage);
+        n = message.tile();
+      } else {
+        --n;
+      }
+    };
+    const auto is_last = [&] { return Config::kModified ? message.last() : n == tile.first; };
+    // Of the scores of tile n, in `stage`, which is then released.
+    const auto apply = [&](uint32_t stage) {
+      const bool whole = (n + 1) * kCols <= kv_len && band.HoldsAll(t, 16, n * kCols, kCols);
+      if constexpr (Config::kModified) {
+        ApplyAll<true, Config::kScores>(scores, p.args, p.tiles, band, tile.head_index(p.args),
+                                        bias_lane, shared.bias + stage * Config::kBiasBytes,
+                                        shared.bits + stage * Config::kBitsBytes, message, t,
+                                        n * kCols, tile_row, whole);
+        BarrierArrive(shared.key.empty(stage));  // every lane: it read message, bias and bits
+      } else {
+        release(shared.key.empty(stage));
+        if (!whole) ApplyBand<true>(scores, band, t, n * kCols, kv_len);
+      }
     };
     OnlineSoftmax softmax;
     float decay[2];
-    int n = tile.first + tile.count - 1;
 
     BarrierWait(shared.rows.full(), row_parity);
     row_parity ^= 1;
     if constexpr (Config::kModified) {
-      if (tile.count == 0) {  // no query of the tile has a key
-        release(shared.rows.empty());
+      if (!shared.messages.LoadAny()) {  // no query of the tile has a key
+        release_rows();
 #pragma unroll
         for (float& x : acc) x = NAN;
         const float one[2] = {1, 1};
@@ -204,12 +322,12 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
     issue_scores(ring.stage);
     WgmmaWait<0>();
     FenceRegisters(scores);
-    release(shared.key.empty(ring.stage));
-    apply_band(n);
-    softmax.Update<Config::kModified>(scores, decay, factor);
+    next();
+    apply(ring.stage);
+    softmax.Update<Config::kAny>(scores, decay, factor);
     Pack<T>(scores, weights);
     bool accumulate = false;
-    for (--n; n >= tile.first; --n) {
+    while (!is_last()) {
       const Ring<Config::kStages> last = ring;
       ring.Advance();
       BarrierWait(shared.value.full(last.stage), last.parity);
@@ -222,9 +340,9 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
       accumulate = true;
       WgmmaWait<1>();
       FenceRegisters(scores);
-      release(shared.key.empty(ring.stage));
-      apply_band(n);
-      softmax.Update<Config::kModified>(scores, decay, factor);
+      next();
+      apply(ring.stage);
+      softmax.Update<Config::kAny>(scores, decay, factor);
       WgmmaWait<0>();
       FenceRegisters(acc);
       release(shared.value.empty(last.stage));
@@ -232,7 +350,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
       for (int i = 0; i < kVDim / 2; ++i) acc[i] *= decay[i / 2 % 2];
       Pack<T>(scores, weights);
     }
-    release(shared.rows.empty());
+    release_rows();
     BarrierWait(shared.value.full(ring.stage), ring.parity);
     FenceRegisters(acc);
     WgmmaFence();
@@ -247,7 +365,9 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
         const int64_t index =
             (tile.batch * p.args.kv_heads * p.args.groups + tile.head) * p.args.q_len + row;
         if constexpr (Config::kModified) {
-          WriteLse(p.args, index, sum == 0, softmax.max[half], logf(sum));
+          const float max = softmax.max[half];
+          WriteLse(p.args, index, sum == 0, natural ? max : max * p.args.scale,
+                   softmax.LogSum(max, sum, factor));
         } else {
           p.args.lse[index] = kLn2 * (__fmul_rn(softmax.max[half], factor) + log2f(sum));
           p.args.lse_rest[index] = 0;
@@ -271,18 +391,20 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
   extern __shared__ unsigned char shared_bytes[];
   const ForwardShared<Config> shared(SharedAddress(shared_bytes));
   if (threadIdx.x == 0) {
-    shared.rows.Init(WarpsOf(Config::kConsumers));
-    shared.key.Init(WarpsOf(Config::kConsumers));
+    constexpr int kReaders =
+        Config::kModified ? Config::kConsumers * kWarpgroupSize : WarpsOf(Config::kConsumers);
+    shared.rows.Init(kReaders);
+    shared.key.Init(kReaders);
     shared.value.Init(WarpsOf(Config::kConsumers));
     BarrierInitFence();
   }
   __syncthreads();
   const Band band(p.args);
   if (threadIdx.x < kWarpgroupSize) {
-    LowerRegisters<ProducerRegisters(Config::kConsumers)>();
+    LowerRegisters<Config::kProducerRegisters>();
     if (threadIdx.x < kWarpSize) ProduceForward<Config>(p, shared, band);
   } else {
-    RaiseRegisters<ConsumerRegisters(Config::kConsumers)>();
+    RaiseRegisters<ConsumerRegisters(Config::kConsumers, Config::kProducerRegisters)>();
     ConsumeForward<Config>(p, shared, band);
   }
 }
@@ -290,10 +412,12 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
 /// For problems that FitsHopper (cuda/attention.cu) admits.
 template <typename Config>
 Status LaunchForward(const AttentionForwardArgs& a, const Launch& launch) {
-  ForwardParams p{.query = {}, .key = {}, .value = {}, .args = a, .schedule = {}};
+  ForwardParams p{.query = {}, .key = {}, .value = {}, .tiles = {}, .args = a, .schedule = {}};
   Status status = QueryMap(a, a.query, a.query_strides, a.qk_dim, Config::kRows, p.query);
   if (status.ok()) status = KeyMap(a, a.key, a.key_strides, a.qk_dim, Config::kCols, p.key);
   if (status.ok()) status = KeyMap(a, a.value, a.value_strides, a.v_dim, Config::kCols, p.value);
+  if (status.ok() && Config::kModified)
+    status = MakeScoreTiles<true>(a, Config::kRows, Config::kCols, p.tiles);
   if (!status.ok()) return status;
   const auto kernel = hopper_attention_forward_kernel<Config>;
   int blocks = 0;

@@ -2,12 +2,13 @@
 
 namespace zenith::attention::hopper {
 
-// kModified, for head sizes up to 128: the tiles that are right for most lengths, to compile few.
+// Scores::kAny, for head sizes up to 128: the tiles that are right for most lengths, to compile
+// few.
 template <typename T>
 Status LaunchByHead(const AttentionForwardArgs& args, const Launch& launch) {
   return args.qk_dim <= 64 && args.v_dim <= 64
-             ? LaunchForward<ForwardConfig<T, 64, 64, 2, 128, true>>(args, launch)
-             : LaunchForward<ForwardConfig<T, 128, 128, 2, 96, true>>(args, launch);
+             ? LaunchForward<ForwardConfig<T, 64, 64, 2, 128, Scores::kAny>>(args, launch)
+             : LaunchForward<ForwardConfig<T, 128, 128, 2, 96, Scores::kAny>>(args, launch);
 }
 
 Status ForwardModified(const AttentionForwardArgs& args, const Launch& launch) {

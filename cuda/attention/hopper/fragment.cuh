@@ -57,16 +57,6 @@ __device__ __forceinline__ void ApplyBand(float (&scores)[N], const Band& band, 
   }
 }
 
-/// The same with everything that kModified kernels look at (cuda/attention/score.cuh): scores
-/// become natural logits. `row`, `col`: of this warp.
-template <typename T, bool kByQuery, int N>
-__device__ __forceinline__ void ApplyAll(float (&scores)[N], const AttentionProblem& p,
-                                         const Band& band, const ScoreOffsets& offsets, int row,
-                                         int col, bool whole) {
-  ApplyBandMaskBias<T, kByQuery, true>(reinterpret_cast<float (&)[1][N / 4][4]>(scores), p, band,
-                                       offsets, row, col, whole, [](auto...) {});
-}
-
 /// Packs accumulators to the A operands of the products that follow, in steps of k = 16.
 template <typename T, int N>
 __device__ __forceinline__ void Pack(const float (&d)[N], uint32_t (&a)[N / 8][4]) {

@@ -11,9 +11,12 @@ namespace zenith::attention::hopper {
 constexpr int ThreadsOf(int consumers) { return (consumers + 1) * kWarpgroupSize; }
 constexpr int WarpsOf(int consumers) { return consumers * kWarpgroupSize / kWarpSize; }
 
-/// Registers of a thread: of 65536, a block starts with 168 in three warpgroups or 128 in four.
+/// Registers of a thread: of 65536, a block starts with 168 in three warpgroups or 128 in four;
+/// what the producer of two consumers leaves is theirs.
 constexpr int ProducerRegisters(int consumers) { return consumers == 2 ? 24 : 32; }
-constexpr int ConsumerRegisters(int consumers) { return consumers == 2 ? 240 : 160; }
+constexpr int ConsumerRegisters(int consumers, int producer_registers) {
+  return consumers == 2 ? (3 * 168 - producer_registers) / 2 : 160;
+}
 
 /// Which consumer this warpgroup is, in a register that the compiler knows to be uniform.
 __device__ __forceinline__ int ConsumerIndex() {
@@ -52,13 +55,12 @@ struct QueryTile {
   int t0, head, batch, kv_head;
   int first, count;  // tiles of keys
 
-  /// kIntervals: the problem may have some. Then the whole warp, and there may be no key.
-  template <bool kIntervals>
+  /// with_intervals: the whole warp; and there may be no key.
   __device__ __forceinline__ static QueryTile Of(const AttentionProblem& p,
                                                  const Schedule& schedule, const Band& band,
-                                                 const Schedule::Item& item) {
+                                                 const Schedule::Item& item, bool with_intervals) {
     QueryTile tile(p, schedule, band, item);
-    if constexpr (kIntervals) {
+    if (with_intervals) {
       const int2 keys = KeysSeen(p, band, ScoreOffsets(p, tile.head_index(p)), tile.t0,
                                  min(kRows, static_cast<int>(p.q_len) - tile.t0));
       tile.first = keys.x / kCols;
@@ -73,10 +75,8 @@ struct QueryTile {
  private:
   __device__ __forceinline__ QueryTile(const AttentionProblem& p, const Schedule& schedule,
                                        const Band& band, const Schedule::Item& item) {
-    const int heads = static_cast<int>(p.kv_heads * p.groups);
     t0 = (schedule.tiles - 1 - item.tile) * kRows;  // late queries see the most keys: they go first
-    batch = item.head / heads;
-    head = item.head - batch * heads;
+    batch = item.batch, head = item.head;
     kv_head = head / static_cast<int>(p.groups);
     const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
     first = band.KeysBegin(t0) / kCols;
@@ -90,31 +90,27 @@ struct KeyTile {
   int s0, batch, kv_head;
   int first, count;  // tiles of queries
 
-  /// kIntervals: as in QueryTile.
-  template <bool kIntervals>
+  /// with_intervals: as in QueryTile.
   __device__ __forceinline__ static KeyTile Of(const AttentionProblem& p, const Band& band,
-                                               const Schedule::Item& item) {
+                                               const Schedule::Item& item, bool with_intervals) {
     KeyTile tile(p, band, item);
-    if constexpr (kIntervals) {
-      const int2 queries = QueriesSeeing(p, band, ScoreOffsets(p, tile.first_head(p)), tile.s0,
+    if (with_intervals) {
+      const int2 queries = QueriesSeeing(p, band, ScoreOffsets(p, tile.head_index(p, 0)), tile.s0,
                                          min(kRows, static_cast<int>(p.kv_len) - tile.s0));
       tile.first = queries.x / kCols;
       tile.count = queries.x < queries.y ? (queries.y + kCols - 1) / kCols - tile.first : 0;
     }
     return tile;
   }
-  /// Of the group.
-  __device__ __forceinline__ HeadIndex first_head(const AttentionProblem& p) const {
-    return {batch, kv_head * p.groups, kv_head, 0};
+  __device__ __forceinline__ HeadIndex head_index(const AttentionProblem& p, int group) const {
+    return {batch, kv_head * p.groups + group, kv_head, group};
   }
 
  private:
   __device__ __forceinline__ KeyTile(const AttentionProblem& p, const Band& band,
                                      const Schedule::Item& item) {
-    const int kv_heads = static_cast<int>(p.kv_heads);
     s0 = item.tile * kRows;  // early keys are seen by the most queries
-    batch = item.head / kv_heads;
-    kv_head = item.head - batch * kv_heads;
+    batch = item.batch, kv_head = item.head;
     const int q_len = static_cast<int>(p.q_len), kv_len = static_cast<int>(p.kv_len);
     first = band.QueriesBegin(s0) / kCols;
     const int end = band.QueriesEnd(s0, min(kRows, kv_len - s0), q_len);
@@ -128,7 +124,9 @@ inline Schedule MakeSchedule(const AttentionProblem& p, int64_t rows, int64_t le
   const int64_t tiles = (length + rows - 1) / rows, items = tiles * p.batch * heads;
   if (items < blocks) blocks = static_cast<int>(items);
   const bool equal = p.left >= p.q_len && p.right >= p.kv_len && !p.interval;
-  return MakeSchedule(tiles, p.batch * heads, head_bytes, equal, blocks);
+  // Examples that share a bias, 2 bytes a score, read it at the same time then: once from memory.
+  const bool by_head = p.bias && p.bias_strides.batch == 0;
+  return MakeSchedule(tiles, p.batch, heads, head_bytes, equal, by_head, blocks);
 }
 /// Query heads of a group stream the same keys and values.
 template <typename Config>
