@@ -170,21 +170,22 @@ struct OnlineSoftmax {
   /// kMayBeLarge: whether scores may pass kLargeShift. All lanes of the warp.
   template <bool kMayBeLarge, int N>
   __device__ __forceinline__ void Update(float (&scores)[N], float (&decay)[2], float factor) {
-    float row_max[2];
+    if constexpr (kMayBeLarge) {
+      const float row_max[2] = {RowMax(scores, 0), RowMax(scores, 1)};
+      const bool large = IsLarge(row_max[0], factor) || IsLarge(row_max[1], factor);
+      if (__any_sync(kAllLanes, large))
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float high[2] = {scores[2 * half], scores[2 * half + 1]};
+        for (int half = 0; half < 2; ++half)
+          decay[half] = Weigh<true>(scores, half, row_max[half], factor);
+      else
 #pragma unroll
-      for (int j = 4; j < N; j += 4) {
-        high[0] = fmaxf(high[0], scores[j + 2 * half]);
-        high[1] = fmaxf(high[1], scores[j + 2 * half + 1]);
-      }
-      row_max[half] = fmaxf(max[half], QuadReduce<Max>(fmaxf(high[0], high[1])));
+        for (int half = 0; half < 2; ++half)
+          decay[half] = Weigh<false>(scores, half, row_max[half], factor);
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        decay[half] = Weigh<false>(scores, half, RowMax(scores, half), factor);
     }
-    if constexpr (kMayBeLarge)
-      if (__any_sync(kAllLanes, IsLarge(row_max[0], factor) || IsLarge(row_max[1], factor)))
-        return Weigh<true>(scores, row_max, decay, factor);
-    Weigh<false>(scores, row_max, decay, factor);
   }
 
   /// Logarithm of the sum, after the maximum of a row was subtracted, exactly.
@@ -200,30 +201,42 @@ struct OnlineSoftmax {
     return fabsf(row_max * factor) > kLargeShift && row_max != -INFINITY;
   }
 
-  template <bool kSubtractFirst, int N>
-  __device__ __forceinline__ void Weigh(float (&scores)[N], const float (&row_max)[2],
-                                        float (&decay)[2], float factor) {
+  /// Of a row so far, and of these scores.
+  template <int N>
+  __device__ __forceinline__ float RowMax(const float (&scores)[N], int half) const {
+    float high[2] = {scores[2 * half], scores[2 * half + 1]};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float finite_max = row_max[half] == -INFINITY ? 0.f : row_max[half];  // no -inf - -inf
-      const float shift = __fmul_rn(finite_max, factor);
-      const auto weight = [&](float score) {
-        return Exp2(kSubtractFirst ? (score - finite_max) * factor : score * factor - shift);
-      };
-      // Exactly 1 while the maximum stays: what rounding left would come once more with each tile.
-      decay[half] = kSubtractFirst ? weight(max[half]) : Exp2(__fmul_rn(max[half], factor) - shift);
-      max[half] = row_max[half];
-      float low[2] = {sum[half] * decay[half], 0};
-#pragma unroll
-      for (int j = 0; j < N; j += 4)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = scores[j + 2 * half + i];
-          score = weight(score);
-          low[i] += score;
-        }
-      sum[half] = low[0] + low[1];
+    for (int j = 4; j < N; j += 4) {
+      high[0] = fmaxf(high[0], scores[j + 2 * half]);
+      high[1] = fmaxf(high[1], scores[j + 2 * half + 1]);
     }
+    return fmaxf(max[half], QuadReduce<Max>(fmaxf(high[0], high[1])));
+  }
+
+  /// Returns the decay.
+  template <bool kSubtractFirst, int N>
+  __device__ __forceinline__ float Weigh(float (&scores)[N], int half, float row_max,
+                                         float factor) {
+    const float finite_max = row_max == -INFINITY ? 0.f : row_max;  // no -inf - -inf
+    const float shift = __fmul_rn(finite_max, factor);
+    const auto weight = [&](float score) {
+      return Exp2(kSubtractFirst ? (score - finite_max) * factor : score * factor - shift);
+    };
+    // Exactly 1 while the maximum stays: what rounding left would come once more with each tile.
+    const float decay =
+        kSubtractFirst ? weight(max[half]) : Exp2(__fmul_rn(max[half], factor) - shift);
+    max[half] = row_max;
+    float low[2] = {sum[half] * decay, 0};
+#pragma unroll
+    for (int j = 0; j < N; j += 4)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = scores[j + 2 * half + i];
+        score = weight(score);
+        low[i] += score;
+      }
+    sum[half] = low[0] + low[1];
+    return decay;
   }
 };
 
@@ -281,7 +294,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
         --n;
       }
     };
-    const auto is_last = [&] { return Config::kModified ? message.last() : n == tile.first; };
+    const auto is_last = [&] { return Config::kModified ? message.last() : n <= tile.first; };
     // Of the scores of tile n, in `stage`, which is then released.
     const auto apply = [&](uint32_t stage) {
       const bool whole = (n + 1) * kCols <= kv_len && band.HoldsAll(t, 16, n * kCols, kCols);
