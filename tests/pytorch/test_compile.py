@@ -476,6 +476,15 @@ def test_training_runs_in_torch_and_says_so():
         compiled(torch.nn.GELU())(x)  # nothing requires any
 
 
+def test_a_device_without_autocast_is_torchs():
+    fast = zenith.torch.compile(torch.nn.Linear(4, 4).eval())
+    with (
+        pytest.warns(FallbackWarning, match="runs in torch"),
+        pytest.raises(RuntimeError, match="expected device meta"),
+    ):
+        fast(torch.ones(2, 4, device="meta"))
+
+
 def test_what_cannot_be_exported_falls_back_with_the_reason():
     class Branches(torch.nn.Module):
         def forward(self, x):

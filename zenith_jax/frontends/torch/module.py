@@ -159,6 +159,8 @@ def _autocast(tensors: Sequence[torch.Tensor]) -> tuple[str, torch.dtype] | None
     if not tensors:
         return None
     kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda"):
+        return None  # torch raises for a device that has no autocast
     return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
 
 
