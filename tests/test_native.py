@@ -164,7 +164,9 @@ def test_a_helping_thread_leaves_the_callers_processor(tmp_path):
 def test_a_helping_thread_that_does_not_run_is_fetched_to_the_callers_processor(tmp_path):
     """With other work on the other processor, the pool's thread stands still in the middle of what it has drawn, for
     up to Linux's tick of 4 ms. The caller then slept for more than 1 ms in 41 and 45 of 1000 calls, now in 1 and 5,
-    while its processor was free. From several callers at once, no thread is left bound to a processor."""
+    while its processor was free. From several callers at once, no thread is left bound to a processor. How often it
+    sleeps is asked only where nothing else runs: a neighbour takes the caller's processor too."""
+    idle = os.getloadavg()[0] < 0.5 * len(os.sched_getaffinity(0))
     script = """
         import concurrent.futures, os, pathlib, subprocess, sys, threading, time
         first, second = sorted(os.sched_getaffinity(0))[:2]
@@ -203,7 +205,8 @@ def test_a_helping_thread_that_does_not_run_is_fetched_to_the_callers_processor(
         print(min(long), right, len(bound))
     """
     long, right, bound = run_script(textwrap.dedent(script), tmp_path, timeout_s=240).split()
-    assert int(long) < 20 and right == "True" and bound == "0", (long, right, bound)
+    assert right == "True" and bound == "0", (right, bound)
+    assert int(long) < 20 or not idle, long
 
 
 def test_registration_from_many_threads_happens_once(monkeypatch):
