@@ -1,10 +1,9 @@
 // Which attention kernel serves which problem.
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 
 #include "cuda/attention/kernels.h"
 #include "cuda/attention/problem.cuh"
+#include "cuda/core/device.h"
 
 namespace zenith {
 namespace {
@@ -44,29 +43,14 @@ bool FitsTensorCores(const AttentionBackwardArgs& a) {
 }
 
 #ifdef ZENITH_HOPPER  // the module holds code for sm_90a
-/// Whether this is a Hopper GPU. ZENITH_HOPPER=0 in the environment keeps its kernels from being
-/// chosen, for tests and comparisons.
-bool IsHopper() {
-  static const bool allowed = [] {
-    const char* value = std::getenv("ZENITH_HOPPER");
-    return value == nullptr || std::string_view(value) != "0";
-  }();
-  if (!allowed) return false;
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
-
 /// Whether the kernels for Hopper take a problem that FitsTensorCores.
 bool FitsHopper(const AttentionProblem& p) {
   return p.dtype != DType::kF32 && !attention::IsModified(p) && !attention::MayHaveDeadRows(p) &&
-         IsHopper();
+         ChoosesHopper();
 }
 /// And those that look at each score.
 bool FitsHopperModified(const AttentionProblem& p) {
-  return p.dtype != DType::kF32 && !(p.softcap > 0) && HeadDim(p) <= 128 && IsHopper();
+  return p.dtype != DType::kF32 && !(p.softcap > 0) && HeadDim(p) <= 128 && ChoosesHopper();
 }
 
 /// Decoding: so few queries that the time is that of reading keys and values. With fewer keys it
@@ -75,7 +59,8 @@ bool FitsDecode(const AttentionProblem& p) {
   constexpr int64_t kMaxQueries = 16, kMaxRows = 64;  // rows: of the heads that share keys
   constexpr int64_t kMinKeys = 256, kMaxGrid = 65535;
   return p.dtype != DType::kF32 && p.q_len <= kMaxQueries && p.q_len * p.groups <= kMaxRows &&
-         p.kv_len >= kMinKeys && p.batch <= kMaxGrid && p.kv_heads * 4 <= kMaxGrid && IsHopper();
+         p.kv_len >= kMinKeys && p.batch <= kMaxGrid && p.kv_heads * 4 <= kMaxGrid &&
+         ChoosesHopper();
 }
 
 /// Short problems are a tile or less of the kernels for Hopper, and the older ones' tiles are
