@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fusion import value_and_gradients
+from mutants import Program, mutants
 from numerics import assert_error_ratio, in_float64
 
 from zenith_jax.ir.graph import Graph
@@ -93,6 +94,29 @@ NONE = {
 def test_no_gated_linear(name):
     found = [op for op, _ in sites(NONE[name], X, W, V)]
     assert "gated_linear" not in found and "gated_silu" in found, found
+
+
+def test_no_mutant_is_computed_as_another_function():
+    """Axes, operands, primitives, literals: what is found after one was changed computes what was written, within a few
+    roundings to bfloat16 of the largest value; a wrong function is off by as much as the values are."""
+    x, w, v = array(16, 16), array(16, 16), array(16, 16, seed=1)
+    program = Program.trace(lambda x, w, v: jax.nn.silu(x @ w) * (x @ v), (x, w, v))
+    taken = 0
+    for what, mutant in mutants(program):
+        try:
+            written = jax.make_jaxpr(mutant)(x, w, v)
+        except Exception:  # no valid program: JAX's own rules refuse it
+            continue
+        if "gated_linear" not in [m.op for m in plan(Graph.of(written), ON_GPU)]:
+            continue
+        taken += 1
+        found, plain = (
+            [np.asarray(y, np.float64) for y in f(x, w, v)]
+            for f in (jec.jaxpr_as_fun(rewrite(written, ON_GPU)), mutant)
+        )
+        for y, wanted in zip(found, plain, strict=True):
+            np.testing.assert_allclose(y, wanted, rtol=0, atol=4 * 2.0**-8 * np.abs(wanted).max(), err_msg=what)
+    assert taken > 0
 
 
 def test_on_a_cpu_the_gate_is_a_site_of_its_own():
