@@ -50,8 +50,9 @@ def calls(function, *args):
     return Counter(re.findall(r"kernel=(\w+)", str(jax.make_jaxpr(function)(*args))))
 
 
-# Of the scalar loss, a mean of some thousand squares: 45 were seen where LLVM does not optimise, with 16 of plain JAX.
-FLOOR_ULPS = 64
+# Of the scalar loss, a sum of some hundred sines that nearly cancels: 8.8e-7 were seen where LLVM does not optimise, of
+# plain JAX 3.1e-7, in a loss whose terms are up to 1.
+FLOOR_ULPS = 256
 
 
 def check(function, *args, counts, floor_ulps=FLOOR_ULPS):
