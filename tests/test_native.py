@@ -121,20 +121,25 @@ def test_threads_that_stay_for_the_next_loop_lose_none(tmp_path):
     assert run_script(textwrap.dedent(script), tmp_path, timeout_s=120).strip() == "True"
 
 
+# A program whose loops one thread of the pool helps with, on two processors.
+ON_TWO_PROCESSORS = """
+import os, pathlib, subprocess, sys, threading
+first, second = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, {first, second})
+os.environ["NPROC"] = "1"
+import jax, numpy as np
+from zenith_jax import ops
+softmax = jax.jit(lambda x: ops.softmax(ops.softmax(x))).lower(np.ones((1024, 1024), "f")).compile()
+x = jax.device_put(np.random.default_rng(0).normal(size=(1024, 1024)).astype("f"))
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+"""
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
 def test_a_helping_thread_leaves_the_callers_processor(tmp_path):
     """With other work on the other processor, Linux puts the pool's thread beside the caller, and both take turns:
     after 150 to 200 of 200 calls it was found there, where it stays."""
     script = """
-        import os, pathlib, subprocess, sys, threading
-        first, second = sorted(os.sched_getaffinity(0))[:2]
-        os.sched_setaffinity(0, {first, second})
-        os.environ["NPROC"] = "1"
-        import jax, numpy as np
-        from zenith_jax import ops
-        softmax = jax.jit(lambda x: ops.softmax(ops.softmax(x))).lower(np.ones((1024, 1024), "f")).compile()
-        x = jax.device_put(np.random.default_rng(0).normal(size=(1024, 1024)).astype("f"))
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
         softmax(x).block_until_ready()
         tasks = {t.name: t for t in pathlib.Path("/proc/self/task").iterdir()}
         names = {t: (p / "comm").read_text().strip() for t, p in tasks.items()}
@@ -155,7 +160,7 @@ def test_a_helping_thread_leaves_the_callers_processor(tmp_path):
             busy.kill()
         print(names[helper], beside, os.sched_getaffinity(int(helper)) == {first, second})
     """
-    found = run_script(textwrap.dedent(script), tmp_path, timeout_s=120)
+    found = run_script(ON_TWO_PROCESSORS + textwrap.dedent(script), tmp_path, timeout_s=120)
     _, beside, may_run_on_both = found.split()
     assert int(beside) < 100 and may_run_on_both == "True", found
 
@@ -168,15 +173,7 @@ def test_a_helping_thread_that_does_not_run_is_fetched_to_the_callers_processor(
     sleeps is asked only where nothing else runs: a neighbour takes the caller's processor too."""
     idle = os.getloadavg()[0] < 0.5 * len(os.sched_getaffinity(0))
     script = """
-        import concurrent.futures, os, pathlib, subprocess, sys, threading, time
-        first, second = sorted(os.sched_getaffinity(0))[:2]
-        os.sched_setaffinity(0, {first, second})
-        os.environ["NPROC"] = "1"
-        import jax, numpy as np
-        from zenith_jax import ops
-        softmax = jax.jit(lambda x: ops.softmax(ops.softmax(x))).lower(np.ones((1024, 1024), "f")).compile()
-        x = jax.device_put(np.random.default_rng(0).normal(size=(1024, 1024)).astype("f"))
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        import concurrent.futures, time
         expected = np.asarray(softmax(x))
         me = threading.get_native_id()
         os.sched_setaffinity(me, {first})
@@ -204,7 +201,7 @@ def test_a_helping_thread_that_does_not_run_is_fetched_to_the_callers_processor(
         bound = [t for t in map(int, os.listdir("/proc/self/task")) if os.sched_getaffinity(t) != {first, second}]
         print(min(long), right, len(bound))
     """
-    long, right, bound = run_script(textwrap.dedent(script), tmp_path, timeout_s=240).split()
+    long, right, bound = run_script(ON_TWO_PROCESSORS + textwrap.dedent(script), tmp_path, timeout_s=240).split()
     assert right == "True" and bound == "0", (right, bound)
     assert int(long) < 20 or not idle, long
 
