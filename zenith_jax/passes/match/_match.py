@@ -69,6 +69,9 @@ def narrowed(graph: Graph, match: Match) -> Match:
     )
 
 
+CASTS = ("convert_element_type", "copy", "copy_p")
+
+
 def is_wider(dtype: Any, than: Any) -> bool:
     return jnp.finfo(dtype).bits > jnp.finfo(than).bits
 

@@ -24,7 +24,7 @@ from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Term, Terms, is_float
 from zenith_jax.ops.activation import FORMULAS, activation
-from zenith_jax.passes.match._match import Match, as_precise
+from zenith_jax.passes.match._match import CASTS, Match, as_precise
 from zenith_jax.passes.match.gated import gated
 
 ANCHORS = ("erf", "erfc", "tanh", "logistic", "exp")
@@ -190,9 +190,7 @@ def _inputs(terms: Terms, root: Term, anchor: JaxprEqn) -> list[Term]:
         if isinstance(term.atom, Var) and term.atom.aval.shape == root.atom.aval.shape:
             found.append(term)
             eqn = terms.graph.producer(term.atom)
-            if eqn is not None and (
-                eqn.primitive.name in _ANALYTIC or eqn.primitive.name in ("convert_element_type", "copy", "copy_p")
-            ):
+            if eqn is not None and (eqn.primitive.name in _ANALYTIC or eqn.primitive.name in CASTS):
                 queue.extend(terms.operands(term, eqn))
     return found
 

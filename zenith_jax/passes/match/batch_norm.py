@@ -22,7 +22,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Atom, Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
-from zenith_jax.passes.match._match import Match, Order, arranged, order_of
+from zenith_jax.passes.match._match import CASTS, Match, Order, arranged, order_of
 
 _ARITHMETIC = ("add", "sub", "mul", "div")
 _CONV_PARAMS = (
@@ -61,7 +61,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     result_channel = channel
     while (user := graph.only_user(var)) is not None:
         new = user.outvars[0]
-        if user.primitive.name in ("convert_element_type", "copy", "copy_p"):
+        if user.primitive.name in CASTS:
             if not is_float(new.aval.dtype):
                 break
         elif user.primitive.name in ("reshape", "squeeze", "expand_dims"):

@@ -17,7 +17,7 @@ from zenith_jax.ir.term import Terms
 from zenith_jax.ops.gated_linear import gated_linear
 from zenith_jax.passes.match import activation as activations
 from zenith_jax.passes.match import linear
-from zenith_jax.passes.match._match import Match
+from zenith_jax.passes.match._match import CASTS, Match
 
 
 def match(graph: Graph, eqn: JaxprEqn) -> Match | None:
@@ -43,7 +43,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | None:
 def _value(terms: Terms, leaf, gate: linear.Layer) -> linear.Layer | None:
     """The product below the casts of the leaf, if it differs from the gate's in its weights alone."""
     eqn = terms.graph.producer(leaf)
-    while eqn is not None and eqn.primitive.name in linear.CASTS:
+    while eqn is not None and eqn.primitive.name in CASTS:
         eqn = terms.graph.producer(eqn.invars[0])
     if eqn is None or eqn.primitive.name != "dot_general":
         return None

@@ -25,11 +25,10 @@ from zenith_jax.ir.graph import Atom, Graph
 from zenith_jax.ir.term import ELEMENTWISE, Axis, Term, Terms
 from zenith_jax.ops.linear import ACTIVATIONS, LEAST_WEIGHTS, linear
 from zenith_jax.passes.match import activation as activations
-from zenith_jax.passes.match._match import Match
+from zenith_jax.passes.match._match import CASTS, Match
 
 _MAX_CLIMB = 6  # equations from the product's sum to the anchor of its activation
 _RELU = re.compile(r"relu at .*[/\\]jax[/\\]_src[/\\]nn[/\\]functions\.py:")
-CASTS = ("convert_element_type", "copy", "copy_p")
 _RESHAPES = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
 
 

@@ -21,7 +21,7 @@ from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
 from zenith_jax.ops.quantized_linear import WEIGHT_DTYPES, quantized_linear
-from zenith_jax.passes.match._match import Match, Order, arranged, as_precise, is_wider, order_of
+from zenith_jax.passes.match._match import CASTS, Match, Order, arranged, as_precise, is_wider, order_of
 
 _RESHAPED = ("reshape",)
 
@@ -252,7 +252,7 @@ def _above(terms: Terms, x: Var, product: Term, features: tuple[Axis, ...], want
     candidates = [] if wants_scale else [found]
     while (user := graph.only_user(found.top)) is not None:
         result = user.outvars[0]
-        if user.primitive.name in ("convert_element_type", "copy", "copy_p"):
+        if user.primitive.name in CASTS:
             if not is_float(result.aval.dtype):
                 break
             found = dataclasses.replace(found, top=result, path=(*found.path, user))
