@@ -83,14 +83,15 @@ def _found(
 
     structs = [jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in (*params, *examples)]
     graph = Graph.of(jax.make_jaxpr(flat)(*structs))
-    return [
-        refuse("{n} numbers are too few to be worth it", n=param.size)
-        if isinstance(summed, tuple) and is_matrix(param) and param.size < _LEAST_SIZE
-        else summed
-        if is_matrix(param)
-        else refuse("it is no float matrix")
-        for param, summed in zip(params, dense(graph, len(params)), strict=True)
-    ]
+    return [_worth(p, summed) for p, summed in zip(params, dense(graph, len(params)), strict=True)]
+
+
+def _worth(param: Any, summed: Summed | Refusal) -> Summed | Refusal:
+    if not is_matrix(param):
+        return refuse("it is no float matrix")
+    if isinstance(summed, tuple) and param.size < _LEAST_SIZE:
+        return refuse("{n} numbers are too few to be worth it", n=param.size)
+    return summed
 
 
 def is_matrix(param: Any) -> bool:
