@@ -18,7 +18,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ops._op import as_batches, dense, is_zero, kernel, widened
 from zenith_jax.ops.activation import FORMULAS
 from zenith_jax.ops.gated import KERNELS
-from zenith_jax.ops.linear import CODES, matrix
+from zenith_jax.ops.linear import CODES, matrix, weights_cotangent
 from zenith_jax.ops.linear import unsupported as linear_unsupported
 
 
@@ -57,15 +57,13 @@ def _backward(operands, results, cotangents, needed, *, activation, transposed, 
     for i, more in enumerate(cotangents[1:]):
         if not is_zero(more):
             products[i] = products[i] + more
-    batch = tuple(range(dy.ndim - 1))
     cotangent = {}
     if 0 in needed:
         dx = [d @ matrix(w, x.shape[-1], transposed).T for d, w in zip(products, weights, strict=True)]
         cotangent[0] = (dx[0] + dx[1]).astype(x.dtype)
     for i, (d, w) in enumerate(zip(products, weights, strict=True), start=1):
         if i in needed:
-            rows = (d, x) if transposed else (x, d)
-            cotangent[i] = jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
+            cotangent[i] = weights_cotangent(x, w, d, transposed)
     return cotangent
 
 

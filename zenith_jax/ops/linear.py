@@ -16,6 +16,7 @@ import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
 from zenith_jax.ir import _compat
+from zenith_jax.ops._groups import grouped
 from zenith_jax.ops._op import (
     absent,
     as_batches,
@@ -27,7 +28,6 @@ from zenith_jax.ops._op import (
     widened,
 )
 from zenith_jax.ops.activation import FORMULAS, KERNELS
-from zenith_jax.ops.norm import grouped
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -116,6 +116,13 @@ def matrix(w: Any, k: int, transposed: bool) -> Any:
     return w.T if transposed else w
 
 
+def weights_cotangent(x: Any, w: Any, dy: Any, transposed: bool) -> Any:
+    """Of w in x @ w, flat, from that of the product."""
+    batch = tuple(range(dy.ndim - 1))
+    rows = (dy, x) if transposed else (x, dy)
+    return jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
+
+
 def _summed_to(x: Any, shape: tuple[int, ...]) -> Any:
     """x, summed over the axes along which an operand of `shape` was repeated."""
     return jnp.sum(x, [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True)
@@ -192,8 +199,7 @@ def _backward(operands, results, cotangents, needed, *, activation, transposed):
     if 0 in needed:
         cotangent[0] = (dpre @ matrix(w, x.shape[-1], transposed).T).astype(x.dtype)
     if 1 in needed:
-        rows = (dpre, x) if transposed else (x, dpre)
-        cotangent[1] = jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
+        cotangent[1] = weights_cotangent(x, w, dpre, transposed)
     if 2 in needed:
         cotangent[2] = (jnp.sum(widened(dpre), batch) if dbias is None else dbias).astype(bias.dtype)
     if 3 in needed:

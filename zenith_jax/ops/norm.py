@@ -9,8 +9,6 @@ Ba, Kiros and Hinton 2016, arXiv:1607.06450. Zhang and Sennrich 2019, arXiv:1910
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
+from zenith_jax.ops._groups import grouped
 from zenith_jax.ops._op import Kernel, as_batches, check_kernel_dtype, dense, is_zero, kernel, widened
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -79,25 +78,25 @@ def _rms_norm_backward(operands, results, cotangents, needed, *, eps):
     return {0: dx, 1: dscale.astype(scale.dtype)}
 
 
-def _cotangents(cotangents):
-    """dy, and dsum where the sum is used by more than the norm."""
+def _backward_of(cotangents, norm, with_sum):
+    """The kernel, and the cotangents that it reads: that of the sum where it is used by more than the norm."""
     dy, dsum = cotangents
-    return dense([dy] if is_zero(dsum) else [dy, dsum])
+    return (norm, dense([dy])) if is_zero(dsum) else (with_sum, dense([dy, dsum]))
 
 
 def _add_layer_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     _, _, scale, bias = operands
-    backward = layer_norm_bwd if is_zero(cotangents[1]) else add_layer_norm_bwd
-    dx, dscale, dbias = backward(results[1], scale, *_cotangents(cotangents), eps=eps, kept=0)
+    backward, read = _backward_of(cotangents, layer_norm_bwd, add_layer_norm_bwd)
+    dx, dscale, dbias = backward(results[1], scale, *read, eps=eps, kept=0)
     return {0: dx, 1: dx, 2: dscale.astype(scale.dtype), 3: dbias.astype(bias.dtype)}
 
 
 def _add_rms_norm_backward(operands, results, cotangents, needed, *, eps):
     del needed
     scale = operands[2]
-    backward = rms_norm_bwd if is_zero(cotangents[1]) else add_rms_norm_bwd
-    dx, dscale = backward(results[1], scale, *_cotangents(cotangents), eps=eps, kept=0)
+    backward, read = _backward_of(cotangents, rms_norm_bwd, add_rms_norm_bwd)
+    dx, dscale = backward(results[1], scale, *read, eps=eps, kept=0)
     return {0: dx, 1: dx, 2: dscale.astype(scale.dtype)}
 
 
@@ -260,26 +259,3 @@ _GROUPS_OF_WIDE_ROWS = 128
 
 def _groups(row_bytes: int) -> int:
     return next((groups for most, groups in _GROUPS if row_bytes <= most), _GROUPS_OF_WIDE_ROWS)
-
-
-def rows_per_group(rows: int, total_rows: int, groups: int) -> int:
-    """How many of `rows` consecutive rows share one of about `groups` sums: a divisor, since a reshape cuts them."""
-    wanted = max(4, total_rows // groups)
-    return max((r for r in range(1, min(wanted, rows) + 1) if rows % r == 0), default=max(rows, 1))
-
-
-def grouped(batch: Sequence[int], kept: int, partitions: int, groups: int) -> tuple[int, ...]:
-    """Batch sizes of rows cut into groups, (*kept, *groups, r): at least two before r, no group of two `kept` entries.
-
-    With several devices only the last dimension of rows is cut, so that every group lies on one of them however the
-    others are sharded: over n of the devices, which divides their number and the dimension.
-    """
-    whole, rows = tuple(batch[:kept]), tuple(batch[kept:])
-    total = math.prod(batch)
-    if partitions == 1:
-        last, lead = math.prod(rows), (1,)
-        r = rows_per_group(last, total, groups)
-    else:
-        *lead, last = rows
-        r = rows_per_group(last // max(1, math.gcd(last, partitions)), total, groups)
-    return (*whole, *lead, last // r, r)

@@ -1,0 +1,29 @@
+"""Rows cut into groups, of which a backward kernel sums each: the cotangents of scales and biases, in a fixed order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def rows_per_group(rows: int, total_rows: int, groups: int) -> int:
+    """How many of `rows` consecutive rows share one of about `groups` sums: a divisor, since a reshape cuts them."""
+    wanted = max(4, total_rows // groups)
+    return max((r for r in range(1, min(wanted, rows) + 1) if rows % r == 0), default=max(rows, 1))
+
+
+def grouped(batch: Sequence[int], kept: int, partitions: int, groups: int) -> tuple[int, ...]:
+    """Batch sizes of rows cut into groups, (*kept, *groups, r): at least two before r, no group of two `kept` entries.
+
+    With several devices only the last dimension of rows is cut, so that every group lies on one of them however the
+    others are sharded: over n of the devices, which divides their number and the dimension.
+    """
+    whole, rows = tuple(batch[:kept]), tuple(batch[kept:])
+    total = math.prod(batch)
+    if partitions == 1:
+        last, lead = math.prod(rows), (1,)
+        r = rows_per_group(last, total, groups)
+    else:
+        *lead, last = rows
+        r = rows_per_group(last // max(1, math.gcd(last, partitions)), total, groups)
+    return (*whole, *lead, last // r, r)
