@@ -30,6 +30,7 @@ Status Forward(const Args& args, const Launch& launch, Pointers... pointers) {
 }  // namespace
 
 Status LinearForward(const LinearForwardArgs& a, const Launch& launch) {
+  if (a.layout == WeightLayout::kPanels) return {"linear: weights in panels are for the CPU"};
   return Forward(a, launch, a.x, a.w, a.residual, a.y, a.pre);
 }
 

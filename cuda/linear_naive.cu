@@ -28,15 +28,20 @@ __device__ double Value(Epilogue epilogue, double x) {
   return NAN;
 }
 
+__device__ bool IsTransposed(const LinearForwardArgs& args) {
+  return args.layout == WeightLayout::kColumns;
+}
+__device__ bool IsTransposed(const GatedLinearForwardArgs& args) { return args.transposed; }
+
 /// Element (row, col) of x w.
 template <typename T, typename Args>
 __device__ double Product(const Args& args, const void* w, int64_t row, int64_t col) {
   const T* gX = static_cast<const T*>(args.x) + row * args.k;
   const T* gW = static_cast<const T*>(w);
+  const bool transposed = IsTransposed(args);
   double sum = 0;
   for (int64_t i = 0; i < args.k; ++i)
-    sum +=
-        double{ToFloat(gX[i])} * ToFloat(gW[args.transposed ? col * args.k + i : i * args.n + col]);
+    sum += double{ToFloat(gX[i])} * ToFloat(gW[transposed ? col * args.k + i : i * args.n + col]);
   return sum;
 }
 

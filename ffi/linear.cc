@@ -15,8 +15,9 @@ using Result = ffi::Result<ffi::AnyBuffer>;
 
 ffi::Error Layer(const char* target, Context context, const Operand& x, const Operand& w,
                  const Operand& bias, const Operand& residual, const Operand& y, const Operand* pre,
-                 int32_t activation, int32_t transposed) {
-  constexpr int32_t kLastEpilogue = static_cast<int32_t>(Epilogue::kGeluErf);
+                 int32_t activation, int32_t layout) {
+  constexpr int32_t kLastEpilogue = static_cast<int32_t>(Epilogue::kGeluErf),
+                    kLastLayout = static_cast<int32_t>(WeightLayout::kPanels);
   Check check(target);
   check.Float(x);
   check.RankAtLeast(x, 1);
@@ -35,13 +36,14 @@ ffi::Error Layer(const char* target, Context context, const Operand& x, const Op
   if (pre != nullptr) check.Same(*pre, y);
   check.That(activation >= 0 && activation <= kLastEpilogue, "activation must be 0 to 6",
              activation);
-  check.That(transposed == 0 || transposed == 1, "transposed must be 0 or 1", transposed);
+  check.That(layout >= 0 && layout <= kLastLayout, "layout must be 0 to 2", layout);
+  check.That(layout != kLastLayout || n % kPanelColumns == 0, "panels must be whole", n);
   if (check.failed()) return check.error();
 
   const LinearForwardArgs args{.epilogue = static_cast<Epilogue>(activation),
                                .dtype = DTypeOf(x),
                                .bias_dtype = DTypeOf(bias),
-                               .transposed = transposed == 1,
+                               .layout = static_cast<WeightLayout>(layout),
                                .rows = x.leading_size(1),
                                .k = k,
                                .n = n,
@@ -55,9 +57,9 @@ ffi::Error Layer(const char* target, Context context, const Operand& x, const Op
 }
 
 ffi::Error Forward(Context context, Buffer x, Buffer w, Buffer bias, Buffer residual, Result y,
-                   int32_t activation, int32_t transposed) {
+                   int32_t activation, int32_t layout) {
   return Layer("linear_fwd", context, {"x", x}, {"w", w}, {"bias", bias}, {"residual", residual},
-               {"y", y}, nullptr, activation, transposed);
+               {"y", y}, nullptr, activation, layout);
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, Forward,
@@ -69,14 +71,14 @@ XLA_FFI_DEFINE_HANDLER(kForward, Forward,
                            .Arg<Buffer>()  // residual [*b n], or absent [0]
                            .Ret<Buffer>()  // y [*b n]
                            .Attr<int32_t>("activation")
-                           .Attr<int32_t>("transposed"),
+                           .Attr<int32_t>("layout"),
                        kTraits);
 
 ffi::Error ForwardPre(Context context, Buffer x, Buffer w, Buffer bias, Buffer residual, Result y,
-                      Result pre, int32_t activation, int32_t transposed) {
+                      Result pre, int32_t activation, int32_t layout) {
   const Operand saved("pre", pre);
   return Layer("linear_pre_fwd", context, {"x", x}, {"w", w}, {"bias", bias},
-               {"residual", residual}, {"y", y}, &saved, activation, transposed);
+               {"residual", residual}, {"y", y}, &saved, activation, layout);
 }
 
 XLA_FFI_DEFINE_HANDLER(kForwardPre, ForwardPre,
@@ -89,7 +91,7 @@ XLA_FFI_DEFINE_HANDLER(kForwardPre, ForwardPre,
                            .Ret<Buffer>()  // y [*b n]
                            .Ret<Buffer>()  // pre [*b n]
                            .Attr<int32_t>("activation")
-                           .Attr<int32_t>("transposed"),
+                           .Attr<int32_t>("layout"),
                        kTraits);
 
 ffi::Error Backward(Context context, Buffer pre_buffer, Buffer dy_buffer, Result dpre_buffer,

@@ -357,7 +357,7 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
         return np.maximum(pre, 0) + residual, pre
 
     operands = {"x": x, "w": w, "bias": bias, "residual": residual}
-    attributes = {"activation": np.int32(1), "transposed": np.int32(1)}
+    attributes = {"activation": np.int32(1), "layout": np.int32(1)}
     return {
         "linear_fwd": Case(operands, {"y": full}, lambda *a: expected(*a)[:1], attributes),
         "linear_pre_fwd": Case(operands, {"y": full, "pre": full}, expected, attributes),

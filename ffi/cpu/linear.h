@@ -4,7 +4,8 @@
 // panel of a block is a task, which goes down the panel in chunks. The first tile of rows takes a
 // chunk as it lies in w, where its rows are far apart, and leaves a packed copy for the tiles after
 // it, which find that in the second-level cache and fetch the next chunk meanwhile. So weights need
-// no copy ahead of time, and a product with few rows does not wait for their packing.
+// no copy ahead of time, and a product with few rows does not wait for their packing. Weights that
+// were brought into panels ahead of time are their own packed copy.
 #pragma once
 
 #include "ffi/cpu/activation.h"
@@ -27,7 +28,7 @@ inline constexpr int64_t kLinearRows = 32 * kTileRows;
 
 struct LinearOperands {
   Epilogue epilogue;
-  bool transposed;
+  WeightLayout layout;
   int64_t k, n;
   const float *x, *w, *bias, *residual;
   float *y, *pre;
@@ -37,17 +38,18 @@ struct LinearOperands {
 /// One chunk of one panel, for a block of rows of x.
 struct LinearChunk {
   const LinearOperands& args;
-  int64_t column, columns;      // of the panel; columns <= kPanel
-  float* packed;                // (depth, kVectors * kLanes)
-  float* values;                // x @ w + bias so far, (rows of the block, kVectors * kLanes)
-  float* activated;             // (kTileRows, kVectors * kLanes)
-  int64_t first_k = 0;          // first row of w
-  int64_t depth = 0;            // rows of w
-  bool is_last = false;         // of its panel
-  bool is_packed = false;       // before any tile
-  const float* w = nullptr;     // the chunk's first element
-  const float* next = nullptr;  // that of the chunk which this thread takes next
-  int64_t next_depth = 0;       // rows of it that are fetched
+  int64_t column, columns;        // of the panel; columns <= kPanel
+  float* copy;                    // room for a packed copy
+  float* values;                  // x @ w + bias so far, (rows of the block, kVectors * kLanes)
+  float* activated;               // (kTileRows, kVectors * kLanes)
+  int64_t first_k = 0;            // first row of w
+  int64_t depth = 0;              // rows of w
+  bool is_last = false;           // of its panel
+  const float* packed = nullptr;  // (depth, kVectors * kLanes), if there is one before any tile
+  const float* w = nullptr;       // the chunk's first element
+  int64_t w_stride = 0;           // from one row of w to the next, where they are read as they lie
+  const float* next = nullptr;    // that of the chunk which this thread takes next
+  int64_t next_depth = 0;         // rows of it that are fetched
 };
 
 enum class Source {
@@ -61,15 +63,16 @@ enum class Source {
 template <Source kSource, int kRows, int kVectors, bool kWhole>
 ZENITH_NOINLINE void LinearProducts(const LinearChunk& chunk, const float* x, float* values,
                                     int fetched) {
-  const int64_t depth = chunk.depth, w_stride = chunk.args.n, x_stride = chunk.args.k;
-  const float *w = chunk.w, *next = nullptr;
-  float* packed = chunk.packed;
+  const int64_t depth = chunk.depth, w_stride = chunk.w_stride, x_stride = chunk.args.k;
+  const bool is_transposed = chunk.args.layout == WeightLayout::kColumns;
+  const float *w = chunk.w, *packed = chunk.packed, *next = nullptr;
+  float* copy = chunk.copy;
   // The next chunk's lines lie w_stride apart; where w is (n, k), one behind the other in columns.
   int64_t fetches = 0, line = 0, lines = 1, line_stride = w_stride, column_stride = 0;
   if (kSource == Source::kPacked && fetched < kPanel / 16) {
     fetches = chunk.next_depth;
-    next = chunk.next + fetched * 16 * (chunk.args.transposed ? x_stride : 1);
-    if (chunk.args.transposed) {
+    next = chunk.next + fetched * 16 * (is_transposed ? x_stride : 1);
+    if (is_transposed) {
       lines = CeilDiv(fetches, 16);
       line_stride = 16;
       column_stride = x_stride - lines * 16;
@@ -86,6 +89,7 @@ ZENITH_NOINLINE void LinearProducts(const LinearChunk& chunk, const float* x, fl
     if constexpr (kSource == Source::kPacked) {
 #pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) b[j] = Load(packed + j * kLanes);
+      packed += kVectors * kLanes;
       if (k < fetches) {
         __builtin_prefetch(next, 0, 2);
         next += line_stride;
@@ -111,9 +115,9 @@ ZENITH_NOINLINE void LinearProducts(const LinearChunk& chunk, const float* x, fl
     }
     if constexpr (kSource == Source::kWeightsToPack) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) Store(packed + j * kLanes, b[j]);
+      for (int j = 0; j < kVectors; ++j) Store(copy + j * kLanes, b[j]);
+      copy += kVectors * kLanes;
     }
-    if constexpr (kSource != Source::kWeights) packed += kVectors * kLanes;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const F32 a = Splat(x[i * x_stride + k]);
@@ -203,10 +207,9 @@ ZENITH_INLINE void LinearTile(const LinearChunk& chunk, int64_t rows, const floa
 
 /// Rows [first, last) of x.
 template <int kVectors, bool kWhole>
-ZENITH_NOINLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t last) {
+ZENITH_NOINLINE void LinearBlock(LinearChunk chunk, int64_t first, int64_t last) {
   const int64_t width = kVectors * kLanes;
   int tiles = 0;  // that the packed copy served
-  bool packed = chunk.is_packed;
   for (int64_t row = first, rows; row < last; row += rows) {
     rows = last - row;
     rows = rows >= kTileRows ? kTileRows : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
@@ -220,11 +223,11 @@ ZENITH_NOINLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_
         });
       }
     }
-    if (packed) {
+    if (chunk.packed != nullptr) {
       LinearTile<Source::kPacked, kVectors, true>(chunk, rows, x, values, tiles++);
     } else if (row + rows < last) {
       LinearTile<Source::kWeightsToPack, kVectors, kWhole>(chunk, rows, x, values, 0);
-      packed = true;
+      chunk.packed = chunk.copy;
     } else {
       LinearTile<Source::kWeights, kVectors, kWhole>(chunk, rows, x, values, 0);
     }
@@ -276,29 +279,37 @@ Status LinearTasks(int64_t rows, int64_t n, const Launch& launch, Panel panel) {
   return out_of_memory.is_set() ? kOutOfMemory : Status{};
 }
 
+/// Where w(row, column) lies.
+inline const float* WeightAt(const LinearOperands& args, int64_t row, int64_t column) {
+  if (args.layout == WeightLayout::kRows) return args.w + row * args.n + column;
+  if (args.layout == WeightLayout::kColumns) return args.w + column * args.k + row;
+  const int64_t inside = column % kPanelColumns;
+  return args.w + (column - inside) * args.k + row * kPanelColumns + inside;
+}
+
 /// Rows [first, last) of the panel at `column`, chunk by chunk. next_column: of the panel that this
 /// thread takes next. Scratch as in LinearChunk.
 inline void LinearPanel(const LinearOperands& args, int64_t column, int64_t next_column,
-                        int64_t first, int64_t last, float* packed, float* values,
-                        float* activated) {
-  LinearChunk chunk{args, column, Min(kPanel, args.n - column), packed, values, activated};
-  const int64_t column_stride = args.transposed ? args.k : 1,
-                k_stride = args.transposed ? 1 : args.n;
+                        int64_t first, int64_t last, float* copy, float* values, float* activated) {
+  LinearChunk chunk{args, column, Min(kPanel, args.n - column), copy, values, activated};
+  chunk.w_stride = args.layout == WeightLayout::kPanels ? kPanelColumns : args.n;
   for (int64_t k = 0; k == 0 || k < args.k; k += kChunk) {
     const bool is_last = k + kChunk >= args.k;
     chunk.first_k = k;
     chunk.depth = Min(kChunk, args.k - k);
     chunk.is_last = is_last;
-    chunk.w = args.w + column * column_stride + k * k_stride;
-    chunk.next = is_last ? args.w + next_column * column_stride : chunk.w + kChunk * k_stride;
+    chunk.w = WeightAt(args, k, column);
+    chunk.next = is_last ? WeightAt(args, 0, next_column) : WeightAt(args, k + kChunk, column);
     chunk.next_depth = Min(kChunk, is_last ? args.k : args.k - k - kChunk);
     if (is_last && next_column >= args.n) chunk.next_depth = 0;
-    if (args.transposed) {
-      GatherLaneTile(chunk.columns, chunk.depth, packed, RoundUp(chunk.columns, kLanes),
+    if (args.layout == WeightLayout::kPanels && kPanel == kPanelColumns) {
+      chunk.packed = chunk.w;
+    } else if (args.layout == WeightLayout::kColumns) {
+      GatherLaneTile(chunk.columns, chunk.depth, copy, RoundUp(chunk.columns, kLanes),
                      [&](int64_t column, int64_t k, auto part) {
                        return Load(chunk.w + column * chunk.args.k + k, part);
                      });
-      chunk.is_packed = true;
+      chunk.packed = copy;
     }
     LinearBlock(chunk, first, last);
   }
@@ -310,7 +321,7 @@ inline Status LinearForward(const LinearForwardArgs& args, const Launch& launch)
   }
   if (args.rows == 0 || args.n == 0) return {};
   const LinearOperands operands{args.epilogue,
-                                args.transposed,
+                                args.layout,
                                 args.k,
                                 args.n,
                                 static_cast<const float*>(args.x),

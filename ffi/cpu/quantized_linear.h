@@ -242,7 +242,7 @@ inline void QuantizedChunks(const LinearOperands& args, const int8_t* weights, i
                             int64_t first, int64_t last, float* packed, float* values,
                             float* activated) {
   LinearChunk chunk{args, column, Min(kPanel, args.n - column), packed, values, activated};
-  chunk.is_packed = true;
+  chunk.packed = packed;
   const int64_t width = RoundUp(chunk.columns, kLanes);
   const auto widened = [](const int8_t* p, auto part) {
     return __builtin_convertvector(LoadBytes(p, part), F32);
@@ -251,7 +251,7 @@ inline void QuantizedChunks(const LinearOperands& args, const int8_t* weights, i
     chunk.first_k = k;
     chunk.depth = Min(kChunk, args.k - k);
     chunk.is_last = k + kChunk >= args.k;
-    if (args.transposed) {
+    if (args.layout == WeightLayout::kColumns) {
       const int8_t* const w = weights + column * args.k + k;
       GatherLaneTile(
           chunk.columns, chunk.depth, packed, width,
@@ -271,7 +271,7 @@ inline void QuantizedChunks(const LinearOperands& args, const int8_t* weights, i
 
 inline Status QuantizedManyRows(const QuantizedLinearArgs& args, const Launch& launch) {
   const LinearOperands operands{Epilogue::kNone,
-                                args.transposed,
+                                args.transposed ? WeightLayout::kColumns : WeightLayout::kRows,
                                 args.k,
                                 args.n,
                                 static_cast<const float*>(args.x),

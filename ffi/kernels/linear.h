@@ -19,15 +19,23 @@ enum class Epilogue : int32_t {
   kGeluErf = 6,
 };
 
+/// How the weights lie, in float32 or narrower. Python's codes are in zenith_jax/ops/linear.py.
+enum class WeightLayout : int32_t {
+  kRows = 0,     // (k, n)
+  kColumns = 1,  // (n, k)
+  kPanels = 2,   // (n / kPanelColumns, k, kPanelColumns): CPU only, n a multiple of kPanelColumns
+};
+inline constexpr int64_t kPanelColumns = 64;  // PANEL in zenith_jax/ops/linear.py
+
 /// y = epilogue(x w + bias) + residual, and pre = x w + bias; float32 inside, each rounded once.
-/// x: (rows, k), y, pre, residual: (rows, n), w: (k, n) or, if `transposed`, (n, k); row-major,
-/// `dtype`. bias: (n,), `bias_dtype`: `dtype` or float32. residual and pre may be null. k > 0.
+/// x: (rows, k), y, pre, residual: (rows, n), w: k x n in its layout; row-major, `dtype`. bias:
+/// (n,), `bias_dtype`: `dtype` or float32. residual and pre may be null. k > 0.
 /// Results alias no operand. CUDA: float16 and bfloat16; k and n are multiples of 8. CPU: float32.
 /// kGeluErf and kGeluTanh give NaN for -inf, as JAX's formulas do.
 struct LinearForwardArgs {
   Epilogue epilogue;
   DType dtype, bias_dtype;
-  bool transposed;
+  WeightLayout layout;
   int64_t rows, k, n;
   const void *x, *w, *bias, *residual;
   void *y, *pre;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools as ft
 import zipfile
 
 import jax
@@ -83,6 +84,31 @@ def test_what_is_larger_or_for_nothing_stays_in_the_program():
 
 def test_one_row_takes_the_transpose_that_was_made():
     assert folded(lambda p, x: x @ p.T, normal(4, 8), normal(1, 8)) == {"": ((8, 4), "float32")}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU's kernels read weights as they lie")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_of_linear_layers_are_brought_into_panels_once(transposed, tmp_path):
+    w, b, x = normal(256, 320) / 16, normal(320), normal(8, 256)
+
+    def layer(p, x):
+        return jax.nn.gelu(x @ (p["w"].T if transposed else p["w"]) + p["b"], approximate=False)
+
+    params = {"w": w.T if transposed else w, "b": b}
+    assert folded(layer, params, x) == {"w": ((256 * 320,), "float32")}
+    panels = np.asarray(zenith.compile((layer, params), x).folded["folded.w"]).reshape(5, 256, 64)
+    np.testing.assert_array_equal(panels[3, :, 7], w[:, 3 * 64 + 7])
+    path = zenith.compile((layer, params), x, dynamic={"batch": (2, 8)}).save(tmp_path / "m.zenith")
+    loaded = zenith.load(path)
+    assert set(loaded.parameters) == {"b"} and list(loaded.folded) == ["folded.w"]
+    np.testing.assert_allclose(loaded(x[:5]), layer(params, x[:5]), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_stay_as_they_lie():
+    x, gelu = normal(8, 256), ft.partial(jax.nn.gelu, approximate=False)
+    assert not folded(lambda p, x: gelu(x @ p + 1), normal(256, 300) / 16, x), "no whole panels"
+    assert not folded(lambda p, x: gelu(x @ p + 1), normal(256, 320) / 16, normal(1024, 256)), "left to XLA"
+    assert not folded(lambda p, x, w: gelu(x @ w + p), normal(320), x, normal(256, 320) / 16), "an input"
 
 
 def test_an_output_that_needs_no_input():

@@ -7,9 +7,22 @@ namespace {
 
 struct Case {
   Epilogue epilogue;
-  bool transposed, residual;
+  WeightLayout layout;
+  bool residual;
   int64_t rows, k, n;
 };
+
+int64_t IndexOfWeight(const Case& c, int64_t k, int64_t j) {
+  switch (c.layout) {
+    case WeightLayout::kRows:
+      return k * c.n + j;
+    case WeightLayout::kColumns:
+      return j * c.k + k;
+    case WeightLayout::kPanels:
+      return (j / kPanelColumns * c.k + k) * kPanelColumns + j % kPanelColumns;
+  }
+  return -1;
+}
 
 double Activated(Epilogue epilogue, double x) {
   switch (epilogue) {
@@ -41,7 +54,7 @@ double TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, 
 
   const auto run = [&](const Launch& on, Tensor& y, Tensor* pre, int64_t rows) {
     const Status status = kernels.linear_forward(
-        {c.epilogue, DType::kF32, DType::kF32, c.transposed, rows, c.k, c.n, x.data(), w.data(),
+        {c.epilogue, DType::kF32, DType::kF32, c.layout, rows, c.k, c.n, x.data(), w.data(),
          bias.data(), c.residual ? residual.data() : nullptr, y.data(),
          pre == nullptr ? nullptr : pre->data()},
         on);
@@ -65,7 +78,7 @@ double TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, 
     for (int64_t j = 0; j < c.n; ++j) {
       double sum = bias[j], magnitude = std::fabs(bias[j]) + 1;
       for (int64_t k = 0; k < c.k; ++k) {
-        const double term = x[i * c.k + k] * w[c.transposed ? j * c.k + k : k * c.n + j];
+        const double term = x[i * c.k + k] * w[IndexOfWeight(c, k, j)];
         sum += term;
         magnitude += std::fabs(term);
       }
@@ -91,17 +104,19 @@ void TestLinear(const CpuKernels& kernels, Report& report) {
                                      Epilogue::kGeluErf};
   double worst = 0;
   for (const Epilogue epilogue : kEpilogues) {
-    for (const bool transposed : {false, true}) {
-      worst = std::max(worst,
-                       TestCase(kernels, {epilogue, transposed, true, 11, 33, 70}, launch, report));
+    for (const WeightLayout layout : {WeightLayout::kRows, WeightLayout::kColumns}) {
+      worst =
+          std::max(worst, TestCase(kernels, {epilogue, layout, true, 11, 33, 70}, launch, report));
     }
   }
   // Rows of every tile and of two tasks; whole and partial vectors, panels and chunks.
   for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13, 200}) {
     for (const auto& [k, n] :
-         {std::pair<int64_t, int64_t>{1, 1}, {5, 16}, {400, 64}, {769, 49}, {8, 150}}) {
-      for (const bool transposed : {false, true}) {
-        const Case c{Epilogue::kNone, transposed, rows % 2 == 0, rows, k, n};
+         {std::pair<int64_t, int64_t>{1, 1}, {5, 16}, {400, 64}, {33, 192}, {769, 49}, {8, 150}}) {
+      for (const WeightLayout layout :
+           {WeightLayout::kRows, WeightLayout::kColumns, WeightLayout::kPanels}) {
+        if (layout == WeightLayout::kPanels && n % kPanelColumns != 0) continue;
+        const Case c{Epilogue::kNone, layout, rows % 2 == 0, rows, k, n};
         worst = std::max(worst, TestCase(kernels, c, launch, report));
       }
     }
@@ -111,8 +126,8 @@ void TestLinear(const CpuKernels& kernels, Report& report) {
 
   Tensor empty(DType::kF32, 0);
   const LinearForwardArgs nothing{
-      Epilogue::kNone, DType::kF32,  DType::kF32, false,        0,      3, 0, empty.data(),
-      empty.data(),    empty.data(), nullptr,     empty.data(), nullptr};
+      Epilogue::kNone, DType::kF32,  DType::kF32, WeightLayout::kRows, 0,      3, 0, empty.data(),
+      empty.data(),    empty.data(), nullptr,     empty.data(),        nullptr};
   report.Require(kernels.linear_forward(nothing, launch).ok(), "an empty linear layer");
   LinearForwardArgs half = nothing;
   half.dtype = DType::kF16;
@@ -128,16 +143,21 @@ void TimeLinear(const CpuKernels& kernels, const Launch& launch, Report& report)
       const Tensor w(DType::kF32, RandomValues(random, kLayers * k * n));
       const Tensor bias(DType::kF32, RandomValues(random, n));
       Tensor y(DType::kF32, rows * n);
-      int64_t layer = 0;
-      const double ms = BestTime([&] {
-        const float* const from = static_cast<const float*>(w.data()) + layer++ % kLayers * k * n;
-        (void)kernels.linear_forward({Epilogue::kNone, DType::kF32, DType::kF32, false, rows, k, n,
-                                      x.data(), from, bias.data(), nullptr, y.data(), nullptr},
-                                     launch);
-      });
-      report.Time(
-          "linear " + std::to_string(rows) + " x " + std::to_string(k) + " x " + std::to_string(n),
-          kernels, DType::kF32, ms, 2e-6 * static_cast<double>(rows * k * n) / ms, "GFLOP/s");
+      for (const auto& [layout, name] : {std::pair{WeightLayout::kRows, ""},
+                                         {WeightLayout::kColumns, ", (n, k)"},
+                                         {WeightLayout::kPanels, ", panels"}}) {
+        int64_t layer = 0;
+        const double ms = BestTime([&] {
+          const float* const from = static_cast<const float*>(w.data()) + layer++ % kLayers * k * n;
+          (void)kernels.linear_forward({Epilogue::kNone, DType::kF32, DType::kF32, layout, rows, k,
+                                        n, x.data(), from, bias.data(), nullptr, y.data(), nullptr},
+                                       launch);
+        });
+        report.Time("linear " + std::to_string(rows) + " x " + std::to_string(k) + " x " +
+                        std::to_string(n) + name,
+                    kernels, DType::kF32, ms, 2e-6 * static_cast<double>(rows * k * n) / ms,
+                    "GFLOP/s");
+      }
     }
   }
 }

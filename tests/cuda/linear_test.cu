@@ -38,19 +38,20 @@ void Test(Report& report, DType dtype, const Problem& p) {
   Array pre = p.pre ? Array(dtype, p.rows * p.n) : Array();
   Array want_pre(dtype, p.rows * p.n);
 
-  const LinearForwardArgs args{.epilogue = p.epilogue,
-                               .dtype = dtype,
-                               .bias_dtype = bias.dtype(),
-                               .transposed = p.transposed,
-                               .rows = p.rows,
-                               .k = p.k,
-                               .n = p.n,
-                               .x = x.data(),
-                               .w = w.data(),
-                               .bias = bias.data(),
-                               .residual = residual.data(),
-                               .y = y.data(),
-                               .pre = pre.data()};
+  const LinearForwardArgs args{
+      .epilogue = p.epilogue,
+      .dtype = dtype,
+      .bias_dtype = bias.dtype(),
+      .layout = p.transposed ? WeightLayout::kColumns : WeightLayout::kRows,
+      .rows = p.rows,
+      .k = p.k,
+      .n = p.n,
+      .x = x.data(),
+      .w = w.data(),
+      .bias = bias.data(),
+      .residual = residual.data(),
+      .y = y.data(),
+      .pre = pre.data()};
   LinearForwardArgs oracle = args;
   oracle.y = want.data();
   oracle.pre = want_pre.data();

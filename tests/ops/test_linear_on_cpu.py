@@ -10,7 +10,7 @@ from numerics import assert_error_ratio, in_float64
 
 import zenith_jax as zenith
 from zenith_jax import ops
-from zenith_jax.ops.linear import LEAST_WEIGHTS
+from zenith_jax.ops.linear import LEAST_WEIGHTS, in_panels, linear_fwd
 from zenith_jax.passes.choose import CPU_LINEAR_ROWS
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX's default is a GPU")
@@ -49,6 +49,36 @@ def test_the_kernel_is_called_and_right(transposed):
 
     oracle = in_float64(slopes(plain))(*args)
     assert_error_ratio(slopes(kernel)(*args), slopes(plain)(*args), oracle, floor_ulps=2 * ULPS)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 450])
+def test_weights_in_panels(rows):
+    x, w, b, r = array(1, rows, 500), array(500, 192), array(192), array(1, rows, 192)
+
+    def kernel(x, w, b, r):
+        w = in_panels(w.reshape(-1), 500, "rows")
+        return linear_fwd(x, w, b, r, activation="silu", layout="panels")[0]
+
+    def plain(x, w, b, r):
+        return jax.nn.silu(x @ w + b) + r
+
+    args = (x, w, b, r)
+    assert "layout = 2" in jax.jit(kernel).lower(*args).as_text()
+    ulps = 500**0.5  # as above
+    assert_error_ratio(jax.jit(kernel)(*args), jax.jit(plain)(*args), in_float64(plain)(*args), floor_ulps=ulps)
+
+    def slopes(f):
+        return jax.jit(jax.grad(lambda *a: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2, 3)))
+
+    oracle = in_float64(slopes(plain))(*args)
+    assert_error_ratio(slopes(kernel)(*args), slopes(plain)(*args), oracle, floor_ulps=2 * ulps)
+
+
+def test_panels_must_be_whole():
+    x, w, b, absent = array(1, 2, 300), array(300 * 250), array(250), jnp.zeros(0)
+    call = jax.jit(lambda *a: linear_fwd(*a, activation="none", layout="panels"))
+    with pytest.raises(Exception, match="linear_fwd: panels must be whole, got 250"):
+        jax.block_until_ready(call(x, w, b, absent))
 
 
 def test_a_layer_of_few_rows_is_fused():

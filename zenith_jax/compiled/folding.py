@@ -14,6 +14,7 @@ import numpy as np
 from zenith_jax.api import current_context, jit
 from zenith_jax.config import config
 from zenith_jax.passes import known
+from zenith_jax.passes.panels import with_panels
 from zenith_jax.telemetry import compiling
 
 
@@ -57,7 +58,9 @@ def folded(function: Callable[..., Any], arrays: Arrays, structs: Sequence[Any])
     # A new function each time: JAX's caches must not answer for an earlier trace, whose sites are elsewhere.
     fresh = jit(ft.wraps(function)(lambda params, inputs: function(params, inputs)))
     started = time.perf_counter()
-    split = known.split(fresh.trace(params, structs).jaxpr, len(params), current_context(config()).platform)
+    platform = current_context(config()).platform
+    jaxpr = with_panels(fresh.trace(params, structs).jaxpr, len(params), platform)
+    split = known.split(jaxpr, len(params), platform)
     if split is None:
         return Folded(fresh, names)
 

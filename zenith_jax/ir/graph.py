@@ -154,6 +154,17 @@ class Graph:
                 stack.extend(a for a in self.eqns[index].invars if isinstance(a, Var))
         return False
 
+    def made_of(self, params: Iterable[Var]) -> dict[Var, frozenset[Var]]:
+        """For each value that needs nothing but `params` and constants: those of `params` that it is made of."""
+        origins: dict[Var, frozenset[Var]] = {v: frozenset({v}) for v in params}
+        origins |= {v: frozenset() for v in self.constvars}
+        for eqn in self.eqns:
+            operands = [a for a in eqn.invars if isinstance(a, Var)]
+            if not eqn.effects and all(a in origins for a in operands):
+                made_of = frozenset().union(*(origins[a] for a in operands))
+                origins.update((v, made_of) for v in eqn.outvars)
+        return origins
+
     def constant(self, atom: Atom) -> Any | None:
         """The value of an atom that is one constant in every element, as a numpy scalar of its dtype; else None."""
         if isinstance(atom, Literal):

@@ -18,7 +18,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ops._op import as_batches, dense, is_zero, kernel, widened
 from zenith_jax.ops.activation import FORMULAS
 from zenith_jax.ops.gated import KERNELS
-from zenith_jax.ops.linear import CODES, matrix, weights_cotangent
+from zenith_jax.ops.linear import CODES, layout_of, matrix, weights_cotangent
 from zenith_jax.ops.linear import unsupported as linear_unsupported
 
 
@@ -41,7 +41,7 @@ def _attributes(avals: Any, *, activation: str, transposed: bool, n: int) -> dic
 
 def _products(x, w_gate, w_value, activation, transposed):
     """(result, gate, value), widened; the products are rounded to x's dtype, as XLA's are where no kernel runs."""
-    gate, value = (widened(x @ matrix(w, x.shape[-1], transposed)) for w in (w_gate, w_value))
+    gate, value = (widened(x @ matrix(w, x.shape[-1], layout_of(transposed))) for w in (w_gate, w_value))
     return FORMULAS[activation](gate) * value, gate, value
 
 
@@ -59,11 +59,11 @@ def _backward(operands, results, cotangents, needed, *, activation, transposed, 
             products[i] = products[i] + more
     cotangent = {}
     if 0 in needed:
-        dx = [d @ matrix(w, x.shape[-1], transposed).T for d, w in zip(products, weights, strict=True)]
+        dx = [d @ matrix(w, x.shape[-1], layout_of(transposed)).T for d, w in zip(products, weights, strict=True)]
         cotangent[0] = (dx[0] + dx[1]).astype(x.dtype)
     for i, (d, w) in enumerate(zip(products, weights, strict=True), start=1):
         if i in needed:
-            cotangent[i] = weights_cotangent(x, w, d, transposed)
+            cotangent[i] = weights_cotangent(x, w, d, layout_of(transposed))
     return cotangent
 
 

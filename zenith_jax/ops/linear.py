@@ -1,8 +1,9 @@
 """A linear layer as one kernel: activation(x @ w + bias) + residual, for GPUs of the Hopper generation and the CPU.
 
-Canonical shape: x (*b, k), w (k * n,) flat, bias (n,), residual (*b, n) or absent. The contract of the kernels is
-ffi/kernels/linear.h. Differentiated, the forward kernel also writes x @ w + bias; from it the backward kernel takes the
-activation's derivative, and the bias's gradient in the same pass. The two products of the backward pass are XLA's.
+Canonical shape: x (*b, k), w (k * n,) flat, in one of three layouts, bias (n,), residual (*b, n) or absent. The
+contract of the kernels is ffi/kernels/linear.h. Differentiated, the forward kernel also writes x @ w + bias; from it
+the backward kernel takes the activation's derivative, and the bias's gradient in the same pass. The two products of the
+backward pass are XLA's.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ CODES = {  # Epilogue in ffi/kernels/linear.h
     "none": 0, "relu": 1, "maximum": 1, "relu_squared": 2, "tanh": 3, "silu": 4, "gelu_tanh": 5, "gelu_erf": 6,
 }  # fmt: skip
 
+LAYOUTS = ("rows", "columns", "panels")  # of the weights: WeightLayout in ffi/kernels/linear.h
+PANEL = 64  # kPanelColumns there
+
 ALIGNED = 8  # elements of 16 bits: rows start at multiples of 16 bytes, as the copy engine wants
 HOPPER = "9.0"
 LEAST_WEIGHTS = 65536  # on the CPU: 256 KiB, whose way from memory is what the kernel hides
@@ -55,7 +59,7 @@ def _compute_capability() -> str:
         return HOPPER
 
 
-def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int) -> Refusal | None:
+def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int, layout: str = "rows") -> Refusal | None:
     """Why no kernel computes the layer, or None."""
     if platform == "cpu":
         if {np.dtype(dtype), np.dtype(w_dtype)} != {np.dtype(jnp.float32)}:
@@ -66,8 +70,10 @@ def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int) -> R
         if k * n < LEAST_WEIGHTS:
             return Refusal("XLA's product is as good for {k} x {n} weights on the CPU", dict(k=k, n=n))
         return None
-    if platform != "cuda":
-        return Refusal("a linear layer has no kernel for {platform}", dict(platform=platform))
+    if platform != "cuda" or layout == "panels":
+        return Refusal(
+            "a linear layer of weights in {layout} has no kernel for {platform}", dict(layout=layout, platform=platform)
+        )
     if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float16)) or dtype != w_dtype:
         return Refusal(
             "a linear layer has kernels for bfloat16 and float16, not for {x} x {w}",
@@ -85,19 +91,19 @@ def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int) -> R
     return None
 
 
-def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
+def _supports(avals: Any, platform: str, *, layout: str, **_: Any) -> Refusal | None:
     x, w, bias, residual = avals
     if bias.dtype not in (x.dtype, jnp.float32) or (not is_absent(residual) and residual.dtype != x.dtype):
         return Refusal(
             "bias must be {dtype} or float32 and residual {dtype}, got {bias} and {residual}",
             dict(dtype=x.dtype.name, bias=bias.dtype.name, residual=residual.dtype.name),
         )
-    return unsupported(platform, dtype=x.dtype, w_dtype=w.dtype, k=x.shape[-1], n=bias.shape[0])
+    return unsupported(platform, dtype=x.dtype, w_dtype=w.dtype, k=x.shape[-1], n=bias.shape[0], layout=layout)
 
 
-def _attributes(avals: Any, *, activation: str, transposed: bool) -> dict[str, Any]:
+def _attributes(avals: Any, *, activation: str, layout: str) -> dict[str, Any]:
     del avals
-    return {"activation": np.int32(CODES[activation]), "transposed": np.int32(transposed)}
+    return {"activation": np.int32(CODES[activation]), "layout": np.int32(LAYOUTS.index(layout))}
 
 
 def _with_full_residual(operands: Any, platform: str, **_: Any) -> list[Any]:
@@ -109,18 +115,30 @@ def _with_full_residual(operands: Any, platform: str, **_: Any) -> list[Any]:
     return [x, w, bias, residual]
 
 
-def matrix(w: Any, k: int, transposed: bool) -> Any:
-    """w, flat or a matrix, as (k, n)."""
-    if w.ndim == 1:
-        w = w.reshape((-1, k) if transposed else (k, -1))
-    return w.T if transposed else w
+def layout_of(transposed: bool) -> str:
+    return "columns" if transposed else "rows"
 
 
-def weights_cotangent(x: Any, w: Any, dy: Any, transposed: bool) -> Any:
+def matrix(w: Any, k: int, layout: str) -> Any:
+    """w, flat or in the shape of its layout, as (k, n)."""
+    if layout == "rows":
+        return w.reshape(k, -1)
+    if layout == "columns":
+        return w.reshape(-1, k).T
+    return w.reshape(-1, k, PANEL).swapaxes(0, 1).reshape(k, -1)
+
+
+def in_panels(w: Any, k: int, layout: str) -> Any:
+    """w, (k * n,) of another layout, in panels: n must be a multiple of PANEL."""
+    return matrix(w, k, layout).reshape(k, -1, PANEL).swapaxes(0, 1).reshape(-1)
+
+
+def weights_cotangent(x: Any, w: Any, dy: Any, layout: str) -> Any:
     """Of w in x @ w, flat, from that of the product."""
     batch = tuple(range(dy.ndim - 1))
-    rows = (dy, x) if transposed else (x, dy)
-    return jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
+    rows = (dy, x) if layout == "columns" else (x, dy)
+    found = jnp.tensordot(*rows, axes=(batch, batch)).astype(w.dtype).reshape(-1)
+    return in_panels(found, x.shape[-1], "rows") if layout == "panels" else found
 
 
 def _summed_to(x: Any, shape: tuple[int, ...]) -> Any:
@@ -183,7 +201,7 @@ def _activation_cotangent(activation: str, x: Any, dy: Any) -> Any:
     return vjp(widened(dy))[0].astype(dy.dtype)
 
 
-def _backward(operands, results, cotangents, needed, *, activation, transposed):
+def _backward(operands, results, cotangents, needed, *, activation, layout):
     x, w, bias, residual = operands
     dy = dense(cotangents)[0]
     dpre, dbias = dy, None
@@ -197,9 +215,9 @@ def _backward(operands, results, cotangents, needed, *, activation, transposed):
     batch = tuple(range(dpre.ndim - 1))
     cotangent = {}
     if 0 in needed:
-        cotangent[0] = (dpre @ matrix(w, x.shape[-1], transposed).T).astype(x.dtype)
+        cotangent[0] = (dpre @ matrix(w, x.shape[-1], layout).T).astype(x.dtype)
     if 1 in needed:
-        cotangent[1] = weights_cotangent(x, w, dpre, transposed)
+        cotangent[1] = weights_cotangent(x, w, dpre, layout)
     if 2 in needed:
         cotangent[2] = (jnp.sum(widened(dpre), batch) if dbias is None else dbias).astype(bias.dtype)
     if 3 in needed:
@@ -207,9 +225,9 @@ def _backward(operands, results, cotangents, needed, *, activation, transposed):
     return cotangent
 
 
-def _saving(operands, *, activation, transposed):
+def _saving(operands, *, activation, layout):
     """Which kernel runs where the layer is differentiated."""
-    del transposed
+    del layout
     enough = activation == "none" or (activation == "relu" and is_absent(operands[3]))
     return None if enough else linear_pre_fwd
 
@@ -224,22 +242,22 @@ _common = dict(
 )
 
 
-def _layer(x, w, bias, residual, activation, transposed):
+def _layer(x, w, bias, residual, activation, layout):
     """(result, pre-activation), widened. The product is rounded to x's dtype, as XLA's is where no kernel runs: in
     float32 it would cross memory in twice the bytes."""
-    pre = widened(x @ matrix(w, x.shape[-1], transposed)) + widened(bias)
+    pre = widened(x @ matrix(w, x.shape[-1], layout)) + widened(bias)
     y = ACTIVATIONS[activation](pre)
     return (y if is_absent(residual) else y + widened(residual)), pre
 
 
 @kernel("linear_fwd", _SIGNATURE, (0,), saving=_saving, **_common)
-def linear_fwd(x, w, bias, residual, *, activation, transposed):
-    return (_layer(x, w, bias, residual, activation, transposed)[0].astype(x.dtype),)
+def linear_fwd(x, w, bias, residual, *, activation, layout):
+    return (_layer(x, w, bias, residual, activation, layout)[0].astype(x.dtype),)
 
 
 @kernel("linear_pre_fwd", f"{_SIGNATURE}, *b n", (0, 0), visible=2, **_common)
-def linear_pre_fwd(x, w, bias, residual, *, activation, transposed):
-    return tuple(r.astype(x.dtype) for r in _layer(x, w, bias, residual, activation, transposed))
+def linear_pre_fwd(x, w, bias, residual, *, activation, layout):
+    return tuple(r.astype(x.dtype) for r in _layer(x, w, bias, residual, activation, layout))
 
 
 def linear(x, w, bias=None, residual=None, *, activation: str = "none", transposed: bool = False):
@@ -264,7 +282,7 @@ def linear(x, w, bias=None, residual=None, *, activation: str = "none", transpos
     n = w.shape[1 - transposed]
     if bias is None:
         bias = jnp.zeros((n,), x.dtype)
-    shape = (*x.shape[:-1], n)
+    shape, layout = (*x.shape[:-1], n), layout_of(transposed)
     if bias.shape != (n,) or (residual is not None and residual.shape != shape):
         raise ShapeError(
             f"linear: bias must have shape {(n,)} and residual {shape}, got {bias.shape} and "
@@ -273,7 +291,7 @@ def linear(x, w, bias=None, residual=None, *, activation: str = "none", transpos
     if any(_compat.explicit_sharding(jax.typeof(a)) for a in (x, w)):
         # XLA splits the product over devices anyway; as it stands here, JAX knows the sharding of its gradients.
         more = absent(x.dtype) if residual is None else residual
-        return _layer(x, w, bias, more, activation, transposed)[0].astype(x.dtype)
+        return _layer(x, w, bias, more, activation, layout)[0].astype(x.dtype)
     more = absent(x.dtype) if residual is None else as_batches(residual, 1)
-    y = linear_fwd(as_batches(x, 1), w.reshape(-1), bias, more, activation=activation, transposed=transposed)[0]
+    y = linear_fwd(as_batches(x, 1), w.reshape(-1), bias, more, activation=activation, layout=layout)[0]
     return y.reshape(shape)

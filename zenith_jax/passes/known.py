@@ -46,13 +46,7 @@ def split(jaxpr: Any, count: int, platform: str) -> Split | None:
         return None
     graph = Graph.of(jaxpr)
     params, inputs = graph.invars[:count], graph.invars[count:]
-    # For each value that is known: the parameters that it is made of.
-    origins: dict[Var, frozenset[Var]] = {v: frozenset({v}) for v in params} | {v: frozenset() for v in graph.constvars}
-    for eqn in graph.eqns:
-        operands = [a for a in eqn.invars if isinstance(a, Var)]
-        if not eqn.effects and all(a in origins for a in operands):
-            made_of = frozenset().union(*(origins[a] for a in operands))
-            origins.update((v, made_of) for v in eqn.outvars)
+    origins = graph.made_of(params)
     values = [v for v in origins if v in graph.producers and _is_wanted(graph, v, origins, platform)]
     if not values:
         return None

@@ -447,26 +447,27 @@ Status LaunchHopper(const LinearForwardArgs& a, const void* w_value, void* pre_v
 
 template <typename T>
 Status LaunchHopper(const LinearForwardArgs& args, const Launch& launch) {
-  return args.transposed
+  return args.layout == WeightLayout::kColumns
              ? LaunchHopper<Config<T, Major::kK, false>>(args, nullptr, nullptr, launch)
              : LaunchHopper<Config<T, Major::kMN, false>>(args, nullptr, nullptr, launch);
 }
 
 template <typename T>
 Status LaunchHopper(const GatedLinearForwardArgs& a, const Launch& launch) {
-  const LinearForwardArgs gate{.epilogue = a.epilogue,
-                               .dtype = a.dtype,
-                               .bias_dtype = a.dtype,
-                               .transposed = a.transposed,
-                               .rows = a.rows,
-                               .k = a.k,
-                               .n = a.n,
-                               .x = a.x,
-                               .w = a.w_gate,
-                               .bias = nullptr,
-                               .residual = nullptr,
-                               .y = a.y,
-                               .pre = a.gate};
+  const LinearForwardArgs gate{
+      .epilogue = a.epilogue,
+      .dtype = a.dtype,
+      .bias_dtype = a.dtype,
+      .layout = a.transposed ? WeightLayout::kColumns : WeightLayout::kRows,
+      .rows = a.rows,
+      .k = a.k,
+      .n = a.n,
+      .x = a.x,
+      .w = a.w_gate,
+      .bias = nullptr,
+      .residual = nullptr,
+      .y = a.y,
+      .pre = a.gate};
   return a.transposed ? LaunchHopper<Config<T, Major::kK, true>>(gate, a.w_value, a.value, launch)
                       : LaunchHopper<Config<T, Major::kMN, true>>(gate, a.w_value, a.value, launch);
 }
