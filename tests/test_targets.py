@@ -480,7 +480,7 @@ def test_linear_computes_its_formula_and_refuses_other_operands(device, name):
         refuse_others(name, case, operand)
     for attribute, text in (
         ("activation", "activation must be 0 to 6, got 7"),
-        ("transposed", "must be 0 or 1, got 7"),
+        ("layout", "layout must be 0 to 2, got 7"),
     ):
         attributes = case.attributes | {attribute: np.int32(7)}
         assert text in refusal(name, case.operands, case.results, attributes)
