@@ -55,7 +55,9 @@ def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) 
     def call(inputs: Sequence[Any]) -> Sequence[Any]:
         placed = []
         for x, (shape, dtype) in zip(inputs, expected, strict=True):
-            if not isinstance(x, jax.Array) or x.sharding != sharding:
+            if isinstance(x, np.ndarray) and x.dtype == dtype:
+                x = _compat.array_of_numpy(x, sharding, device)
+            elif not isinstance(x, jax.Array) or x.sharding != sharding:
                 x = jax.device_put(x, sharding)
             if x.shape != shape or x.dtype != dtype:
                 raise InputError(f"expected an array of {dtype}{list(shape)}, got {x.dtype}{list(x.shape)}")

@@ -21,7 +21,7 @@ from jax._src.custom_partitioning_sharding_rule import (
     str_to_sdy_sharding_rule,
 )
 from jax._src.interpreters import ad as _ad
-from jax._src.lib import _jax, jaxlib_extension_version
+from jax._src.lib import _jax, jaxlib_extension_version, xla_client
 from jax._src.source_info_util import register_exclusion as _register_exclusion
 from jax._src.source_info_util import user_frames as _user_frames
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
@@ -266,6 +266,11 @@ def array_from_dlpack(capsule: Any, device: Any, stream: int | None) -> jax.Arra
     on_gpu = device.platform == "gpu"
     kind = (DLPACK_CUDA if on_gpu else DLPACK_CPU,) if jaxlib_extension_version >= 467 else ()
     return _jax.dlpack_managed_tensor_to_buffer(capsule, device, stream, None, *kind)
+
+
+def array_of_numpy(x: np.ndarray, sharding: Any, device: Any) -> jax.Array:
+    """`jax.device_put(x, sharding)`, of one device, in 3 us for 32: x must have a dtype that JAX has."""
+    return xla_client.batched_device_put(_core.ShapedArray(x.shape, x.dtype), sharding, [x], [device])
 
 
 def dlpack_of_array(array: jax.Array, stream: int | None) -> Any:
