@@ -757,6 +757,15 @@ void AddSmall(std::vector<Problem>& problems, DType dtype) {
                         .v_dim = d,
                         .mask = "10011b"});
   }
+  for (const auto& [d, e] : {std::pair{192, 128}, {256, 256}}) {
+    problems.push_back({.dtype = dtype,
+                        .groups = 2,
+                        .q_len = 300,
+                        .kv_len = 290,
+                        .qk_dim = d,
+                        .v_dim = e,
+                        .right = 100});
+  }
   problems.push_back({.dtype = dtype, .qk_dim = 8, .v_dim = 8});
   problems.push_back({.dtype = dtype,
                       .q_len = 17,

@@ -49,6 +49,28 @@ struct BarrierRing {
 };
 using BarrierPair = BarrierRing<1>;
 
+/// Where the next buffers are of two sequences that are filled in turn: one ring, if they have as
+/// many (the producer's 24 registers are few).
+template <int kFirst, int kSecond>
+class RingPair {
+ public:
+  __device__ __forceinline__ const Ring<kFirst>& first() const { return first_; }
+  __device__ __forceinline__ const Ring<kSecond>& second() const {
+    if constexpr (kFirst == kSecond)
+      return first_;
+    else
+      return second_;
+  }
+  __device__ __forceinline__ void Advance() {
+    first_.Advance();
+    if constexpr (kFirst != kSecond) second_.Advance();
+  }
+
+ private:
+  Ring<kFirst> first_;
+  Ring<kSecond> second_;
+};
+
 /// kRows queries of a head and the tiles of kCols keys in their band.
 template <int kRows, int kCols>
 struct QueryTile {
