@@ -53,7 +53,7 @@ def sizes(case: str) -> dict[str, int]:
 
 
 def attention() -> Iterator[Point]:
-    for case in read("attention_h200")["cases"]:
+    for case in read("attention")["cases"]:
         n = sizes(case["case"])
         itemsize, tokens = 2, n["b"] * n["s"] * n["d"]
         moved = itemsize * tokens * (2 * n["h"] + 2 * n["kv"])
