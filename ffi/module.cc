@@ -30,9 +30,12 @@ namespace ffi = ::xla::ffi;
 nb::dict Targets() {
   nb::dict capsules;
   const std::span<const Target> groups[] = {
-      NormTargets(),        GroupNormTargets(),       SoftmaxTargets(), CrossEntropyTargets(),
-      ActivationTargets(),  GatedTargets(),           RopeTargets(),    AttentionTargets(),
-      LinearTargets(),      QuantizedLinearTargets(),
+      NormTargets(),           GroupNormTargets(),
+      SoftmaxTargets(),        CrossEntropyTargets(),
+      ActivationTargets(),     GatedTargets(),
+      RopeTargets(),           AttentionTargets(),
+      LinearTargets(),         QuantizedLinearTargets(),
+      PagedAttentionTargets(),
 #ifdef ZENITH_BACKEND_CUDA
       GatedLinearTargets(),
 #endif

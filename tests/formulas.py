@@ -156,3 +156,24 @@ def attention(
         p = softmax(jnp.concatenate([logits, column], axis=-1))[..., :-1]
         return jnp.einsum("bhts,bshd->bthd", p.astype(v.dtype), v)
     return jnp.einsum("bhts,bshd->bthd", softmax(logits).astype(v.dtype), v)
+
+
+def paged_attention(
+    q, k_pages, v_pages, tables, lengths, *, heads_axis=2, is_causal=True, local_window_size=None, softcap=None
+):
+    """The last queries of sequences of these lengths over the gathered pages; 0 where there is no key."""
+    k, v = (jnp.moveaxis(x, heads_axis, 2)[tables] for x in (k_pages, v_pages))
+    k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    t = q.shape[1]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bthd,bshd->bhts", q, k).astype(wide) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    s, position = jnp.arange(k.shape[1]), (lengths[:, None] - t + jnp.arange(t))[..., None]
+    allowed = (s < lengths[:, None, None]) & ((s <= position) | (not is_causal))
+    if local_window_size is not None:
+        allowed &= s >= position - local_window_size
+    allowed = allowed[:, None]
+    p = softmax(jnp.where(allowed, logits, -1e30)) * allowed
+    return jnp.einsum("bhts,bshd->bthd", p.astype(v.dtype), v)

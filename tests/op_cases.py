@@ -26,6 +26,7 @@ from formulas import (
     group_norm,
     layer_norm,
     linear,
+    paged_attention,
     quantized_linear,
     rms_norm,
     rope,
@@ -134,6 +135,13 @@ def rope_case(name, table, **options):
     return Case("rope", name, *functions, ((2, 5, 4, 8), table, table), shared=(1, 2))
 
 
+def paged_case(name, q, pages, sequence_pages=4, lengths=20, **options):
+    functions = (ft.partial(f, **options) for f in (ops.paged_attention, paged_attention))
+    b, number = q[0], pages[options.get("heads_axis", 2) == 0]
+    tables = Labels((b, sequence_pages), number), Labels((b,), lengths)
+    return Case("paged_attention", name, *functions, (q, pages, (*pages[:3], 9), *tables), shared=(1, 2))
+
+
 CASES = [
     Case("layer_norm", "", ops.layer_norm, layer_norm, (X,)),
     Case("layer_norm", "scale bias", ops.layer_norm, layer_norm, (X, W, W), (1, 2)),
@@ -182,6 +190,8 @@ CASES = [
     rope_case("neighbours, tables of each example", (2, 5, 1, 4), interleaved=True),
     rope_case("heads first, first features", (4, 3), rotary_dim=6),
     rope_case("one feature, neighbours", (5, 4, 1), rotary_dim=2, interleaved=True),
+    paged_case("pages", (3, 2, 6, 8), (7, 5, 2, 8)),
+    paged_case("heads first, window, cap", (3, 1, 4, 8), (4, 7, 5, 8), heads_axis=0, local_window_size=3, softcap=2.0),
     attention_case(""),
     attention_case("causal", is_causal=True),
     attention_case("window", local_window_size=(2, 1)),
@@ -208,7 +218,8 @@ CASES = [
         key_lengths=np.array([5, 0]),
     ),
 ]
-# One case of each op with parameters, and the hard ones of attention, for the dearer transformations.
+# One case of each op with parameters, and the hard ones of attention, for the dearer transformations; of pages, which
+# attention's derivatives are taken of, in test_paged_attention.py.
 MAIN_NAMES = (
     "scale bias",
     "scale",

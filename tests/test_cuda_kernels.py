@@ -24,6 +24,7 @@ PROGRAMS = (
     "linear_test",
     "quantized_linear_test",
     "rope_test",
+    "paged_attention_test",
 )
 
 

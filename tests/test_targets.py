@@ -345,6 +345,50 @@ def attention_cases(structured: bool = False) -> dict[str, Case]:
     }
 
 
+def paged_attention(query, key_pages, value_pages, table, interval, *, scale, softcap):
+    """Of one query and one sequence of each pool: arrays as they lie are their logical shapes."""
+    out, lse = np.zeros((*query.shape[:-1], value_pages.shape[-1])), np.zeros(query.shape[:-1])
+    for o, k in np.ndindex(query.shape[:2]):
+        pages = np.where(table[o, 0, 0] < 0, table[o, 0, 0] + key_pages.shape[2], table[o, 0, 0])
+        pages = np.clip(pages, 0, key_pages.shape[2] - 1)
+        first, last = interval[o, k, 0, 0]
+        key, value = (np.concatenate(x[o, k][pages])[first:last] for x in (key_pages, value_pages))
+        logits = softcap * np.tanh(scale * query[o, k, 0, :, 0] @ key.T / softcap)
+        lse[o, k, 0, :, 0] = np.log(np.exp(logits).sum(-1))
+        out[o, k, 0, :, 0] = softmax(logits) @ value
+    return out, lse, None
+
+
+def paged_attention_case() -> Case:
+    o, k, g, p, c, m, d, e = 2, 3, 5, 7, 6, 4, 8, 12
+    table = np.array([5, -1, 40, 2, 0, 3, -40, 1], np.int32).reshape(o, 1, 1, m)
+    first = RNG.integers(3, size=(o, k, 1, 1))
+    interval = np.stack([first, first + RNG.integers(1, 30, size=first.shape)], -1).astype(np.int32)
+    operands = {
+        "query": normal(o, k, 1, g, 1, d),
+        "key_pages": normal(o, k, p, c, d),
+        "value_pages": normal(o, k, p, c, e),
+        "table": table,
+        "interval": interval,
+    }
+    attributes = {
+        "scale": np.float32(0.4),
+        "softcap": np.float32(1.5),
+        "left": np.int64(LEFT_OPEN),
+        "right": np.int64(LEFT_OPEN),
+        "empty_row": np.int32(2),
+        "heads_axis": np.int32(0),
+        "nan_outside": np.bool_(False),
+    }
+    rows = ((o, k, 1, g, 1), F32)
+    return Case(
+        operands,
+        {"out": ((o, k, 1, g, 1, e), F32), "lse": rows, "lse_rest": rows},
+        lambda *a: paged_attention(*a, scale=0.4, softcap=1.5),
+        attributes,
+    )
+
+
 def linear_cases(dtype: Any) -> dict[str, Case]:
     """Of small integers, whose sums every dtype holds exactly."""
     k, n = 24, 40
@@ -423,6 +467,7 @@ CASES = (
     | gated_cases()
     | rope_cases()
     | attention_cases()
+    | {"paged_attention_fwd": paged_attention_case()}
     | {"linear_bwd": linear_backward_case()}
 )
 ON_GPU_ONLY = set(GATED_LINEAR)
@@ -614,6 +659,8 @@ def refuse_others(name, case, operand):
     for axis in range(x.ndim):
         if (name, operand, axis) == ("cross_entropy_fwd", "logits", x.ndim - 1):
             continue  # nothing else has the number of classes
+        if (name, operand, axis) == ("paged_attention_fwd", "table", x.ndim - 1):
+            continue  # nor that of a sequence's pages
         refusal(name, case.operands | {operand: np.repeat(x, 2, axis)}, case.results, case.attributes)
     refusal(name, case.operands | {operand: np.stack([x, x], -1)}, case.results, case.attributes)
     refusal(name, case.operands | {operand: x.reshape(-1)[:1]}, case.results, case.attributes)

@@ -22,6 +22,7 @@ std::span<const Target> ActivationTargets();
 std::span<const Target> GatedTargets();
 std::span<const Target> RopeTargets();
 std::span<const Target> AttentionTargets();
+std::span<const Target> PagedAttentionTargets();
 std::span<const Target> LinearTargets();
 std::span<const Target> GatedLinearTargets();  // of the GPU only
 std::span<const Target> QuantizedLinearTargets();

@@ -42,16 +42,49 @@ ZENITH_NOINLINE inline void OnlineSoftmax(int64_t keys, int64_t rows, float* sco
   }
 }
 
+/// What a row without an allowed key is.
+enum class EmptyRow { kNan, kMean, kZero };
+
+/// Keys and values of a head, one behind the other in memory.
+template <typename T, typename Args>
+class HeadKeys {
+ public:
+  HeadKeys(const Args& p, int64_t batch, int64_t kv_head)
+      : key_(KeyValueHead<T>(p.key, p.key_strides, batch, kv_head)),
+        value_(KeyValueHead<T>(p.value, p.value_strides, batch, kv_head)),
+        key_stride_(p.key_strides.length),
+        value_stride_(p.value_strides.length),
+        empty_row_(p.masked_row == MaskedRow::kMean ? EmptyRow::kMean : EmptyRow::kNan) {}
+
+  /// Calls body(first, count, key, value) for runs of neighbours in memory, of which `key` and
+  /// `value` are the first; null for keys that are NaN.
+  template <typename Body>
+  ZENITH_INLINE void ForRuns(KeyRange keys, Body body) const {
+    body(keys.first, keys.last - keys.first, key_ + keys.first * key_stride_,
+         value_ + keys.first * value_stride_);
+  }
+  EmptyRow empty_row() const { return empty_row_; }
+
+ private:
+  const T *key_, *value_;
+  int64_t key_stride_, value_stride_;
+  EmptyRow empty_row_;
+};
+
 /// mean[e] over all keys of a head's values; NaN without keys.
-template <typename T>
-ZENITH_NOINLINE void MeanValue(const AttentionProblem& p, const T* value, float* mean) {
+template <typename T, typename Keys>
+ZENITH_NOINLINE void MeanValue(const AttentionProblem& p, const Keys& keys, float* mean) {
   ForVectors(p.v_dim, [&](int64_t e, auto part) {
     F32 total{};
     for (int64_t first = 0; first < p.kv_len; first += kBlockKeys) {
       F32 block{};  // sums of sums: the error grows with their number, not with kv_len
-      for (int64_t s = first; s < Min(first + kBlockKeys, p.kv_len); ++s) {
-        block += Load(value + s * p.value_strides.length + e, part);
-      }
+      keys.ForRuns({first, Min(first + kBlockKeys, p.kv_len)},
+                   [&](int64_t, int64_t count, const T*, const T* value) {
+                     if (value == nullptr) block += kNaN;
+                     for (int64_t s = 0; value != nullptr && s < count; ++s) {
+                       block += Load(value + s * p.value_strides.length + e, part);
+                     }
+                   });
       total += block;
     }
     Store(mean + e, total / static_cast<float>(p.kv_len), part);
@@ -130,7 +163,8 @@ class ForwardRows {
         {count, value, p.v_dim, step_.scores, kBlockRows, out_, kBlockRows, step_.factor});
   }
 
-  ZENITH_NOINLINE void Finish(const T* value) {
+  template <typename Keys>
+  ZENITH_NOINLINE void Finish(const Keys& keys) {
     const AttentionForwardArgs& p = args_;
     T* rows[kBlockRows];
     bool masked[kBlockRows], any_masked = false;
@@ -150,8 +184,12 @@ class ForwardRows {
     ScatterLaneTile(
         block_.count, p.v_dim, out_, kBlockRows,
         [&](int64_t r, int64_t e, F32 v, auto part) { Store(rows[r] + e, v * factor[r], part); });
-    if (!any_masked || p.masked_row == MaskedRow::kNan) return;  // those rows are NaN already
-    MeanValue(p, value, step_.mean);
+    if (!any_masked || keys.empty_row() == EmptyRow::kNan) return;  // those rows are NaN already
+    if (keys.empty_row() == EmptyRow::kZero) {
+      for (int64_t e = 0; e < p.v_dim; ++e) step_.mean[e] = 0.0f;
+    } else {
+      MeanValue<T>(p, keys, step_.mean);
+    }
     for (int64_t r = 0; r < block_.count; ++r) {
       if (!masked[r]) continue;
       ForVectors(p.v_dim, [&](int64_t e, auto part) {
@@ -172,13 +210,13 @@ class ForwardRows {
 /// Blocks of rows that share a task's copies: with 8, copying costs 5 %.
 inline constexpr int64_t kMaxBlocksPerTask = 8;
 
-template <typename T>
+template <typename T, typename Args>
 class AttentionForwardTask {
  public:
   static int64_t ScratchSize(const AttentionProblem& p) {
     return ForwardStep::ScratchSize(p) + kMaxBlocksPerTask * ForwardRows<T>::ScratchSize(p);
   }
-  AttentionForwardTask(const AttentionForwardArgs& args, Scratch& scratch)
+  AttentionForwardTask(const Args& args, Scratch& scratch)
       : args_(args), step_(args, scratch), rows_{{args, step_, scratch}, {args, step_, scratch},
                                                  {args, step_, scratch}, {args, step_, scratch},
                                                  {args, step_, scratch}, {args, step_, scratch},
@@ -186,9 +224,8 @@ class AttentionForwardTask {
 
   /// Blocks [first, first + count) of rows, count <= kMaxBlocksPerTask.
   void Run(int64_t batch, int64_t kv_head, int64_t first, int64_t count) {
-    const AttentionForwardArgs& p = args_;
-    const T* const key = KeyValueHead<T>(p.key, p.key_strides, batch, kv_head);
-    const T* const value = KeyValueHead<T>(p.value, p.value_strides, batch, kv_head);
+    const Args& p = args_;
+    const HeadKeys<T, Args> head(p, batch, kv_head);
     KeyRange all{p.kv_len, 0};
     for (int64_t i = 0; i < count; ++i) {
       rows_[i].Start(RowBlock(p, batch, kv_head, first + i));
@@ -198,27 +235,41 @@ class AttentionForwardTask {
     // Blocks of keys start at multiples of their size, so that a row's sums do not depend on the
     // rows beside it.
     for (int64_t s = all.first / kBlockKeys * kBlockKeys; s < all.last; s += kBlockKeys) {
-      const int64_t keys = Min(kBlockKeys, p.kv_len - s);
-      CopyRows(keys, p.qk_dim, key + s * p.key_strides.length, p.key_strides.length, step_.key,
-               p.qk_dim);
-      CopyRows(keys, p.v_dim, value + s * p.value_strides.length, p.value_strides.length,
-               step_.value, p.v_dim);
+      Copy(head, {Max(s, all.first), Min(s + kBlockKeys, all.last)}, s);
       for (int64_t i = 0; i < count; ++i) {
         const KeyRange mine = {Max(s, rows_[i].keys().first),
                                Min(s + kBlockKeys, rows_[i].keys().last)};
         if (!mine.empty()) rows_[i].Step(mine, s);
       }
     }
-    for (int64_t i = 0; i < count; ++i) rows_[i].Finish(value);
+    for (int64_t i = 0; i < count; ++i) rows_[i].Finish(head);
   }
 
  private:
-  const AttentionForwardArgs& args_;
+  /// Keys and values into the step's scratch, which begins with key `start`. Of keys that are NaN
+  /// the scores become so, and the values are 0.
+  void Copy(const HeadKeys<T, Args>& head, KeyRange keys, int64_t start) {
+    const Args& p = args_;
+    head.ForRuns(keys, [&](int64_t first, int64_t count, const T* key, const T* value) {
+      float* const to_key = step_.key + (first - start) * p.qk_dim;
+      float* const to_value = step_.value + (first - start) * p.v_dim;
+      if (key == nullptr) {
+        for (int64_t i = 0; i < count * p.qk_dim; ++i) to_key[i] = kNaN;
+        for (int64_t i = 0; i < count * p.v_dim; ++i) to_value[i] = 0.0f;
+        return;
+      }
+      CopyRows(count, p.qk_dim, key, p.key_strides.length, to_key, p.qk_dim);
+      CopyRows(count, p.v_dim, value, p.value_strides.length, to_value, p.v_dim);
+    });
+  }
+
+  const Args& args_;
   const ForwardStep step_;
   ForwardRows<T> rows_[kMaxBlocksPerTask];
 };
 
-inline Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) {
+template <typename Args>
+Status RunAttentionForward(const Args& args, const Launch& launch) {
   const int64_t heads = args.batch * args.kv_heads, blocks = RowBlocks(args);
   // Results do not depend on the grouping, so it may depend on the threads: 4 tasks for each.
   const int64_t group =
@@ -229,9 +280,9 @@ inline Status AttentionForward(const AttentionForwardArgs& args, const Launch& l
   WithStorage(args.dtype, [&]<typename T>(T) {
     ForRows(
         launch, heads * tasks, products / kProductsPerElement, [&](int64_t first, int64_t last) {
-          Scratch scratch(AttentionForwardTask<T>::ScratchSize(args));
+          Scratch scratch(AttentionForwardTask<T, Args>::ScratchSize(args));
           if (!scratch.ok()) return out_of_memory.Set();
-          AttentionForwardTask<T> task(args, scratch);
+          AttentionForwardTask<T, Args> task(args, scratch);
           for (int64_t i = first; i < last; ++i) {
             // Heads one after the other, so that K and V stay in the level 2 cache. Of a head, the
             // last rows first: in a causal problem they have the most keys.
@@ -241,6 +292,10 @@ inline Status AttentionForward(const AttentionForwardArgs& args, const Launch& l
         });
   });
   return out_of_memory.is_set() ? kOutOfMemory : Status{};
+}
+
+inline Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) {
+  return RunAttentionForward(args, launch);
 }
 
 }  // namespace zenith::ZENITH_ISA

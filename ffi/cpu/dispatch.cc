@@ -83,6 +83,9 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
 Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch) {
   return Best().attention_backward(args, launch);
 }
+Status PagedAttention(const PagedAttentionArgs& args, const Launch& launch) {
+  return Best().paged_attention(args, launch);
+}
 Status LinearForward(const LinearForwardArgs& args, const Launch& launch) {
   return Best().linear_forward(args, launch);
 }

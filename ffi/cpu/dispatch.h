@@ -8,6 +8,7 @@
 #include "ffi/kernels/group_norm.h"
 #include "ffi/kernels/linear.h"
 #include "ffi/kernels/norm.h"
+#include "ffi/kernels/paged_attention.h"
 #include "ffi/kernels/quantized_linear.h"
 #include "ffi/kernels/rope.h"
 #include "ffi/kernels/softmax.h"
@@ -31,6 +32,7 @@ struct CpuKernels {
   Status (*rope)(const RopeArgs&, const Launch&);
   Status (*attention_forward)(const AttentionForwardArgs&, const Launch&);
   Status (*attention_backward)(const AttentionBackwardArgs&, const Launch&);
+  Status (*paged_attention)(const PagedAttentionArgs&, const Launch&);
   Status (*linear_forward)(const LinearForwardArgs&, const Launch&);
   Status (*linear_backward)(const LinearBackwardArgs&, const Launch&);
   Status (*quantized_linear)(const QuantizedLinearArgs&, const Launch&);

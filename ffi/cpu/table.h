@@ -10,6 +10,7 @@
 #include "ffi/cpu/group_norm.h"
 #include "ffi/cpu/linear.h"
 #include "ffi/cpu/norm.h"
+#include "ffi/cpu/paged_attention.h"
 #include "ffi/cpu/quantized_linear.h"
 #include "ffi/cpu/rope.h"
 #include "ffi/cpu/softmax.h"
@@ -37,6 +38,7 @@ const CpuKernels kKernels = {
     Rope,
     AttentionForward,
     AttentionBackward,
+    PagedAttention,
     LinearForward,
     LinearBackward,
     QuantizedLinear,

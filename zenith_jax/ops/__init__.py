@@ -10,6 +10,7 @@ from zenith_jax.ops.group_norm import group_norm
 from zenith_jax.ops.linear import linear
 from zenith_jax.ops.linear_cross_entropy import linear_cross_entropy
 from zenith_jax.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from zenith_jax.ops.paged_attention import paged_attention
 from zenith_jax.ops.quantized_linear import quantized_linear
 from zenith_jax.ops.rope import rope
 from zenith_jax.ops.softmax import softmax
@@ -27,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "paged_attention",
     "quantized_linear",
     "rms_norm",
     "rope",

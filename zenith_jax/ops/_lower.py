@@ -148,8 +148,12 @@ def _flatten_shared(kernel: Kernel, operands: Sequence[Any], partitions: int) ->
     def is_shared(spec: Spec, x: Any) -> bool:
         return spec.optional and not is_absent(x) and all(n == 1 for n in x.shape[:rank])
 
+    def flattened(x: Any) -> Any:
+        sharding = _compat.explicit_sharding(jax.typeof(x))
+        return _compat.resharded(x, sharding and sharding.update(spec=())).reshape(-1)
+
     return [
-        x.reshape(-1) if partitions > 1 and is_shared(spec, x) else x
+        flattened(x) if partitions > 1 and is_shared(spec, x) else x
         for spec, x in zip(kernel.signature.operands, operands, strict=True)
     ]
 

@@ -137,6 +137,8 @@ class Kernel:
     and neither operand nor result is kept for the transpose, `backward` with None in the place of that operand.
     strided: whether the kernel reads optional operands with any of their batch sizes 1.
     partitioned: whether the call is made in a program for several devices; otherwise its reference, which XLA splits.
+    merged: (operands, mapped dimensions) -> operands in which the mapped dimension is part of one that the kernel has
+    anyway, and before which dimension of each result it is to be split off again; None for the derived rule.
     lowered: (operands, number of devices, **attributes) -> results, by calls of other kernels: what is lowered in the
     place of a call.
     """
@@ -157,6 +159,7 @@ class Kernel:
     linear: bool = False
     strided: bool = False
     partitioned: bool = True
+    merged: Callable[..., tuple[list[Any], int] | None] = lambda operands, dims: None
     lowered: Callable[..., Sequence[Any]] | None = None
 
     def __call__(self, *operands: Any, **attributes: Any) -> list[Any]:
@@ -290,6 +293,12 @@ def _reference_jvp(
 
 
 def _call_batch(args: Sequence, dims: Sequence, *, kernel: Kernel, attributes: tuple):
+    if (merged := kernel.merged(args, dims)) is not None:
+        operands, at = merged
+        size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+        results = call_p.bind(*operands, kernel=kernel, attributes=attributes)
+        split = [r.reshape(*r.shape[:at], size, r.shape[at] // max(size, 1), *r.shape[at + 1 :]) for r in results]
+        return split, (at,) * len(split)
     moved = _batch_to_front(kernel.signature.operands, args, dims)
     if moved is None:
         function = lambda *operands: kernel.reference(*operands, **dict(attributes))  # noqa: E731

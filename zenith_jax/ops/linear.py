@@ -51,7 +51,7 @@ LEAST_WEIGHTS = 65536  # on the CPU: 256 KiB, whose way from memory is what the 
 
 
 @ft.cache
-def _compute_capability() -> str:
+def compute_capability() -> str:
     """Of the GPU; without one the call is made by name, for a machine that has it (`_lower.unavailable`)."""
     try:
         return str(jax.devices("cuda")[0].compute_capability)
@@ -83,10 +83,10 @@ def unsupported(platform: str, *, dtype: Any, w_dtype: Any, k: int, n: int, layo
         return Refusal(
             "{k} features to {n}: both must be multiples of {m}", dict(k=k, n=n, m=ALIGNED), "pad the weights"
         )
-    if _compute_capability() != HOPPER:
+    if compute_capability() != HOPPER:
         return Refusal(
             "the kernel needs compute capability {want}, this GPU has {cc}",
-            dict(want=HOPPER, cc=_compute_capability()),
+            dict(want=HOPPER, cc=compute_capability()),
         )
     return None
 

@@ -7,28 +7,36 @@
 // (Flash-decoding: Dao et al. 2023, crfm.stanford.edu/2023/10/12/flashdecoding). At the end the
 // blocks of the cluster send each other their partial sums: no scratch in global memory, no second
 // launch, and sums in one order, so bit-reproducible.
+//
+// Keys and values may lie in pages (kPaged): a warp knows the pages of its next two tiles before it
+// asks for them.
 #pragma once
 
-#include <algorithm>
-#include <array>
+#include <type_traits>
 
 #include "cuda/attention/kernels.h"
 #include "cuda/attention/score.cuh"
 #include "cuda/core/cluster.cuh"
+#include "ffi/kernels/paged_attention.h"
 
 namespace zenith::attention::hopper {
 
-/// kScores: bias, mask, segments or a cap, which are half of the code.
+/// Keys that share a page, at least: a page is a power of two of them.
+inline constexpr int kPageUnit = 16;
+
+/// kScores: bias, mask, segments or a cap, which are half of the code. kPaged: a cap alone of
+/// these.
 template <typename T_, int kDim_, int kCols_, int kStages_, int kWarps_, int kBlocksPerSm_,
-          bool kScores_>
+          bool kScores_, bool kPaged_>
 struct DecodeConfig {
   using T = T_;
+  using Args = std::conditional_t<kPaged_, PagedAttentionArgs, AttentionForwardArgs>;
   static constexpr int kDim = kDim_;        // features, padded; of query, key and value
   static constexpr int kCols = kCols_;      // keys per tile of a warp, a multiple of 16
   static constexpr int kStages = kStages_;  // tiles of keys and values that a warp has room for
   static constexpr int kWarps = kWarps_, kThreads = kWarps * kWarpSize;
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
-  static constexpr bool kScores = kScores_;
+  static constexpr bool kScores = kScores_, kPaged = kPaged_;
   static constexpr bool kQueryInRegisters = kDim <= 128;
   static constexpr int kRows = 16;
   static constexpr int kMaxCluster = 16;  // above 8 a kernel must ask for it
@@ -92,18 +100,27 @@ class TileCopy {
     if (inside_) source_ += first_row_ * stride + chunk * Layout::kChunk;
   }
   /// Starts copying rows from `row` on into `tile`; elements from `dim` and rows from `end` on
-  /// become zeros.
-  __device__ __forceinline__ void Start(uint32_t tile, int row, int end) const {
-    const T* source = source_ + row * stride_;
+  /// become zeros. `offset(i)`: of row `row + i`, for multiples i of kUnit, whose rows are
+  /// neighbours.
+  template <int kUnit, typename Offset>
+  __device__ __forceinline__ void Start(uint32_t tile, int row, int end, Offset offset) const {
+    static_assert(kRows % kUnit == 0 && kUnit % kRowsPerStep == 0);
     const bool whole = row + kRows <= end;
+    const T* source = source_;
 #pragma unroll
     for (int i = 0; i < kRows / kRowsPerStep; ++i) {
+      const int in_unit = i * kRowsPerStep % kUnit;
+      if (in_unit == 0) source = source_ + offset(i * kRowsPerStep);
       constexpr int kStepBytes = kRowsPerStep * Layout::kRowBytes;
       // The rows' number modulo 8 is in the swizzle, bits that those of the first row leave free.
       const uint32_t to = tile + i * kStepBytes + (offset_ ^ (i * kRowsPerStep % 8 << 4));
       const bool valid = inside_ && (whole || row + first_row_ + i * kRowsPerStep < end);
-      CpAsync16(to, valid ? source + i * (kRowsPerStep * stride_) : source_, valid);
+      CpAsync16(to, valid ? source + in_unit * stride_ : source_, valid);
     }
+  }
+  /// Of an array in one piece.
+  __device__ __forceinline__ void Start(uint32_t tile, int row, int end) const {
+    Start<kRows>(tile, row, end, [&](int) { return row * stride_; });
   }
 
  private:
@@ -157,7 +174,7 @@ __device__ __forceinline__ float DecodeWeight(float own_max, float max) {
 /// Grid: blocks of the cluster, row tiles of key/value heads, batch.
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    hopper_attention_decode_kernel(const __grid_constant__ AttentionForwardArgs args) {
+    hopper_attention_decode_kernel(const __grid_constant__ typename Config::Args args) {
   using T = typename Config::T;
   constexpr int kDim = Config::kDim, kCols = Config::kCols, kRows = Config::kRows;
   constexpr int kWarps = Config::kWarps, kStages = Config::kStages;
@@ -180,10 +197,39 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
   const int rows = min(kRows, all_rows - row0);
   head.head = head.kv_head * args.groups, head.group = 0;
+  int64_t pool = head.batch;  // of keys and values
+  const int32_t* table = nullptr;
+  int page_bits = 0;  // of the tokens of a page
+  if constexpr (Config::kPaged) {
+    pool = blockIdx.z / static_cast<unsigned>(args.sequences);
+    table =
+        args.table + head.batch * args.table_batch_stride + head.kv_head * args.table_head_stride;
+    page_bits = __ffs(static_cast<int>(args.page_size)) - 1;
+  }
+  const int stride = kWarps * blocks;
+  int next = warp * blocks + block;  // tile of this warp, counted from the first that a row sees
+  // The table's entries for that tile and the one after it, asked for before it is known which keys
+  // the rows see: as if from 0 on. And for each stage, which of its units are of pages outside of
+  // the pool, that make keys NaN.
+  constexpr int kUnits = Config::kPaged ? kCols / kPageUnit : 0;
+  int32_t entries[2][kUnits + 1] = {};
+  uint32_t outside = 0;
+  const auto load_entries = [&](int begin, int tile, int32_t (&to)[kUnits + 1]) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      // Of a unit that no row sees, the entry of the first that one does.
+      const int s = max((begin / kCols + tile) * kCols + u * kPageUnit, begin);
+      to[u] = s < kv_len ? __ldg(table + (s >> page_bits)) : 0;
+    }
+  };
+  if constexpr (Config::kPaged) {
+    load_entries(0, next, entries[0]);
+    load_entries(0, next + stride, entries[1]);
+  }
   const T* key =
-      RowPointer(static_cast<const T*>(args.key), args.key_strides, head.batch, head.kv_head, 0);
-  const T* value = RowPointer(static_cast<const T*>(args.value), args.value_strides, head.batch,
-                              head.kv_head, 0);
+      RowPointer(static_cast<const T*>(args.key), args.key_strides, pool, head.kv_head, 0);
+  const T* value =
+      RowPointer(static_cast<const T*>(args.value), args.value_strides, pool, head.kv_head, 0);
 
   const uint32_t query_tile = SharedAddress(shared);
 #pragma unroll 1
@@ -227,23 +273,56 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       key_segments = args.key_segments + ScoreOffset(args.key_segments_strides, head);
     capped = args.softcap > 0, plain = !args.bias && !args.mask && !key_segments;
   }
-  const int first = begin < end ? begin / kCols : 0;
-  const int tiles = begin < end ? (end + kCols - 1) / kCols - first : 0;
-  const int stride = kWarps * blocks;
+  if (begin >= end) begin = end = 0;
+  if constexpr (Config::kPaged) {
+    if (begin >= kPageUnit) {
+      load_entries(begin, next, entries[0]);
+      load_entries(begin, next + stride, entries[1]);
+    }
+  }
+  const int first = begin / kCols, tiles = (end + kCols - 1) / kCols - first;
 
   const uint32_t stages = query_tile + Config::kQueryBytes + warp * Config::kWarpBytes;
   const TileCopy<kCols, kDim, T> keys(key, args.key_strides.length, qk_dim);
   const TileCopy<kCols, kDim, T> values(value, args.value_strides.length, v_dim);
-  int next = warp * blocks + block, next_stage = 0;
+  int next_stage = 0;
   const auto load_next = [&] {
     if (next < tiles) {
       const uint32_t tile = stages + next_stage * 2 * Config::kTileBytes;
-      keys.Start(tile, (first + next) * kCols, end);
-      values.Start(tile + Config::kTileBytes, (first + next) * kCols, end);
+      const int s = (first + next) * kCols;
+      if constexpr (Config::kPaged) {
+        int64_t page[kUnits];
+        outside &= ~(((1u << kUnits) - 1) << (next_stage * kUnits));
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          const PageEntry entry = ReadEntry(entries[0][u], args.pages);
+          page[u] = entry.page;
+          if (entry.outside && args.nan_outside) outside |= 1u << (next_stage * kUnits + u);
+        }
+        const int token = s & ((1 << page_bits) - 1);
+        const auto offset = [&](int64_t page_stride, int64_t row_stride) {
+          return [=, &page](int row) {
+            const int in_page = (token + row) & ((1 << page_bits) - 1);
+            return page[row / kPageUnit] * page_stride + in_page * row_stride;
+          };
+        };
+        keys.template Start<kPageUnit>(tile, s, end,
+                                       offset(args.key_page_stride, args.key_strides.length));
+        values.template Start<kPageUnit>(tile + Config::kTileBytes, s, end,
+                                         offset(args.value_page_stride, args.value_strides.length));
+      } else {
+        keys.Start(tile, s, end);
+        values.Start(tile + Config::kTileBytes, s, end);
+      }
     }
     CpAsyncCommit();
     next += stride;
     if (++next_stage == kStages) next_stage = 0;
+    if constexpr (Config::kPaged) {
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) entries[0][u] = entries[1][u];
+      load_entries(begin, next + stride, entries[1]);
+    }
   };
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load_next();
@@ -284,6 +363,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     __syncwarp();  // the tile is there for all lanes, and none reads the one before any more
     load_next();
     const uint32_t tile = stages + stage * 2 * Config::kTileBytes;
+    uint32_t tile_outside = 0;  // its units
+    if constexpr (Config::kPaged) tile_outside = outside >> (stage * kUnits) & ((1u << kUnits) - 1);
     if (++stage == kStages) stage = 0;
     const int tile_s0 = (first + n) * kCols, s0 = tile_s0 + lane % 4 * 2;
     float scores[1][kCols / 8][4];
@@ -298,7 +379,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[0][j][i] = args.softcap * Tanh<T>(scores[0][j][i]);
-    if (!plain || tile_s0 < all_begin || tile_s0 + kCols > all_end)
+    if (!plain || tile_outside || tile_s0 < all_begin || tile_s0 + kCols > all_end)
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
@@ -313,6 +394,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
             if (key_segments && allowed)
               allowed = key_segments[s * args.key_segments_strides.key] == row.segment;
           }
+          if constexpr (Config::kPaged)
+            if (tile_outside >> (8 * j / kPageUnit) & 1) score = NAN;
           if (!allowed) score = -INFINITY;
         }
     float decay[2];
@@ -373,13 +456,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     if (e >= v_dim) return;
     const float inverse = 1.f / row_sum;  // infinite, and out NaN, without an allowed key
     float out[4] = {total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse};
+    if constexpr (Config::kPaged)
+      if (row_sum == 0 && args.zero_masked_row) out[0] = out[1] = out[2] = out[3] = 0;
     if (row_sum == 0 && args.masked_row == MaskedRow::kMean) {
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) {
         float mean = 0;
+        if constexpr (Config::kPaged) {
+#pragma unroll 1
+          for (int s = 0; s < kv_len; ++s) {
+            const PageEntry entry = ReadEntry(table[s >> page_bits], args.pages);
+            const int64_t row = (s & ((1 << page_bits) - 1)) * args.value_strides.length;
+            const T x = value[entry.page * args.value_page_stride + row + e + i];
+            mean += entry.outside && args.nan_outside ? NAN : ToFloat(x);
+          }
+        } else {
 #pragma unroll 8
-        for (int64_t s = 0; s < kv_len; ++s)
-          mean += ToFloat(value[s * args.value_strides.length + e + i]);
+          for (int64_t s = 0; s < kv_len; ++s)
+            mean += ToFloat(value[s * args.value_strides.length + e + i]);
+        }
         mean /= static_cast<float>(kv_len);
 #pragma unroll
         for (int j = 0; j < 4; ++j) out[j] = i == j ? mean : out[j];
@@ -443,63 +538,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     total.w = WarpAllReduce<Add>(weight * total.w, kLanes);
     if (from == 0 && i < own_parts) finish(i * blocks + block, row_max, row_sum, total);
   }
-}
-
-/// For problems that FitsTensorCores (cuda/attention.cu) admits, of 16-bit types. `cluster`: blocks
-/// of a key/value head.
-template <typename Config>
-Status LaunchDecode(const AttentionForwardArgs& args, int cluster, const Launch& launch) {
-  const auto kernel = hopper_attention_decode_kernel<Config>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Config::kSharedBytes);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error != cudaSuccess) return Status{cudaGetErrorString(error)};
-  const int64_t row_tiles = (args.groups * args.q_len + Config::kRows - 1) / Config::kRows;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(cluster), static_cast<unsigned>(args.kv_heads * row_tiles),
-           static_cast<unsigned>(args.batch));
-  config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = Config::kSharedBytes;
-  config.stream = launch.stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, args);
-  return error == cudaSuccess ? LastLaunch() : Status{cudaGetErrorString(error)};
-}
-
-/// How many clusters of each size the device runs at once. Asked for once: the devices of a process
-/// are taken to be alike.
-template <typename Config>
-const std::array<int, Config::kMaxCluster + 1>& DecodeClusters() {
-  static const auto clusters = [] {
-    std::array<int, Config::kMaxCluster + 1> most = {};
-    const auto kernel = hopper_attention_decode_kernel<Config>;
-    (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               Config::kSharedBytes);
-    (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    for (unsigned size = 1; size <= Config::kMaxCluster; ++size) {
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {size, 1, 1};
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(size);
-      config.blockDim = dim3(Config::kThreads);
-      config.dynamicSmemBytes = Config::kSharedBytes;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      if (cudaOccupancyMaxActiveClusters(&most[size], kernel, &config) != cudaSuccess) {
-        most[size] = 0;
-        (void)cudaGetLastError();
-      }
-    }
-    return most;
-  }();
-  return clusters;
 }
 
 }  // namespace zenith::attention::hopper
