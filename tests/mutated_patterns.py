@@ -88,6 +88,13 @@ def attention_segments(q, k, v, labels):
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1), v)
 
 
+def paged_attention(q, k_pages, v_pages, tables, lengths):
+    k, v = (x[tables].reshape(N, N * N, N, N) for x in (k_pages, v_pages))
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * 0.37
+    allowed = jnp.arange(N * N) <= (N * lengths)[:, None, :, None]
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(jnp.where(allowed, logits, -1e30), axis=-1), v)
+
+
 def layer_norm_two_pass(x, scale, bias):
     mean = x.mean(-1, keepdims=True)
     return (x - mean) / jnp.sqrt(x.var(-1, keepdims=True) + 0.03) * scale + bias
@@ -305,6 +312,7 @@ PATTERNS: dict[Callable[..., Any], str] = {
     attention_sink_column: "xxxmx",
     attention_sink_addend: "xxxmx",
     attention_segments: "xxxl",
+    paged_attention: "xxxll",
     layer_norm_two_pass: "rpp",
     layer_norm_fast: "rpp",
     layer_norm_distributed: "rpp",

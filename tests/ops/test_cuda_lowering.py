@@ -108,6 +108,34 @@ def test_rotations_on_a_gpu_are_chosen_where_they_were_measured_to_win(heads, dt
         assert any(refusal in site.reason for site in report.refused), str(report)
 
 
+@pytest.mark.parametrize(
+    ("page", "dtype", "call"),
+    [
+        (16, jnp.bfloat16, "paged_attention_fwd"),
+        (24, jnp.bfloat16, "attention_fwd"),
+        (16, jnp.float32, "attention_fwd"),
+    ],
+)
+def test_pages_are_looked_up_by_the_kernel_that_takes_them_or_gathered(page, dtype, call):
+    q, pages = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((2, 1, 8, 128), (9, page, 2, 128)))
+    tables, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 512), (2,)))
+    assert calls(stablehlo(ops.paged_attention, q, pages, pages, tables, lengths)) == [call]
+
+
+def test_a_gather_of_pages_is_a_site_on_a_gpu_where_it_was_measured():
+    def step(q, k, v, tables, lengths):
+        k, v = (x[tables].reshape(2, -1, 8, 128) for x in (k, v))
+        return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
+
+    for page, expected in ((16, {"paged_attention": 1}), (24, {"attention": 1})):
+        q, pages = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 32, 128), (9, page, 8, 128)))
+        tables, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 1024), (2,)))
+        with zenith.configured(platform="cuda"):
+            report = zenith.explain(step)(q, pages, pages, tables, lengths)
+        assert report.counts() == expected, str(report)
+        assert page == 16 or "power of two" in str(report)
+
+
 def test_dtype_without_a_kernel_lowers_to_xla_code():
     with jax.enable_x64(True):
         assert calls(stablehlo(ops.softmax, X.astype(jnp.float64))) == []

@@ -17,6 +17,7 @@ from zenith_jax.ops.attention_kernels import unsupported as attention_unsupporte
 from zenith_jax.ops.gated_linear import unsupported as gated_linear_unsupported
 from zenith_jax.ops.group_norm import unsupported as group_norm_unsupported
 from zenith_jax.ops.linear import unsupported as linear_unsupported
+from zenith_jax.ops.paged_attention import unsupported as paged_attention_unsupported
 from zenith_jax.ops.quantized_linear import unsupported as quantized_linear_unsupported
 from zenith_jax.passes.match import Match
 
@@ -128,6 +129,21 @@ def _cuda_attention(case: dict[str, Any], differentiated: bool) -> Refusal | Non
             "the kernel's float32 products are exact, and XLA's TensorFloat-32 ones of default precision faster here",
             advice="compute in bfloat16, or ask for exact products: jax.default_matmul_precision('highest')",
         )
+    return None
+
+
+# Without the gathered copy it is at no size slower. Fewer logits are not measured: below them attention has its rule.
+def _cuda_paged_attention(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    if differentiated:
+        return refuse("the gradient gathers the pages anyway")
+    if case["logits"] < _CUDA_DECODED_LOGITS:
+        return refuse("{n} logits are few on a GPU, and not measured", n=case["logits"])
+    return None
+
+
+def _cpu_paged_attention(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    if differentiated:
+        return refuse("the gradient gathers the pages anyway")
     return None
 
 
@@ -402,6 +418,7 @@ def _cuda_quantized_linear(case: dict[str, Any], differentiated: bool) -> Refusa
 
 RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] = {
     ("cpu", "attention"): _cpu_attention,
+    ("cpu", "paged_attention"): _cpu_paged_attention,
     ("cpu", "linear"): _cpu_linear,
     ("cpu", "quantized_linear"): _cpu_quantized_linear,
     ("cpu", "gelu_erf"): _cpu_activation,
@@ -420,6 +437,7 @@ RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] =
     ("cpu", "add_layer_norm"): _cpu_norm,
     ("cpu", "add_rms_norm"): _cpu_norm,
     ("cuda", "attention"): _cuda_attention,
+    ("cuda", "paged_attention"): _cuda_paged_attention,
     ("cuda", "linear"): _cuda_linear,
     ("cuda", "gated_linear"): _cuda_gated_linear,
     ("cuda", "quantized_linear"): _cuda_quantized_linear,
@@ -470,6 +488,11 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
         return refuse("an operand is empty")
     if match.op == "attention":
         unsupported = attention_unsupported(platform, head_size=max(case["d"], case["e"]))
+        if unsupported is not None:
+            return unsupported
+    if match.op == "paged_attention":
+        names = ("dtype", "sequences", "groups", "t", "page_size", "d", "e")
+        unsupported = paged_attention_unsupported(platform, **{name: case[name] for name in names})
         if unsupported is not None:
             return unsupported
     if match.op == "group_norm":

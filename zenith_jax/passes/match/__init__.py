@@ -1,9 +1,9 @@
 """Matchers: one file a pattern. Each looks at one equation of a graph and returns a Match, a Refusal, or None.
 
 None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
-`MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, a linear
-layer, gated or not, and a norm before their activation, and batch norm before the layer that it is folded into. The
-scale and bias of integer weights are no batch norm.
+`MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, and over pages
+before over their gathered copy; a linear layer, gated or not, and a norm before their activation, and batch norm before
+the layer that it is folded into. The scale and bias of integer weights are no batch norm.
 """
 
 from zenith_jax.passes.match import (
@@ -17,6 +17,7 @@ from zenith_jax.passes.match import (
     grouped_conv,
     linear,
     norm,
+    paged_attention,
     quantized_linear,
     rope,
     softmax,
@@ -24,6 +25,7 @@ from zenith_jax.passes.match import (
 from zenith_jax.passes.match._match import Match
 
 MATCHERS = (
+    paged_attention.match,
     attention.match,
     cross_entropy.match,
     group_norm.match,

@@ -37,7 +37,30 @@ from zenith_jax.passes.match.sink import SinkForm, sink_form
 from zenith_jax.passes.match.softmax import MULTIPLIED, SoftmaxForm, softmax_form
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Attention as it was read off a program. key and value as they were found, `split` is for the reader to do."""
+
+    terms: Terms
+    eqn: JaxprEqn
+    root: Term
+    query: Term
+    key: Term
+    value: Term
+    roles: Roles
+    s: Axis
+    logits: Logits
+    sink: Term | float
+    guarded: bool
+    inner: tuple[JaxprEqn, ...]
+
+
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
+    found = read(graph, eqn)
+    return build(found) if isinstance(found, Reading) else found
+
+
+def read(graph: Graph, eqn: JaxprEqn) -> Reading | Refusal | None:
     if eqn.primitive.name != "dot_general" or not is_float(eqn.outvars[0].aval.dtype):
         return None
     refusal: Refusal | None = None
@@ -49,10 +72,10 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         probabilities, value = _unguarded(terms, operands[side], guard), operands[1 - side]
         form = softmax_form(terms, probabilities)
         if isinstance(form, SoftmaxForm):
-            return _match(terms, eqn, root, SinkForm(form, -math.inf), guard, value, contracted)
+            return _read(terms, eqn, root, SinkForm(form, -math.inf), guard, value, contracted)
         beside = sink_form(terms, probabilities)
         if isinstance(beside, SinkForm):
-            return _match(terms, eqn, root, beside, guard, value, contracted)
+            return _read(terms, eqn, root, beside, guard, value, contracted)
         refusal = refusal or beside or form or _softmax_above(terms, probabilities)
     return refusal
 
@@ -103,7 +126,7 @@ def _softmax_above(terms: Terms, term: Term) -> Refusal | None:
     return None
 
 
-def _match(
+def _read(
     terms: Terms,
     eqn: JaxprEqn,
     root: Term,
@@ -111,7 +134,7 @@ def _match(
     guard: list[JaxprEqn],
     value: Term,
     contracted: Sequence[Axis],
-) -> Match | Refusal:
+) -> Reading | Refusal:
     form = probabilities.softmax
     s = form.axis
     if list(contracted) != [s]:
@@ -126,12 +149,12 @@ def _match(
     heads = left.axis_set & right.axis_set & root.axis_set
     left, right = (terms.unrepeated(x, heads) if s in x.axis_set else x for x in (left, right))
     value = terms.unrepeated(value, heads)
-    root, left, right, value = map(terms.split, (root, left, right, value))
-    axes = _roles(root, left, right, value, s, logits.mask.query_axis)
+    split = terms.split
+    axes = _roles(split(root), split(left), split(right), split(value), s, logits.mask.query_axis)
     if isinstance(axes, Refusal):
         return axes
     query, key = (right, left) if s in left.axis_set else (left, right)
-    if axes.d not in query.axis_set or axes.e not in value.axis_set:
+    if axes.d not in split(query).axis_set:
         return refuse("query is constant along its features", depth=5)
     inner = [eqn, *guard, *form.inner, *logits.inner, dot]
     escaped = terms.graph.escapes(inner, [eqn.outvars[0]])
@@ -143,7 +166,7 @@ def _match(
             advice="do not return the attention weights, nor differentiate in forward mode, which needs them",
         )
     logits.scale *= left_scale * right_scale * (logits.softcap or 1)
-    return _build(terms, eqn, root, query, key, value, axes, s, logits, probabilities.sink, bool(guard), inner)
+    return Reading(terms, eqn, root, query, key, value, axes, s, logits, probabilities.sink, bool(guard), tuple(inner))
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
@@ -215,20 +238,10 @@ def _unscaled(terms: Terms, term: Term) -> tuple[Term, float]:
 # --- the fused op -----------------------------------------------------------------------------------------------------
 
 
-def _build(
-    terms: Terms,
-    eqn: JaxprEqn,
-    root: Term,
-    query: Term,
-    key: Term,
-    value: Term,
-    roles: Roles,
-    s: Axis,
-    logits: Logits,
-    sink: Term | float,
-    guarded: bool,
-    inner: list[JaxprEqn],
-) -> Match | Refusal:
+def build(reading: Reading) -> Match | Refusal:
+    terms, eqn, roles, s, logits = reading.terms, reading.eqn, reading.roles, reading.s, reading.logits
+    root, query, key, value = map(terms.split, (reading.root, reading.query, reading.key, reading.value))
+    sink = reading.sink
     batch: tuple[Axis | None, ...] = (None,) * (2 - len(roles.batch)) + roles.batch
     scores = (*batch, roles.group, roles.t, s)
     orders = {
@@ -277,7 +290,7 @@ def _build(
         left=logits.mask.left,
         right=logits.mask.right,
         masked_row=masked_row,
-        guarded=guarded,
+        guarded=reading.guarded,
         layout=layout,
         multiplied_dtype=jnp.result_type(*(a.aval.dtype for a in eqn.invars)).name,
         shape=tuple(result.aval.shape),
@@ -289,13 +302,13 @@ def _build(
         op="attention",
         root=eqn,
         results=(result,),
-        inner=tuple(inner),
+        inner=reading.inner,
         leaves=tuple(leaf.atom for leaf in leaves),
         emit=emit,
         static=tuple(static.items()),
         detail=_detail(logits, roles, s, bool(biases), len(masks), structure, has_sink),
         case=(
-            ("dtype", _kernel_dtype(common, static["multiplied_dtype"], static["dtype"])),
+            ("dtype", kernel_dtype(common, static["multiplied_dtype"], static["dtype"])),
             ("batch", batch_size * groups),
             ("t", t_size),
             ("s", s.size),
@@ -351,7 +364,7 @@ def _structure(
     return _Structure(tuple(leaves), tuple(lines), segment_orders), sources
 
 
-def _kernel_dtype(common: Any, multiplied: Any, result: Any) -> str:
+def kernel_dtype(common: Any, multiplied: Any, result: Any) -> str:
     """The dtype the kernel runs in: the widest of query, key and value, as they come; that of the program's product
     with value, if it is wider and the result is kept so."""
     precise = is_wider(multiplied, common) and is_wider(result, common)
@@ -415,9 +428,9 @@ def emit(
     dimensions. sink: None where it is an array."""
     order = dict(orders)
     arrays = [x.reshape(size) for x, size in zip(arrays, sizes, strict=True)]
-    kernel_dtype = _kernel_dtype(jnp.result_type(*(x.dtype for x in arrays[:3])), multiplied_dtype, dtype)
+    run_dtype = kernel_dtype(jnp.result_type(*(x.dtype for x in arrays[:3])), multiplied_dtype, dtype)
     query, key, value = (
-        _broadcast_batch(arranged(x, order[name]), batch_sizes).astype(kernel_dtype)
+        _broadcast_batch(arranged(x, order[name]), batch_sizes).astype(run_dtype)
         for name, x in zip(("query", "key", "value"), arrays, strict=False)
     )
     scores = [arranged(x, order) for x, order in zip(arrays[3:], score_orders, strict=False)]

@@ -55,7 +55,7 @@ def _gathered(terms: Terms, out: Term, eqn: JaxprEqn) -> Pick | None:
     """One element for each index: take_along_axis, x[arange(n), labels], vmap of x[label]."""
     numbers, operand, indices = eqn.params["dimension_numbers"], *eqn.invars[:2]
     shape = operand.aval.shape
-    outside = _outside(eqn)
+    outside = outside_of(eqn)
     if outside is None or any(n != 1 for n in eqn.params["slice_sizes"]):
         return None
     rows = [axis for d, axis in enumerate(out.axes) if d not in numbers.offset_dims]  # of the indices too
@@ -80,7 +80,8 @@ def _gathered(terms: Terms, out: Term, eqn: JaxprEqn) -> Pick | None:
     return Pick(Term(operand, tuple(axes)), chosen, labels, outside, inner=(eqn,))
 
 
-def _outside(eqn: JaxprEqn) -> Outside | None:
+def outside_of(eqn: JaxprEqn) -> Outside | None:
+    """What a gather gives for an index that is outside of its operand."""
     mode = eqn.params["mode"].name
     if mode == "FILL_OR_DROP":
         fill = eqn.params["fill_value"]
