@@ -16,6 +16,11 @@ from numerics import assert_error_ratio, in_float64
 from zenith_jax import ops
 from zenith_jax.errors import DTypeError, ShapeError
 
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu",
+    reason="float32, which a GPU's kernel does not take; it has test_paged_attention_cuda.py",
+)
+
 B, T, H, K, D, PAGES, SIZE, M = 3, 2, 4, 2, 8, 16, 4, 5
 LENGTHS = np.array([7, 0, 18], np.int32)
 

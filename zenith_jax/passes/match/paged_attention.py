@@ -158,7 +158,7 @@ def _paged(reading: attention.Reading, gathered: Match) -> Match | Refusal:
     if len(heads) > 1 or table & of_page:
         return refuse("the batch is not sequences of the table and one axis of heads of the pages", depth=10)
     # What neither has is repeated: heads that share keys.
-    groups = [a for a in batch if a not in table and a not in of_page] + [a for a in [roles.group] if a is not None]
+    repeated = [a for a in batch if a not in table and a not in of_page]
     (m,), (c,), (k,) = entry or [None], token, heads or [None]
     heads_axis = _heads_axis(key.pages, key.page, c, k, roles.d)
     if heads_axis is None or heads_axis != _heads_axis(value.pages, value.page, c, k, roles.e):
@@ -168,16 +168,19 @@ def _paged(reading: attention.Reading, gathered: Match) -> Match | Refusal:
         )
 
     # Merged axes may have come apart since attention was read: everything by the parts.
-    t = roles.t
-    leaves_of_lines: list[Term] = []
+    # Which of the query's axes are heads and which is its length, the mask says, where it differs along one of them.
+    choices = [(roles.group, roles.t)]
+    if logits.mask.query_axis is None:
+        swapped = (roles.t, roles.group)
+        choices = [swapped, *choices] if roles.group is None else [*choices, swapped]
     lines: tuple[StaticLine, ...] | Refusal = ()
-    if logits.mask.query_axis is None and roles.group is None and t is not None:  # it may be heads as well
-        lines = _lines(terms, logits, (k, *sequences), (*groups, t), None, leaves_of_lines)
-        if not isinstance(lines, Refusal):
-            groups, t = [*groups, t], None
-    if t is roles.t:
+    leaves_of_lines: list[Term] = []
+    for group, t in choices:
         leaves_of_lines.clear()
+        groups = [*repeated, *([] if group is None else [group])]
         lines = _lines(terms, logits, (k, *sequences), groups, t, leaves_of_lines)
+        if not isinstance(lines, Refusal):
+            break
     if isinstance(lines, Refusal):
         return lines
     scores: tuple[Axis | None, ...] = (k, *sequences, *groups, t)
@@ -204,7 +207,7 @@ def _paged(reading: attention.Reading, gathered: Match) -> Match | Refusal:
         return refuse("the gathered keys or values are used elsewhere too", depth=10)
     leaves = [query, key.pages, value.pages, key.table, *sinks, *leaves_of_lines]
     size = lambda axis: 1 if axis is None else axis.size  # noqa: E731
-    number, group = (math.prod(a.size for a in axes) for axes in (sequences, groups))
+    number, shared = (math.prod(a.size for a in axes) for axes in (sequences, groups))
     return Match(
         op="paged_attention",
         root=reading.eqn,
@@ -241,12 +244,12 @@ def _paged(reading: attention.Reading, gathered: Match) -> Match | Refusal:
         case=(
             ("dtype", dtype),
             ("sequences", number),
-            ("groups", group),
+            ("groups", shared),
             ("t", size(t)),
             ("page_size", c.size),
             ("d", roles.d.size),
             ("e", roles.e.size),
-            ("logits", number * size(k) * group * size(t) * reading.s.size),
+            ("logits", number * size(k) * shared * size(t) * reading.s.size),
         ),
         simpler=gathered,
     )
