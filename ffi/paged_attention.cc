@@ -88,7 +88,7 @@ ffi::Error Forward(Context context, Buffer query_buffer, Buffer key_buffer, Buff
   const Operand lse_rest("lse_rest", lse_rest_buffer);
   Check check("paged_attention_fwd");
   check.Float(query);
-  check.RankAtLeast(query, 6);
+  check.RankAtLeast(query, 5);
   if (check.failed()) return check.error();
   const int64_t heads_rank = query.rank() - 4;  // *o k
   const int64_t pools = query.leading_size(5), heads = query.dim(-5), sequences = query.dim(-4);

@@ -219,7 +219,8 @@ int Main(bool small) {
 
 /// bfloat16, 32 query heads to 8 of keys, d128; caches that take turns, 1 GB of them at least, in
 /// one CUDA graph.
-void Time(int64_t batch, int64_t kv_len, int64_t page_size) {
+/// shuffled: the pages in random order, or one behind the other.
+void Time(int64_t batch, int64_t kv_len, int64_t page_size, bool shuffled) {
   const int64_t heads = 8, groups = 4, d = 128, entries = kv_len / page_size;
   const int64_t pages = batch * entries, size = heads * kv_len * batch * d;
   const int64_t bytes = 2 * size * 2;
@@ -227,7 +228,7 @@ void Time(int64_t batch, int64_t kv_len, int64_t page_size) {
   Random random(1);
   std::vector<int32_t> table(static_cast<size_t>(pages)), interval;
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
-  for (size_t i = table.size(); i > 1; --i)
+  for (size_t i = table.size(); shuffled && i > 1; --i)
     std::swap(table[i - 1], table[random.Bits() % static_cast<uint64_t>(i)]);
   for (int64_t b = 0; b < batch; ++b) {
     interval.push_back(0);
@@ -291,10 +292,10 @@ void Time(int64_t batch, int64_t kv_len, int64_t page_size) {
                           cudaMemcpyDeviceToDevice, stream),
           "copy");
   });
-  std::printf("b%lld s%lld page %lld: %.1f us, %.0f GB/s; a copy %.1f us: %.3f of its speed\n",
+  std::printf("b%lld s%lld page %lld%s: %.1f us, %.0f GB/s; a copy %.1f us: %.3f of its speed\n",
               static_cast<long long>(batch), static_cast<long long>(kv_len),
-              static_cast<long long>(page_size), ours, static_cast<double>(bytes) / ours * 1e-3,
-              copy, copy / ours);
+              static_cast<long long>(page_size), shuffled ? "" : " in order", ours,
+              static_cast<double>(bytes) / ours * 1e-3, copy, copy / ours);
 }
 
 }  // namespace
@@ -304,10 +305,11 @@ int main(int argc, char** argv) {
   const bool small = zenith::test::IsSmall(argc, argv);
   if (argc > 1 && std::strcmp(argv[1], "--time") == 0) {
     for (const int64_t page_size : {16, 64, 256}) {
-      zenith::test::Time(1, 131072, page_size);
-      zenith::test::Time(1, 16384, page_size);
-      zenith::test::Time(8, 8192, page_size);
-      zenith::test::Time(64, 8192, page_size);
+      for (const bool shuffled : {false, true}) {
+        zenith::test::Time(1, 131072, page_size, shuffled);
+        zenith::test::Time(1, 16384, page_size, shuffled);
+        zenith::test::Time(64, 8192, page_size, shuffled);
+      }
     }
     return 0;
   }

@@ -56,6 +56,16 @@ def test_entries_are_taken_as_an_index_is():
     np.testing.assert_array_equal(actual, ops.paged_attention(q, k, v, inside, lengths))
 
 
+@pytest.mark.parametrize("heads_axis", [0, 1, 2])
+def test_pages_are_read_where_they_lie(heads_axis):
+    q, k, v, tables, lengths = arguments()
+    k, v = (jnp.moveaxis(x, 2, heads_axis) for x in (k, v))
+    text = jax.jit(lambda *a: ops.paged_attention(*a, heads_axis=heads_axis)).lower(q, k, v, tables, lengths).compile()
+    for line in text.as_text().splitlines():
+        made = re.search(r"= f32\[([\d,]+)\]\S* (copy|transpose|fusion)\(", line)
+        assert not made or np.prod([int(n) for n in made[1].split(",")]) < k.size, line
+
+
 def test_length_beyond_the_table_is_the_table():
     q, k, v, tables, _ = arguments()
     full, more = (ops.paged_attention(q, k, v, tables, jnp.full((B,), n), is_causal=False) for n in (M * SIZE, 10**9))

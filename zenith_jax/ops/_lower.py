@@ -7,8 +7,8 @@ Sharding: the custom call carries a Shardy rule and `num_batch_dims`, and its ta
 partitionable, so that batch dimensions stay sharded without an all-gather. The partitioner slices the leading
 `num_batch_dims` dimensions of EVERY operand whose rank reaches that number, also of one that does not have them (seen
 on CPU and GPU, jax 0.10.2 to 0.12: garbage, no error). So, when a module is compiled for several devices, operands
-that the batch shares are flattened to rank 1, below the two batch dimensions that every signature has, and operands
-with some batch sizes of 1 are broadcast to the full batch. Handlers check all sizes against each other.
+that the batch shares are flattened to rank 1, below two batch dimensions, and operands with some batch sizes of 1 are
+broadcast to the full batch, as are all of a call with one batch dimension. Handlers check all sizes against each other.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _broadcast_batches(kernel: Kernel, operands: Sequence[Any], partitions: int)
 
     def broadcast(x: Any) -> Any:
         mixed = any(n != 1 for n in x.shape[: rank - 1]) and x.shape[: rank - 1] != batch[:-1]
-        partial = any(n != 1 for n in x.shape[:rank]) and x.shape[:rank] != batch
+        shared = all(n == 1 for n in x.shape[:rank]) and rank > 1  # that is flattened below a rank of 2, and 1 is none
+        partial = not shared and x.shape[:rank] != batch
         if mixed or (partitions > 1 and partial):
             last = batch[-1] if partitions > 1 else x.shape[rank - 1]
             return jnp.broadcast_to(x, (*batch[:-1], last, *x.shape[rank:]))
@@ -146,7 +147,7 @@ def _flatten_shared(kernel: Kernel, operands: Sequence[Any], partitions: int) ->
     rank = kernel.signature.batch_rank([x.shape for x in operands])
 
     def is_shared(spec: Spec, x: Any) -> bool:
-        return spec.optional and not is_absent(x) and all(n == 1 for n in x.shape[:rank])
+        return rank > 1 and spec.optional and not is_absent(x) and all(n == 1 for n in x.shape[:rank])
 
     def flattened(x: Any) -> Any:
         sharding = _compat.explicit_sharding(jax.typeof(x))

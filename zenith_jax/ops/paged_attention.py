@@ -289,21 +289,22 @@ def paged_attention(
     block_tables, lengths = jnp.asarray(block_tables), jnp.asarray(lengths)
     _check(query, key_pages, value_pages, block_tables, lengths, softcap, local_window_size, sinks, heads_axis)
     b, t, h, d = query.shape
-    key_pages, value_pages = (jnp.moveaxis(x, heads_axis, 0)[None] for x in (key_pages, value_pages))
-    k = key_pages.shape[1]
+    # Transposed and nothing else: after a reshape XLA makes a copy, of all pages.
+    key_pages, value_pages = (jnp.moveaxis(x, heads_axis, 0) for x in (key_pages, value_pages))
+    k = key_pages.shape[0]
     out, lse = paged_attention_canonical(
-        jnp.transpose(query.reshape(b, t, k, h // k, d), (2, 0, 3, 1, 4))[None],
+        jnp.transpose(query.reshape(b, t, k, h // k, d), (2, 0, 3, 1, 4)),
         key_pages,
         value_pages,
-        block_tables.astype(jnp.int32)[None, None],
-        _interval(lengths, t, is_causal, local_window_size)[None, None],
+        block_tables.astype(jnp.int32)[None],
+        _interval(lengths, t, is_causal, local_window_size)[None],
         scale=1 / math.sqrt(d) if scale is None else scale,
         softcap=softcap or 0.0,
         heads_axis=heads_axis,
     )
     if sinks is not None:
-        out = with_sink(out, lse, sinks.reshape(1, k, 1, h // k, 1))
-    return jnp.transpose(out[0], (1, 3, 0, 2, 4)).reshape(b, t, h, out.shape[-1])
+        out = with_sink(out, lse, sinks.reshape(k, 1, h // k, 1))
+    return jnp.transpose(out, (1, 3, 0, 2, 4)).reshape(b, t, h, out.shape[-1])
 
 
 def _interval(lengths: Any, t: int, is_causal: bool, window: int | None) -> Any:

@@ -331,26 +331,25 @@ def emit(
     k, sequences, groups = head_size, sequence_sizes, group_sizes
     n, g = math.prod(sequences), math.prod(groups)
     key, value = (
-        jnp.moveaxis(arranged(x, order), heads_axis, 0)[None]
-        for x, order in zip((key, value), page_orders, strict=True)
+        jnp.moveaxis(arranged(x, order), heads_axis, 0) for x, order in zip((key, value), page_orders, strict=True)
     )
     query = arranged(query, orders[0])
-    query = jnp.broadcast_to(query, (k, *sequences, *groups, t, query.shape[-1])).reshape(1, k, n, g, t, -1)
+    query = jnp.broadcast_to(query, (k, *sequences, *groups, t, query.shape[-1])).reshape(k, n, g, t, -1)
     table = arranged(table, table_order)
-    table = jnp.broadcast_to(table, (*sequences, table.shape[-1])).reshape(1, 1, n, -1)
-    s = table.shape[-1] * key.shape[3]
+    table = jnp.broadcast_to(table, (*sequences, table.shape[-1])).reshape(1, n, -1)
+    s = table.shape[-1] * key.shape[2]
     seen = jnp.array([0, s], jnp.int32)
     if lines:
         seen = interval(lines, rest[1 if sink is None else 0 :], (k, *sequences, *groups, t), s)
         seen = seen.reshape(*seen.shape[: 1 + len(sequences)], *seen.shape[-2:])  # the same for all groups
     heads = seen.shape[0] if lines else 1
-    seen = jnp.broadcast_to(seen, (heads, *sequences, t, 2)).reshape(1, heads, n, t, 2)
+    seen = jnp.broadcast_to(seen, (heads, *sequences, t, 2)).reshape(heads, n, t, 2)
     has_sink = sink != -math.inf
     out, lse = paged_attention_canonical(
         query.astype(kernel_dtype),
         key,
         value,
-        _entries(table, key.shape[2], wraps, nan_outside),
+        _entries(table, key.shape[1], wraps, nan_outside),
         seen,
         scale=scale,
         softcap=softcap,
