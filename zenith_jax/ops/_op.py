@@ -6,11 +6,12 @@ A `Kernel` is one custom call: a signature, a reference in jnp, and what it can 
 - the lowering where no kernel runs, forward-mode and higher derivatives from the reference;
 - reverse mode from `backward`, which calls the backward kernel.
 
-Signatures are written in canonical shapes. `*b` stands for the batch dimensions, at least two of them (one more with
-each vmap), over which the kernel is independent; the other letters are single dimensions. An operand without `*b` is
-shared by the whole batch and has rank 1. A result's letter that no operand has is the attribute of that name. An
-operand marked `?` may be absent (shape (0,)) and may have size 1 along any dimension; it is broadcast. A result with
-`*k` is summed over the batch, but for the dimensions that vmaps have put in front: the attribute `kept` counts them.
+Signatures are written in canonical shapes. `*b` stands for the batch dimensions (one more with each vmap), over which
+the kernel is independent, at least two of them where operands are shared by the whole batch; the other letters are
+single dimensions. An operand without `*b` is shared by the whole batch and has rank 1. A result's letter that no
+operand has is the attribute of that name. An operand marked `?` may be absent (shape (0,)) and may have size 1 along
+any dimension; it is broadcast. A result with `*k` is summed over the batch, but for the dimensions that vmaps have put
+in front: the attribute `kept` counts them.
 
 Derivatives: `call_p`'s JVP binds `tangent_p`, a primitive linear in the tangents whose lowering is the reference's JVP
 and whose transpose is the fused backward. So jvp, grad, hessian and any nesting of them work, and a reverse-mode pass
