@@ -236,7 +236,6 @@ class AttentionForwardTask {
     // rows beside it.
     for (int64_t s = all.first / kBlockKeys * kBlockKeys; s < all.last; s += kBlockKeys) {
       Copy(head, {Max(s, all.first), Min(s + kBlockKeys, all.last)}, s);
-      Prefetch(head, {s + kBlockKeys, Min(s + 2 * kBlockKeys, all.last)});
       for (int64_t i = 0; i < count; ++i) {
         const KeyRange mine = {Max(s, rows_[i].keys().first),
                                Min(s + kBlockKeys, rows_[i].keys().last)};
@@ -261,22 +260,6 @@ class AttentionForwardTask {
       }
       CopyRows(count, p.qk_dim, key, p.key_strides.length, to_key, p.qk_dim);
       CopyRows(count, p.v_dim, value, p.value_strides.length, to_value, p.v_dim);
-    });
-  }
-
-  /// Asks for the rows of keys: with the heads side by side no row is near the one before it, and
-  /// nothing else foresees them. PLACEHOLDER
-  void Prefetch(const HeadKeys<T, Args>& head, KeyRange keys) const {
-    if (keys.empty()) return;
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const Args& p = args_;
-    head.ForRuns(keys, [&](int64_t, int64_t count, const T* key, const T* value) {
-      for (int64_t s = 0; key != nullptr && s < count; ++s) {
-        const T* const key_row = key + s * p.key_strides.length;
-        const T* const value_row = value + s * p.value_strides.length;
-        for (int64_t d = 0; d < p.qk_dim; d += kLine) __builtin_prefetch(key_row + d);
-        for (int64_t e = 0; e < p.v_dim; e += kLine) __builtin_prefetch(value_row + e);
-      }
     });
   }
 
