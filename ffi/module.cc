@@ -38,6 +38,8 @@ nb::dict Targets() {
       PagedAttentionTargets(),
 #ifdef ZENITH_BACKEND_CUDA
       GatedLinearTargets(),
+#else
+      ConvTargets(),
 #endif
   };
   for (std::span<const Target> group : groups) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -73,6 +74,19 @@ LINEAR_ACTIVATIONS = {
 
 def linear(x, w, bias=0.0, residual=0.0, activation="none", transposed=False):
     return LINEAR_ACTIVATIONS[activation](x @ (w.T if transposed else w) + bias) + residual
+
+
+def conv(x, w, bias=0.0, residual=0.0, scale=1.0, strides=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1), relu=False):
+    """Element of the filter by element; padding is not negative."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    reach = [(k - 1) * d for k, d in zip(w.shape, dilation, strict=False)]
+    y = 0.0
+    for i, j in np.ndindex(*w.shape[:2]):
+        top, left = i * dilation[0], j * dilation[1]
+        bottom, right = x.shape[1] - reach[0] + top, x.shape[2] - reach[1] + left
+        y += jnp.einsum("bpqc,cn->bpqn", x[:, top : bottom : strides[0], left : right : strides[1]], w[i, j])
+    y = y * scale + bias + residual
+    return LINEAR_ACTIVATIONS["relu" if relu else "none"](y)
 
 
 def quantized_linear(x, w, scale, bias=0.0, transposed=False):

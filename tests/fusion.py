@@ -12,6 +12,8 @@ import pytest
 from numerics import assert_error_ratio, in_float64
 
 import zenith_jax as zenith
+from zenith_jax.passes import rewrite
+from zenith_jax.passes.match import conv
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +55,9 @@ def _weighted_sum(x: Any) -> Any:
 
 
 def counted(report: zenith.Report, expected: dict[str, int]) -> dict[str, int]:
-    """Of linear layers only where some are expected: which dtypes have a kernel is the device's."""
-    return {name: count for name, count in report.counts().items() if name != "linear" or name in expected}
+    """Of linear layers and convolutions only where some are expected: which dtypes have a kernel is the device's."""
+    optional = {"linear", "conv"} - set(expected)
+    return {name: count for name, count in report.counts().items() if name not in optional}
 
 
 @pytest.fixture
@@ -118,6 +121,12 @@ def check_refused() -> Callable[..., zenith.Report]:
         return report
 
     return check
+
+
+@pytest.fixture
+def without_conv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions as where no kernel takes them, whatever their size."""
+    monkeypatch.setattr(rewrite, "MATCHERS", tuple(m for m in rewrite.MATCHERS if m is not conv.match))
 
 
 @pytest.fixture

@@ -277,6 +277,21 @@ def batch_norm(x, w, mean, variance, scale, bias):
     return jnp.maximum((y + bias - mean) * (scale / jnp.sqrt(jnp.square(variance) + 0.03)) + bias, 0.0)
 
 
+def batch_norm_of_product(x, w, mean, variance, scale, bias):
+    return (x @ w[0] - mean) * (scale / jnp.sqrt(jnp.square(variance) + 0.03)) + bias
+
+
+def conv_residual(x, w, bias):
+    """Channels last, with a filter that passes the image's edges, as large as a filter's gradient."""
+    y = jax.lax.conv_general_dilated(x, w, (1, 1), ((2, 1), (1, 2)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.maximum(y + bias + x, 0.0)
+
+
+def conv_channels_first(x, w, bias):
+    y = jax.lax.conv_general_dilated(x, w[:, :, :3, :2], (1, 2), ((1, 0), (1, 1)), rhs_dilation=(1, 2))
+    return jnp.maximum(y + bias[:, None, None], 0.0)
+
+
 def inputs(kinds: str) -> list[np.ndarray]:
     """x: (N, N, N, N) floats; p: (N,) floats; r: (N, N, N) floats; m: a mask with one row that allows nothing;
     n: a mask without such a row; l: (N, N) labels below N; q: (N, N) int8; w: (L, L) floats, of variance 1 / L;
@@ -346,6 +361,9 @@ PATTERNS: dict[Callable[..., Any], str] = {
     depthwise_conv: "xx",
     grouped_conv_channels_last: "xx",
     batch_norm: "xxpppp",
+    batch_norm_of_product: "rrpppp",
+    conv_residual: "xxp",
+    conv_channels_first: "xxp",
     softmax_middle: "r",
     softmax_by_hand: "r",
 }

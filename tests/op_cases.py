@@ -18,6 +18,7 @@ from formulas import (
     add_layer_norm,
     add_rms_norm,
     attention,
+    conv,
     cross_entropy,
     gated,
     gated_by_the_second_half,
@@ -115,6 +116,13 @@ def linear_case(name, *more, w=(16, 24), **options):
     return Case("linear", name, *functions, ((3, 5, 16), w, *more), shared=(1, 2))
 
 
+def conv_case(name, *more, w=(3, 2, 3, 5), activation="none", **options):
+    """more: bias, residual and scale."""
+    function = lambda x, w, b=None, r=None, s=None: ops.conv(x, w, b, r, scale=s, activation=activation, **options)  # noqa: E731
+    formula = lambda x, w, b=0.0, r=0.0, s=1.0: conv(x, w, b, r, s, relu=activation == "relu", **options)  # noqa: E731
+    return Case("conv", name, function, formula, ((2, 6, 4, 3), w, *more), shared=(1, 2, 4))
+
+
 def gated_linear_case(name, w=(16, 24), **options):
     functions = (ft.partial(f, **options) for f in (ops.gated_linear, gated_linear))
     return Case("gated_linear", name, *functions, ((3, 5, 16), w, w), shared=(1, 2))
@@ -173,6 +181,8 @@ CASES = [
     linear_case("relu squared", activation="relu_squared"),
     linear_case("tanh, bias, transposed", (24,), w=(24, 16), activation="tanh", transposed=True),
     linear_case("gelu erf, bias, residual", (24,), (3, 5, 24), activation="gelu_erf"),
+    conv_case("", padding=((2, 1), (0, 1)), strides=(2, 1)),
+    conv_case("bias, residual, scale, relu", (5,), (2, 2, 3, 5), (5,), dilation=(2, 1), activation="relu"),
     gated_linear_case("silu"),
     gated_linear_case("gelu erf, transposed", w=(24, 16), activation="gelu_erf", transposed=True),
     quantized_case("int8", jnp.int8, (24,)),

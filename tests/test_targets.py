@@ -408,6 +408,25 @@ def linear_cases(dtype: Any) -> dict[str, Case]:
     }
 
 
+def conv_case() -> Case:
+    """Of small integers; a filter that passes every edge, 2 x 3 elements, those of a row 2 apart."""
+    c, n = 3, 7
+    x, w, residual = (RNG.integers(-3, 4, size=s).astype(F32) for s in ((B, R, 4, c), 6 * c * n, (B, 3, 5, n)))
+    scale, bias = (RNG.integers(-3, 4, size=n).astype(F32) for _ in range(2))
+
+    def expected(x, w, scale, bias, residual):
+        x = np.pad(x, ((0, 0), (1, 1), (3, 2), (0, 0)))
+        y = np.zeros((B, 3, 5, n))
+        for i, j in np.ndindex(2, 3):
+            y += x[:, i : i + 5 : 2, 2 * j : 2 * j + 5] @ w.reshape(2, 3, c, n)[i, j]
+        return (np.maximum(y * scale + bias + residual, 0),)
+
+    pairs = {"kernel": (2, 3), "strides": (2, 1), "dilation": (1, 2), "before": (1, 3)}
+    attributes = {name: np.asarray(pair, np.int64) for name, pair in pairs.items()} | {"relu": np.int32(1)}
+    operands = {"x": x, "w": w, "scale": scale, "bias": bias, "residual": residual}
+    return Case(operands, {"y": ((B, 3, 5, n), F32)}, expected, attributes)
+
+
 def gated_linear_cases() -> dict[str, Case]:
     """Of integers so small that float16 holds both products; the results are rounded."""
     k, n = 16, 24
@@ -470,7 +489,8 @@ CASES = (
     | {"paged_attention_fwd": paged_attention_case()}
     | {"linear_bwd": linear_backward_case()}
 )
-ON_GPU_ONLY = set(GATED_LINEAR)
+CONV = conv_case()
+ON_GPU_ONLY, ON_CPU_ONLY = set(GATED_LINEAR), {"conv_fwd"}
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
@@ -478,6 +498,8 @@ def device(request):
     """Every test runs on the CPU and, where there is one, on the GPU."""
     if request.param == "cpu" and request.node.callspec.params.get("name") in ON_GPU_ONLY:
         pytest.skip("the CPU's module has no such target: there it is two products of XLA's and gated_*_fwd")
+    if request.param == "cuda" and request.node.callspec.params.get("name") in ON_CPU_ONLY:
+        pytest.skip("the GPU's module has no such target: there it is cuDNN's")
     native.ensure_registered(request.param)
     with jax.default_device(jax.devices(request.param)[0]):
         yield request.param
@@ -499,8 +521,8 @@ def expected(case: Case) -> tuple[np.ndarray | None, ...]:
 
 
 def test_every_target_has_a_case(device):
-    names = {*CASES, *LINEAR[device], *GATED_LINEAR, "quantized_linear_fwd"}
-    elsewhere = ON_GPU_ONLY if device == "cpu" else set()
+    names = {*CASES, *LINEAR[device], *GATED_LINEAR, "conv_fwd", "quantized_linear_fwd"}
+    elsewhere = ON_GPU_ONLY if device == "cpu" else ON_CPU_ONLY
     assert {native.target(name) for name in names - elsewhere} == set(native.module(device).targets())
 
 
@@ -529,6 +551,28 @@ def test_linear_computes_its_formula_and_refuses_other_operands(device, name):
     ):
         attributes = case.attributes | {attribute: np.int32(7)}
         assert text in refusal(name, case.operands, case.results, attributes)
+
+
+@pytest.mark.parametrize("name", ON_CPU_ONLY)
+def test_conv_computes_its_formula_and_refuses_other_operands(name):
+    (actual,) = call(name, CONV.operands, CONV.results, CONV.attributes)
+    np.testing.assert_array_equal(actual, expected(CONV)[0])
+    for absent, value in (("scale", 1), ("residual", 0)):
+        given, without = (
+            CONV.operands | {absent: x} for x in (np.full_like(CONV.operands[absent], value), np.zeros(0, F32))
+        )
+        (actual,), (wanted,) = (call(name, o, CONV.results, CONV.attributes) for o in (without, given))
+        np.testing.assert_array_equal(actual, wanted)
+    for operand in ("w", "scale", "bias", "residual"):  # any height and width of x goes with some padding
+        refuse_others(name, CONV, operand)
+    for attribute, value, text in (
+        ("kernel", np.asarray([2, 0]), "kernel must be positive, got 0"),
+        ("strides", np.asarray([0, 1]), "strides must be positive, got 0"),
+        ("dilation", np.asarray([1, -1]), "dilation must be positive, got -1"),
+        ("before", np.asarray([1]), "an attribute must have 2 elements, got 1"),
+        ("relu", np.int32(2), "relu must be 0 or 1, got 2"),
+    ):
+        assert text in refusal(name, CONV.operands, CONV.results, CONV.attributes | {attribute: value})
 
 
 @pytest.mark.parametrize("name", GATED_LINEAR)

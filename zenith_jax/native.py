@@ -85,6 +85,12 @@ def module(platform: str) -> ModuleType | None:
     return _registered[platform] if unavailable_reason(platform) is None else None
 
 
+def instruction_set() -> str:
+    """What the CPU's kernels run with here: "avx512", "avx2" or "portable"; "" where they cannot run."""
+    cpu = module("cpu")
+    return cpu.instruction_sets[0] if cpu is not None else ""
+
+
 @ft.cache
 def running_ffi_api_version() -> tuple[int, int]:
     """XLA FFI version of the jaxlib in this process, read from the headers that it ships."""

@@ -24,6 +24,7 @@ std::span<const Target> RopeTargets();
 std::span<const Target> AttentionTargets();
 std::span<const Target> PagedAttentionTargets();
 std::span<const Target> LinearTargets();
+std::span<const Target> ConvTargets();         // of the CPU only
 std::span<const Target> GatedLinearTargets();  // of the GPU only
 std::span<const Target> QuantizedLinearTargets();
 

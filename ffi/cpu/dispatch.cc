@@ -95,5 +95,8 @@ Status LinearBackward(const LinearBackwardArgs& args, const Launch& launch) {
 Status QuantizedLinear(const QuantizedLinearArgs& args, const Launch& launch) {
   return Best().quantized_linear(args, launch);
 }
+Status ConvForward(const ConvForwardArgs& args, const Launch& launch) {
+  return Best().conv_forward(args, launch);
+}
 
 }  // namespace zenith

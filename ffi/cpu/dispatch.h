@@ -3,6 +3,7 @@
 
 #include "ffi/kernels/activation.h"
 #include "ffi/kernels/attention.h"
+#include "ffi/kernels/conv.h"
 #include "ffi/kernels/cross_entropy.h"
 #include "ffi/kernels/gated.h"
 #include "ffi/kernels/group_norm.h"
@@ -36,6 +37,7 @@ struct CpuKernels {
   Status (*linear_forward)(const LinearForwardArgs&, const Launch&);
   Status (*linear_backward)(const LinearBackwardArgs&, const Launch&);
   Status (*quantized_linear)(const QuantizedLinearArgs&, const Launch&);
+  Status (*conv_forward)(const ConvForwardArgs&, const Launch&);
 };
 
 /// The tables this machine can run, best first; null beyond the last. Picked once, thread-safe.

@@ -4,6 +4,7 @@
 #include "ffi/cpu/activation.h"
 #include "ffi/cpu/attention_backward.h"
 #include "ffi/cpu/attention_forward.h"
+#include "ffi/cpu/conv.h"
 #include "ffi/cpu/cross_entropy.h"
 #include "ffi/cpu/dispatch.h"
 #include "ffi/cpu/gated.h"
@@ -42,6 +43,7 @@ const CpuKernels kKernels = {
     LinearForward,
     LinearBackward,
     QuantizedLinear,
+    ConvForward,
 };
 
 }  // namespace zenith::ZENITH_ISA

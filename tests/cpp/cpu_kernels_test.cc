@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
       test::TestGroupNorm(*kernels, report);
       test::TestAttention(*kernels, report);
       test::TestLinear(*kernels, report);
+      test::TestConv(*kernels, report);
       test::TestQuantizedLinear(*kernels, report);
     }
   }

@@ -93,6 +93,7 @@ void TestNorm(const CpuKernels& kernels, Report& report);
 void TestGroupNorm(const CpuKernels& kernels, Report& report);
 void TestAttention(const CpuKernels& kernels, Report& report);
 void TestLinear(const CpuKernels& kernels, Report& report);
+void TestConv(const CpuKernels& kernels, Report& report);
 void TestQuantizedLinear(const CpuKernels& kernels, Report& report);
 
 void TimeActivation(const CpuKernels& kernels, const Launch& launch, Report& report);

@@ -19,6 +19,8 @@ from zenith_jax.passes.match import Match, batch_norm
 
 C, M = 3, 5
 
+pytestmark = pytest.mark.usefixtures("without_conv")  # which takes batch norms along
+
 
 def normal(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)

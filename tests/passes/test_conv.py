@@ -1,53 +1,189 @@
-"""What is said of a convolution with what XLA computes along with it."""
+"""Convolutions of images with what the kernel computes along with them; and what is no such thing."""
 
 from __future__ import annotations
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax import lax
+from numerics import assert_error_ratio, in_float64
 
 import zenith_jax as zenith
+from zenith_jax import native
 
-X, W, B = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 16)), jnp.ones(16)
+C, M = 3, 5
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 
-def conv(x, w, **options):
-    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=NUMBERS, **options)
+def normal(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def reasons(function, *args):
-    return [s.reason for s in zenith.explain(function)(*args).refused if s.op == "conv"]
+def conv(x, w, *, strides=(1, 1), padding="SAME", dimension_numbers=NUMBERS, **options):
+    return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=dimension_numbers, **options)
 
 
-@pytest.mark.parametrize(
-    "function, what",
-    [
-        (lambda x: jax.nn.relu(conv(x, W) + B + x), "bias, residual and relu"),
-        (lambda x: jnp.maximum(conv(x, W) + B, 0), "bias or residual, and relu"),
-        (lambda x: jax.nn.relu(nnx.Conv(16, 16, (3, 3), rngs=nnx.Rngs(0))(x)), "bias or residual, and relu"),
-        (lambda x: jax.nn.relu(conv(x, W)), "computes relu with"),
-    ],
-    ids=["bias, residual and relu", "maximum", "nnx", "relu alone"],
-)
-def test_a_convolution_with_its_epilogue_is_told_of(function, what):
-    (reason,) = reasons(function, X)
-    assert what in reason
+def arguments(rng):
+    """An image, a filter, a bias, a residual, and mean and variance."""
+    vectors = [normal(rng, M) for _ in range(3)]
+    return [normal(rng, 2, 4, 6, C), normal(rng, 3, 2, C, M), vectors[0], normal(rng, 2, 4, 6, M), *vectors[1:]]
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: conv(x, W) + B,
-        lambda x: jax.nn.silu(conv(x, W) + B),
-        lambda x: (y := conv(x, W)) + jax.nn.relu(y),
-        lambda x: jax.nn.relu(conv(x, W) * B + B),  # a batch norm, which is a site of its own
-        lambda x: jax.nn.relu(conv(x, W[:, :, :2], feature_group_count=8)),
-        lambda x: jnp.maximum(conv(x, W), 1),
-    ],
-    ids=["bias", "silu", "used twice", "batch norm", "groups", "another maximum"],
-)
-def test_what_is_no_such_convolution(function):
-    assert reasons(function, X) == []
+def batch_normed(y, b, m, v):
+    return (y - m) * lax.rsqrt(jnp.square(v) + 1e-3) * b + m
+
+
+def channels_first(x, w, b, r, m, v):
+    y = lax.conv_general_dilated(x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1), (1, 1), "SAME")
+    y = batch_normed(y, *(a[:, None, None] for a in (b, m, v)))
+    return jax.nn.relu(r.transpose(0, 3, 1, 2) + y)
+
+
+SITES = {
+    "alone": (lambda x, w, b, r, m, v: conv(x, w), ""),
+    "bias": (lambda x, w, b, r, m, v: conv(x, w) + b, "bias"),
+    "bias, relu": (lambda x, w, b, r, m, v: jax.nn.relu(conv(x, w) + b), "bias, relu"),
+    "maximum": (lambda x, w, b, r, m, v: jnp.maximum(0.0, b + conv(x, w)), "bias, maximum"),
+    "residual": (lambda x, w, b, r, m, v: jax.nn.relu(r + (conv(x, w) - b)), "bias, residual, relu"),
+    "batch norm": (lambda x, w, b, r, m, v: jax.nn.relu(batch_normed(conv(x, w), b, m, v)), "batch norm, relu"),
+    "negated": (lambda x, w, b, r, m, v: b - conv(x, w), "batch norm"),
+    "channels first": (channels_first, "batch norm, residual, relu"),
+    "strides and dilation": (
+        lambda x, w, b, r, m, v: conv(x, w, strides=(2, 3), padding=((2, 0), (1, 4)), rhs_dilation=(1, 2)) + b,
+        "bias",
+    ),
+    "cropped": (lambda x, w, b, r, m, v: conv(x, w, padding=((-1, 0), (1, -2))), ""),
+    "one pixel": (lambda x, w, b, r, m, v: conv(x[:, :3, :2], w, padding="VALID") * 2.0, "batch norm"),
+    "a product": (lambda x, w, b, r, m, v: jax.nn.relu(conv(x, w[:1, :1]) + b + r), "bias, residual, relu"),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_site(check_fused, rng, name):
+    function, detail = SITES[name]
+    # The gradients of a scale and of maximum take the convolution itself, which is computed again.
+    again = name in ("maximum", "batch norm", "channels first")
+    report = check_fused(
+        function, *arguments(rng), counts={"conv": 1}, gradient_counts={"conv": 1 + again}, floor_ulps=64
+    )
+    assert report.fused[0].detail == detail
+
+
+def test_a_sum_of_two_convolutions_is_one_with_the_other_as_residual(check_fused, rng):
+    function = lambda x, w, b, r, m, v: jax.nn.relu(conv(x, w) + b + conv(x, w[:1, :1]))  # noqa: E731
+    report = check_fused(function, *arguments(rng), counts={"conv": 2}, floor_ulps=64)
+    assert sorted(s.detail for s in report.fused) == ["", "bias, residual, relu"]
+
+
+def test_libraries(rng):
+    x = normal(rng, 2, 4, 4, C)
+    module = nnx.Conv(C, M, (3, 3), rngs=nnx.Rngs(0))
+    equinox = eqx.nn.Conv2d(C, M, 3, stride=2, padding=1, key=jax.random.key(0))
+
+    class Linen(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.relu(linen.BatchNorm(use_running_average=True)(linen.Conv(M, (3, 3))(x)))
+
+    variables = Linen().init(jax.random.key(0), x)
+    for function, detail in (
+        (lambda x: nnx.relu(module(x)), "bias, relu"),
+        (lambda x: Linen().apply(variables, x), "batch norm, relu"),
+        (lambda x: jax.nn.relu(jax.vmap(equinox)(x.transpose(0, 3, 1, 2))), "bias, relu"),
+    ):
+        (site,) = zenith.explain(function)(x).fused
+        assert (site.op, site.detail) == ("conv", detail)
+        assert jnp.allclose(zenith.jit(function)(x), function(x), rtol=1e-5, atol=1e-5)
+
+
+LESS = {  # what stands behind the convolution and is not computed with it
+    "used twice": (lambda x, w, b, r: (lambda y: y + jax.nn.relu(y))(conv(x, w)), ""),
+    "returned": (lambda x, w, b, r: (lambda y: (y, jax.nn.relu(y)))(conv(x, w) + b), "bias"),
+    "another maximum": (lambda x, w, b, r: jnp.maximum(conv(x, w) + b, 1), "bias"),
+    "a minimum": (lambda x, w, b, r: jnp.minimum(conv(x, w), 0), ""),
+    "silu": (lambda x, w, b, r: jnp.sin(conv(x, w) + b), "bias"),
+    "a residual after relu": (lambda x, w, b, r: jax.nn.relu(conv(x, w)) + r, "relu"),
+    "a repeated residual": (lambda x, w, b, r: jax.nn.relu(conv(x, w) + r[:1]), ""),
+    "a difference": (lambda x, w, b, r: r - conv(x, w), ""),
+    "a vector along another axis": (lambda x, w, b, r: conv(x, w)[:, :, :M] + b[:, None], ""),
+    "an inverse": (lambda x, w, b, r: b / conv(x, w), ""),
+    "of itself": (lambda x, w, b, r: (lambda y: y + y)(conv(x, w)), ""),
+    "another shape": (lambda x, w, b, r: jax.nn.relu((conv(x, w) + b).reshape(8, 6, M)), "bias"),
+}
+
+
+@pytest.mark.parametrize("name", LESS)
+def test_less(rng, name):
+    function, detail = LESS[name]
+    args = arguments(rng)[:4]
+    (site,) = zenith.explain(function)(*args).fused
+    assert (site.op, site.detail) == ("conv", detail)
+    assert_error_ratio(zenith.fuse(function)(*args), function(*args), in_float64(function)(*args), floor_ulps=64)
+
+
+MISSES = {
+    "groups": (lambda x, w: jax.nn.relu(conv(x, w[:, :, :1, :3], feature_group_count=3)), None),
+    "transposed": (lambda x, w: jax.nn.relu(conv(x, w, padding=((1, 1), (0, 1)), lhs_dilation=(2, 1))), "spread out"),
+    "transposed, without relu": (lambda x, w: conv(x, w, padding=((1, 1), (0, 1)), lhs_dilation=(2, 1)), None),
+    "one dimension": (
+        lambda x, w: jax.nn.relu(conv(x[0], w[0], strides=(1,), dimension_numbers=("NWC", "WIO", "NWC"))),
+        "not for 1 spatial",
+    ),
+    "bfloat16": (lambda x, w: jax.nn.relu(conv(*(a.astype(jnp.bfloat16) for a in (x, w)))), "for float32, not for"),
+    "two dtypes": (
+        lambda x, w: jax.nn.relu(conv(*(a.astype(jnp.bfloat16) for a in (x, w)), preferred_element_type=jnp.float32)),
+        "different dtypes",
+    ),
+    "as of gradients": (lambda x, w: jax.nn.relu(conv(x, w, dimension_numbers=("NHWC", "WHIO", "NHWC"))), "numbered"),
+    "groups of the batch": (
+        lambda x, w: jax.nn.relu(conv(x, w[..., :4], batch_group_count=2)),
+        "groups of the batch",
+    ),
+    "empty": (lambda x, w: jax.nn.relu(conv(x[:0], w)), "empty"),
+    "an empty filter": (lambda x, w: jax.nn.relu(conv(x[..., :0], w[:, :, :0])), "empty"),
+    "a product": (lambda x, w: x @ w[0, 0], None),
+}
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_is_none(rng, name):
+    function, reason = MISSES[name]
+    report = zenith.explain(function)(*arguments(rng)[:2])
+    assert "conv" not in report.counts(), str(report)
+    reasons = [s.reason for s in report.refused if s.op == "conv"]
+    assert (reason is None and not reasons) or (len(reasons) == 1 and reason in reasons[0])
+
+
+# --- which of them are faster by the kernel ---------------------------------------------------------------------------
+
+
+X, W = jnp.ones((1, 32, 32, 64)), jnp.ones((3, 3, 64, 64))
+
+
+def layer(x, w):
+    return jax.nn.relu(conv(x, w))
+
+
+def by_rule(function, *args):
+    with zenith.configured(use_cost=True, platform="cpu"):
+        return [(s.fused, s.reason) for s in zenith.explain(function)(*args).sites if s.op == "conv"]
+
+
+def test_the_rule_takes_it_where_it_was_measured(monkeypatch):
+    monkeypatch.setattr(native, "instruction_set", lambda: "avx512")
+    assert by_rule(layer, X, W) == [(True, "")]
+    ((fused, reason),) = by_rule(layer, X[:, :4, :4, :8], W[:, :, :8, :8])
+    assert not fused and "XLA's convolution is as fast" in reason
+    (found, *_) = by_rule(jax.grad(lambda x, w: layer(x, w).sum()), X, W)
+    assert not found[0] and "gradient" in found[1]
+    monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
+    ((fused, reason),) = by_rule(layer, X, W)
+    assert not fused and "AVX-512" in reason
+
+
+def test_on_a_gpu_it_is_cudnns():
+    with zenith.configured(platform="cuda"):
+        (site,) = zenith.explain(layer)(X, W).refused
+    assert site.op == "conv" and "cuDNN" in site.reason

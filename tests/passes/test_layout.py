@@ -10,6 +10,8 @@ from numerics import assert_error_ratio, in_float64
 
 import zenith_jax as zenith
 
+pytestmark = pytest.mark.usefixtures("without_conv")
+
 
 def normal(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)

@@ -3,6 +3,7 @@
 from zenith_jax.ops import _lower as _lower  # registers the lowerings
 from zenith_jax.ops.activation import gelu, silu
 from zenith_jax.ops.attention import attention
+from zenith_jax.ops.conv import conv
 from zenith_jax.ops.cross_entropy import cross_entropy
 from zenith_jax.ops.gated import gated_activation, gated_activation_of_halves
 from zenith_jax.ops.gated_linear import gated_linear
@@ -19,6 +20,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "conv",
     "cross_entropy",
     "gated_activation",
     "gated_activation_of_halves",

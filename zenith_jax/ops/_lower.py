@@ -137,7 +137,7 @@ def _broadcast_batches(kernel: Kernel, operands: Sequence[Any], partitions: int)
         return x
 
     return [
-        broadcast(x) if spec.optional and not is_absent(x) else x
+        broadcast(x) if spec.optional and spec.batched and not is_absent(x) else x
         for spec, x in zip(kernel.signature.operands, operands, strict=True)
     ]
 
@@ -147,7 +147,7 @@ def _flatten_shared(kernel: Kernel, operands: Sequence[Any], partitions: int) ->
     rank = kernel.signature.batch_rank([x.shape for x in operands])
 
     def is_shared(spec: Spec, x: Any) -> bool:
-        return rank > 1 and spec.optional and not is_absent(x) and all(n == 1 for n in x.shape[:rank])
+        return rank > 1 and spec.optional and spec.batched and not is_absent(x) and all(n == 1 for n in x.shape[:rank])
 
     def flattened(x: Any) -> Any:
         sharding = _compat.explicit_sharding(jax.typeof(x))

@@ -457,6 +457,11 @@ def widened(x: Any) -> Any:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def summed_to(x: Any, shape: tuple[int, ...]) -> Any:
+    """x, summed over the axes along which an operand of `shape` was repeated."""
+    return jnp.sum(x, [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True)
+
+
 def as_batches(x: Any, inner: int) -> Any:
     """x with at least two batch dimensions before its last `inner` dimensions."""
     missing = max(0, 2 + inner - x.ndim)

@@ -26,6 +26,7 @@ from zenith_jax.ops._op import (
     is_absent,
     is_zero,
     kernel,
+    summed_to,
     widened,
 )
 from zenith_jax.ops.activation import FORMULAS, KERNELS
@@ -141,11 +142,6 @@ def weights_cotangent(x: Any, w: Any, dy: Any, layout: str) -> Any:
     return in_panels(found, x.shape[-1], "rows") if layout == "panels" else found
 
 
-def _summed_to(x: Any, shape: tuple[int, ...]) -> Any:
-    """x, summed over the axes along which an operand of `shape` was repeated."""
-    return jnp.sum(x, [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True)
-
-
 def _derivatives(activation: str, pre: Any, dy: Any) -> Any:
     _, vjp = jax.vjp(FORMULAS[activation], widened(pre))
     return vjp(widened(dy))[0]
@@ -221,7 +217,7 @@ def _backward(operands, results, cotangents, needed, *, activation, layout):
     if 2 in needed:
         cotangent[2] = (jnp.sum(widened(dpre), batch) if dbias is None else dbias).astype(bias.dtype)
     if 3 in needed:
-        cotangent[3] = _summed_to(dy, residual.shape)
+        cotangent[3] = summed_to(dy, residual.shape)
     return cotangent
 
 

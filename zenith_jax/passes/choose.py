@@ -11,9 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from zenith_jax import native
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ops._op import check_kernel_dtype
 from zenith_jax.ops.attention_kernels import unsupported as attention_unsupported
+from zenith_jax.ops.conv import unsupported as conv_unsupported
 from zenith_jax.ops.gated_linear import unsupported as gated_linear_unsupported
 from zenith_jax.ops.group_norm import unsupported as group_norm_unsupported
 from zenith_jax.ops.linear import unsupported as linear_unsupported
@@ -150,11 +152,32 @@ def _cpu_paged_attention(case: dict[str, Any], differentiated: bool) -> Refusal 
     return None
 
 
+# float32, ms, XLA with channels last / ours, with bias and relu (AMD EPYC, AVX-512, two cores, jax 0.10.2, 2026-11-26):
+# 1 x 224 x 224 of 3 to 64 by 7 x 7, stride 2, 2.9 / 1.46; 56 x 56, 64 to 64 by 1 x 1 0.34 / 0.21, by 3 x 3 2.6 / 1.2;
+# 28 x 28, 128 to 128 by 3 x 3 1.3 / 1.2; all of ResNet-50's in docs/kernels/convolution_cpu.md. 64 x 28 x 28, 1 to 32
+# by 3 x 3 with a 2 x 2 maximum 0.65 / 0.91; 64 x 14 x 14, 32 to 64, 2.66 / 2.58. Fewer products and features than
+# these are not measured.
+_CPU_CONV_PRODUCTS, _CPU_CONV_DEPTH, _CPU_CONV_FEATURES = 1 << 22, 32, 16
+
+
 def _cpu_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     if differentiated:
         return refuse("XLA keeps what the gradient needs as it is on the CPU")
     if not 1 < case["rows"] <= CPU_LINEAR_ROWS:
         return refuse("XLA's product of {rows} rows is as fast on the CPU", rows=case["rows"])
+    return None
+
+
+def _cpu_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    if differentiated:
+        return refuse("XLA keeps what the gradient needs as it is on the CPU")
+    if native.instruction_set() != "avx512":
+        return refuse("the kernel is measured with AVX-512 only, which this CPU has not")
+    if case["k"] < _CPU_CONV_DEPTH or case["n"] < _CPU_CONV_FEATURES:
+        return refuse("XLA's convolution is as fast for sums of {k} terms to {n} features", k=case["k"], n=case["n"])
+    products = case["pixels"] * case["k"] * case["n"]
+    if products < _CPU_CONV_PRODUCTS:
+        return refuse("XLA's convolution is as fast for {n} products on the CPU", n=products)
     return None
 
 
@@ -422,6 +445,7 @@ def _cuda_quantized_linear(case: dict[str, Any], differentiated: bool) -> Refusa
 RULES: dict[tuple[str, str], Callable[[dict[str, Any], bool], Refusal | None]] = {
     ("cpu", "attention"): _cpu_attention,
     ("cpu", "paged_attention"): _cpu_paged_attention,
+    ("cpu", "conv"): _cpu_conv,
     ("cpu", "linear"): _cpu_linear,
     ("cpu", "quantized_linear"): _cpu_quantized_linear,
     ("cpu", "gelu_erf"): _cpu_activation,
@@ -507,6 +531,10 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
     if match.op in ("linear", "gated_linear"):
         of_op = linear_unsupported if match.op == "linear" else gated_linear_unsupported
         unsupported = of_op(platform, dtype=case["dtype"], w_dtype=case["dtype"], k=case["k"], n=case["n"])
+        if unsupported is not None:
+            return unsupported
+    if match.op == "conv":
+        unsupported = conv_unsupported(platform, case["dtype"])
         if unsupported is not None:
             return unsupported
     if match.op == "quantized_linear":

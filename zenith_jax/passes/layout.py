@@ -1,4 +1,5 @@
-"""Convolutions and pooling windows as XLA's CPU compiler computes them best: channels last, 1x1 as a matrix product.
+"""Convolutions that no kernel takes, and pooling windows, as XLA's CPU compiler computes them best: channels last, 1x1
+as a matrix product.
 
     conv(x[n, c, h, w], filter[o, i, kh, kw])  ->  transposes around  conv(x[n, h, w, c], filter[kh, kw, i, o])
     conv(x[n, h, w, c], filter[1, 1, i, o])    ->  x @ filter
@@ -25,11 +26,9 @@ from jax import lax
 from zenith_jax.ir._compat import JaxprEqn
 from zenith_jax.ir.graph import Graph
 from zenith_jax.passes.match import Match
+from zenith_jax.passes.match.conv import FILTERS, IMAGES, RANK
 
 _WINDOWS = {"reduce_window_max", "reduce_window_min", "reduce_window_sum"}
-_RANK = 4  # images; other ranks are not measured
-_IMAGES = ((0, 1, 2, 3), (0, 3, 1, 2))  # NCHW and NHWC, as JAX's (batch, channel, *spatial)
-_FILTERS = ((0, 1, 2, 3), (3, 2, 0, 1))  # OIHW and HWIO, as (out, in, *spatial)
 # Rows of the product up to which a larger filter is one too, of shifted images side by side, and the least number of
 # terms: 7 x 7, 512 to 512 by 3 x 3, 3.4 / 1.5 ms, of eight images 12.2 / 9.7; 14 x 14, 256 to 256, 1.37 / 1.44.
 _SHIFTED_ROWS, _SHIFTED_TERMS = 512, 4096
@@ -64,13 +63,13 @@ def _convolution(eqn: JaxprEqn) -> Match | None:
         params["feature_group_count"] == params["batch_group_count"] == 1
         and all(d == 1 for d in params["lhs_dilation"])
         and x.dtype == w.dtype == y.dtype == jnp.float32
-        and x.ndim == _RANK
+        and x.ndim == RANK
         and min(x.size, w.size, y.size) > 0
     )
     if not is_plain:
         return None
     x_spec, w_spec, y_spec = (tuple(s) for s in params["dimension_numbers"])
-    if x_spec not in _IMAGES or y_spec not in _IMAGES or w_spec not in _FILTERS:
+    if x_spec not in IMAGES or y_spec not in IMAGES or w_spec not in FILTERS:
         return None  # those of gradients: with channels last some took longer, 29 against 23 ms
     is_product = _is_product([w.shape[d] for d in w_spec], [y.shape[d] for d in y_spec], params)
     if not is_product and _last(x_spec) == _last(y_spec) == (0, 1, 2, 3) == (*w_spec[2:], w_spec[1], w_spec[0]):
@@ -168,7 +167,7 @@ def _window(eqn: JaxprEqn) -> Match | None:
         low or high for low, high in eqn.params["padding"][:2]
     )
     dilates = any(d != 1 for d in eqn.params["base_dilation"])
-    if x.ndim != _RANK or moves or dilates or size[2:] == (1, 1) or x.dtype != jnp.float32 or not min(x.size, y.size):
+    if x.ndim != RANK or moves or dilates or size[2:] == (1, 1) or x.dtype != jnp.float32 or not min(x.size, y.size):
         return None
     params = {k: tuple(map(tuple, v)) if k == "padding" else v for k, v in eqn.params.items()}
     return _match(eqn, _window_last, primitive=eqn.primitive, params=tuple(params.items()))

@@ -2,8 +2,9 @@
 
 None: this is nothing like the pattern. Refusal: it began to look like it; the reason goes into the report.
 `MATCHERS` lists them in the order in which they claim equations: attention before the softmax inside it, and over pages
-before over their gathered copy; a linear layer, gated or not, and a norm before their activation, and batch norm before
-the layer that it is folded into. The scale and bias of integer weights are no batch norm.
+before over their gathered copy; a linear layer, gated or not, and a norm before their activation, a convolution with
+the batch norm after it, and batch norm before the layer that it is folded into. The scale and bias of integer weights
+are no batch norm.
 """
 
 from zenith_jax.passes.match import (
@@ -32,13 +33,13 @@ MATCHERS = (
     norm.match,
     quantized_linear.match,
     rope.match,
+    conv.match,
     batch_norm.match,
     gated_linear.match,
     linear.match,
     activation.match,
     softmax.match,
     grouped_conv.match,
-    conv.match,
 )
 
 __all__ = ["MATCHERS", "Match"]

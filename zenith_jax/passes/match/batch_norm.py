@@ -45,16 +45,73 @@ class _Step:
     constant: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """What is computed of the channels of a convolution's or product's result, `features` those of its weights.
+
+    leaves: what is multiplied and what steps take, by number. inner: up to the last step, whose result is `result`.
+    """
+
+    steps: tuple[_Step, ...]
+    leaves: tuple[Atom, ...]
+    inner: tuple[JaxprEqn, ...]
+    result: Var
+    channel: int  # of `result`
+    features: int
+
+    def is_scaled(self) -> bool:
+        return any(s.primitive in ("mul", "div") or s.reversed for s in self.steps)
+
+
 def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     """`eqn` is the convolution or the product."""
+    found = read(graph, eqn)
+    if found is None:
+        return None
+    is_product = eqn.primitive.name == "dot_general"
+    vectors = [s.primitive in ("mul", "div") for s in found.steps if s.leaf is not None]
+    if not any(vectors) or (is_product and all(vectors)):
+        return None
+    if graph.escapes(found.inner, [found.result]) is not None:
+        reason = "the {what}'s result, before its channels are scaled, is used elsewhere"
+        return refuse(reason, what=_name(eqn), depth=2)
+    x, w = eqn.invars
+    if not all(is_float(a.aval.dtype) for a in found.leaves):
+        return None
+    if w.aval.dtype == jnp.float16:
+        return refuse("weights that are multiplied by 1 / sqrt(variance) can leave the range of float16", depth=2)
+    if any(graph.depends_on([leaf], eqn.outvars[0]) for leaf in found.leaves):
+        return None
+    result = found.result
+    return Match(
+        op="batch_norm",
+        root=eqn,
+        results=(result,),
+        inner=found.inner,
+        leaves=found.leaves,
+        emit=emit,
+        static=(
+            ("channel", found.channel),
+            ("features", found.features),
+            ("params", tuple((n, _frozen(eqn.params[n])) for n in (_DOT_PARAMS if is_product else _CONV_PARAMS))),
+            ("dtype", result.aval.dtype.name),
+            ("shape", tuple(result.aval.shape)),
+            ("steps", found.steps),
+        ),
+        detail=f"{result.aval.shape[found.channel]} channels, folded into the {_name(eqn)} before it",
+        case=(("dtype", x.aval.dtype.name), ("size", result.aval.size), ("of", _name(eqn))),
+        yields=True,
+    )
+
+
+def read(graph: Graph, eqn: JaxprEqn) -> Scaled | None:
+    """`eqn` is the convolution or the product; there may be no step."""
     found = _channel(eqn)
     if found is None:
         return None
     channel, features = found
-    is_product = eqn.primitive.name == "dot_general"
     terms = Terms(graph)
-    x, w = eqn.invars
-    leaves: list[Atom] = [x, w]
+    leaves: list[Atom] = list(eqn.invars)
     steps: list[_Step] = []
     inner, pending = [eqn], []
     result = var = eqn.outvars[0]
@@ -80,37 +137,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         var = new
         if user.primitive.name in _ARITHMETIC:
             inner, pending, result, result_channel = [*inner, *pending], [], var, channel
-    vectors = [s.primitive in ("mul", "div") for s in steps if s.leaf is not None]
-    if not any(vectors) or (is_product and all(vectors)):
-        return None
-    if graph.escapes(inner, [result]) is not None:
-        reason = "the {what}'s result, before its channels are scaled, is used elsewhere"
-        return refuse(reason, what=_name(eqn), depth=2)
-    if not all(is_float(a.aval.dtype) for a in leaves):
-        return None
-    if w.aval.dtype == jnp.float16:
-        return refuse("weights that are multiplied by 1 / sqrt(variance) can leave the range of float16", depth=2)
-    if any(graph.depends_on([leaf], eqn.outvars[0]) for leaf in leaves):
-        return None
-    return Match(
-        op="batch_norm",
-        root=eqn,
-        results=(result,),
-        inner=tuple(inner),
-        leaves=tuple(leaves),
-        emit=emit,
-        static=(
-            ("channel", result_channel),
-            ("features", features),
-            ("params", tuple((n, _frozen(eqn.params[n])) for n in (_DOT_PARAMS if is_product else _CONV_PARAMS))),
-            ("dtype", result.aval.dtype.name),
-            ("shape", tuple(result.aval.shape)),
-            ("steps", tuple(steps)),
-        ),
-        detail=f"{result.aval.shape[result_channel]} channels, folded into the {_name(eqn)} before it",
-        case=(("dtype", x.aval.dtype.name), ("size", result.aval.size), ("of", _name(eqn))),
-        yields=True,
-    )
+    return Scaled(tuple(steps), tuple(leaves), tuple(inner), result, result_channel, features)
 
 
 def _channel(eqn: JaxprEqn) -> tuple[int, int] | None:
@@ -185,11 +212,20 @@ def emit(
     steps: tuple[_Step, ...],
 ):
     operands = (x, w, *vectors)
-    wide = jnp.result_type(dtype, jnp.float32, *operands)
-    # y = a * conv + b, after no step.
-    a, b = jnp.ones((w.shape[features],), wide), jnp.zeros((w.shape[features],), wide)
+    a, b = coefficients(steps, operands, w.shape[features], jnp.result_type(dtype, jnp.float32, *operands))
+    scaled = (w * _along_axis(a, features, w.ndim)).astype(w.dtype)
+    multiply = lax.conv_general_dilated if "window_strides" in dict(params) else lax.dot_general
+    y = multiply(x, scaled, **dict(params)).reshape(shape)
+    # In the convolution's own dtype, where that is wide enough: cuDNN then adds b in its epilogue.
+    y = y.astype(jnp.result_type(y.dtype, dtype)) if jnp.finfo(dtype).bits > jnp.finfo(y.dtype).bits else y
+    return ((y + _along_axis(b, channel, y.ndim).astype(y.dtype)).astype(dtype),)
+
+
+def coefficients(steps: tuple[_Step, ...], operands: tuple[Any, ...], count: int, dtype: Any) -> tuple[Any, Any]:
+    """(a, b), `count` of each: the steps make a * y + b of y."""
+    a, b = jnp.ones((count,), dtype), jnp.zeros((count,), dtype)
     for step in steps:
-        v = step.constant if step.leaf is None else arranged(operands[step.leaf], step.order).astype(wide)
+        v = step.constant if step.leaf is None else arranged(operands[step.leaf], step.order).astype(dtype)
         if step.primitive == "add":
             b = b + v
         elif step.primitive == "sub":
@@ -198,12 +234,7 @@ def emit(
             a, b = a * v, b * v
         else:
             a, b = a / v, b / v
-    scaled = (w * _along_axis(a, features, w.ndim)).astype(w.dtype)
-    multiply = lax.conv_general_dilated if "window_strides" in dict(params) else lax.dot_general
-    y = multiply(x, scaled, **dict(params)).reshape(shape)
-    # In the convolution's own dtype, where that is wide enough: cuDNN then adds b in its epilogue.
-    y = y.astype(jnp.result_type(y.dtype, dtype)) if jnp.finfo(dtype).bits > jnp.finfo(y.dtype).bits else y
-    return ((y + _along_axis(b, channel, y.ndim).astype(y.dtype)).astype(dtype),)
+    return a, b
 
 
 def _along_axis(v: Any, axis: int, rank: int) -> Any:
