@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import zenith_jax as zenith
 
@@ -160,6 +161,7 @@ class ResNetBlock(nn.Module):
         return nn.relu(x + y)
 
 
+@pytest.mark.usefixtures("without_conv")
 def test_resnet_block_has_no_site_in_training_and_else_its_batch_norms(rng):
     x = normal(rng, B, 4, 4, 3)
     for train in (False, True):

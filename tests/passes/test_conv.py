@@ -176,6 +176,11 @@ def test_the_rule_takes_it_where_it_was_measured(monkeypatch):
     assert by_rule(layer, X, W) == [(True, "")]
     ((fused, reason),) = by_rule(layer, X[:, :4, :4, :8], W[:, :, :8, :8])
     assert not fused and "XLA's convolution is as fast" in reason
+    pooled = lambda x, w: lax.reduce_window(layer(x, w), -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")  # noqa: E731
+    images = jnp.ones((64, 32, 32, 64))
+    assert by_rule(layer, images, W) == by_rule(pooled, X, W) == [(True, "")]
+    ((fused, reason),) = by_rule(pooled, images, W)
+    assert not fused and "the window behind it" in reason
     (found, *_) = by_rule(jax.grad(lambda x, w: layer(x, w).sum()), X, W)
     assert not found[0] and "gradient" in found[1]
     monkeypatch.setattr(native, "instruction_set", lambda: "avx2")

@@ -152,12 +152,13 @@ def _cpu_paged_attention(case: dict[str, Any], differentiated: bool) -> Refusal 
     return None
 
 
-# float32, ms, XLA with channels last / ours, with bias and relu (AMD EPYC, AVX-512, two cores, jax 0.10.2, 2026-11-26):
-# 1 x 224 x 224 of 3 to 64 by 7 x 7, stride 2, 2.9 / 1.46; 56 x 56, 64 to 64 by 1 x 1 0.34 / 0.21, by 3 x 3 2.6 / 1.2;
-# 28 x 28, 128 to 128 by 3 x 3 1.3 / 1.2; all of ResNet-50's in docs/kernels/convolution_cpu.md. 64 x 28 x 28, 1 to 32
-# by 3 x 3 with a 2 x 2 maximum 0.65 / 0.91; 64 x 14 x 14, 32 to 64, 2.66 / 2.58. Fewer products and features than
-# these are not measured.
-_CPU_CONV_PRODUCTS, _CPU_CONV_DEPTH, _CPU_CONV_FEATURES = 1 << 22, 32, 16
+# float32, ms, XLA with channels last / ours, with bias and relu: 1 x 8 x 8, 8 to 8 by 3 x 3 0.037 / 0.012; 28 x 28, 64
+# to 8 by 3 x 3 0.121 / 0.096; 56 x 56, 64 to 3 0.29 / 0.35; 224 x 224, 3 to 32, stride 2, 1.70 / 0.16; 7 x 7, 64 to 128
+# by 1 x 1 0.029 / 0.018; more, ResNet-50's too, in docs/kernels/convolution_cpu.md. With a 2 x 2 maximum, which XLA
+# computes along without an array between: 64 x 28 x 28, 1 to 32, 0.65 / 0.91 (alone 1.12 / 0.47); 64 x 14 x 14, 32 to
+# 64, 2.66 / 2.58, 1024 of them 77 / 95 (AMD EPYC, AVX-512, two cores, jax 0.10.2, 2026-11-26).
+_CPU_CONV_PRODUCTS, _CPU_CONV_DEPTH, _CPU_CONV_FEATURES = 1 << 18, 16, 8
+_CPU_CONV_WINDOW_RESULTS = 1 << 21  # 8 MiB
 
 
 def _cpu_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
@@ -175,6 +176,9 @@ def _cpu_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
         return refuse("the kernel is measured with AVX-512 only, which this CPU has not")
     if case["k"] < _CPU_CONV_DEPTH or case["n"] < _CPU_CONV_FEATURES:
         return refuse("XLA's convolution is as fast for sums of {k} terms to {n} features", k=case["k"], n=case["n"])
+    results = case["pixels"] * case["n"]
+    if case["in_window"] and results > _CPU_CONV_WINDOW_RESULTS:
+        return refuse("XLA computes the window behind it along, and never writes these {n} numbers", n=results)
     products = case["pixels"] * case["k"] * case["n"]
     if products < _CPU_CONV_PRODUCTS:
         return refuse("XLA's convolution is as fast for {n} products on the CPU", n=products)

@@ -62,10 +62,12 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     if refusal is not None:
         is_told = layers[-1].activation != "none" and batch_norm.match(graph, eqn) is None
         return refusal if is_told else None
+    user = graph.only_user(layers[-1].top)
+    in_window = user is not None and user.primitive.name.startswith("reduce_window")
     found: Match | None = None
     for layer in layers:
         if graph.escapes(layer.inner, [layer.top]) is None:
-            found = _build(eqn, layer, found)
+            found = _build(eqn, layer, found, in_window)
     return found
 
 
@@ -135,7 +137,7 @@ def _is_repeated(graph: Graph, residual: Atom) -> bool:
     return producer is not None and producer.primitive.name == "broadcast_in_dim"
 
 
-def _build(eqn: JaxprEqn, layer: Layer, simpler: Match | None) -> Match:
+def _build(eqn: JaxprEqn, layer: Layer, simpler: Match | None, in_window: bool) -> Match:
     params = eqn.params
     x_spec, w_spec, y_spec = (tuple(s) for s in params["dimension_numbers"])
     x, w = (a.aval for a in eqn.invars)
@@ -169,6 +171,7 @@ def _build(eqn: JaxprEqn, layer: Layer, simpler: Match | None) -> Match:
             ("k", w.size // max(1, w.shape[w_spec[0]])),
             ("n", w.shape[w_spec[0]]),
             ("parts", layer.parts),
+            ("in_window", in_window),
         ),
         simpler=simpler,
         yields=True,
