@@ -12,9 +12,14 @@
 
 #ifdef ZENITH_BACKEND_CUDA
 #include <cuda_runtime_api.h>
+#include <pthread.h>
+
+#include <stdexcept>
+#include <vector>
 #define ZENITH_MODULE _cuda
 #else
 #include "ffi/cpu/dispatch.h"
+#include "ffi/exchange.h"
 #define ZENITH_MODULE _cpu
 #endif
 
@@ -83,16 +88,18 @@ nb::dict DeviceInfo() {
   return info;
 }
 
-/// Writes the stream on which XLA runs its program into two words, the low one first. For who
-/// orders its own streams with XLA's: zenith_jax/ops/_lower.py, compute_stream.
+/// Writes the stream on which XLA runs its program, and the thread that launches it (pthread_self),
+/// into two words each, the low one first. For who orders its own streams with XLA's:
+/// zenith_jax/ops/_lower.py, compute_stream.
 ffi::Error ComputeStream(cudaStream_t stream, ffi::ResultBufferR1<ffi::U32> words) {
-  static_assert(sizeof(stream) == 2 * sizeof(uint32_t));
-  if (words->dimensions()[0] != 2) {
-    return ffi::Error::InvalidArgument("zenith_compute_stream: words must have 2 elements");
+  const uint64_t found[2] = {reinterpret_cast<uint64_t>(stream),
+                             static_cast<uint64_t>(pthread_self())};
+  if (words->size_bytes() != sizeof(found)) {
+    return ffi::Error::InvalidArgument("zenith_compute_stream: words must have 4 elements");
   }
-  // From pageable memory: the call returns when `stream` has been read.
+  // From pageable memory: the call returns when `found` has been read.
   const cudaError_t error =
-      cudaMemcpyAsync(words->typed_data(), &stream, sizeof(stream), cudaMemcpyHostToDevice, stream);
+      cudaMemcpyAsync(words->typed_data(), found, sizeof(found), cudaMemcpyHostToDevice, stream);
   return error == cudaSuccess ? ffi::Error::Success()
                               : ffi::Error::Internal(cudaGetErrorString(error));
 }
@@ -100,7 +107,43 @@ ffi::Error ComputeStream(cudaStream_t stream, ffi::ResultBufferR1<ffi::U32> word
 XLA_FFI_DEFINE_HANDLER(kComputeStream, ComputeStream,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                           .Ret<ffi::BufferR1<ffi::U32>>());  // words [2]
+                           .Ret<ffi::BufferR1<ffi::U32>>());  // words [4]
+
+/// The events of one thread, by device: one that two threads record means only the later one.
+struct Events {
+  std::vector<cudaEvent_t> of_device;
+
+  ~Events() {
+    for (cudaEvent_t event : of_device) {
+      if (event != nullptr) (void)cudaEventDestroy(event);  // fails where CUDA is gone before
+    }
+  }
+};
+
+/// Makes what is put into `waiting` from now on wait for what is in `awaited` until now. Streams of
+/// one device, as CUDA's handles.
+void WaitForStream(uintptr_t waiting, uintptr_t awaited, int device) {
+  if (waiting == awaited) return;
+  thread_local Events events;
+  int present = device;
+  cudaError_t error = cudaGetDevice(&present);
+  // Of handle 0 there is one in each device.
+  if (error == cudaSuccess && present != device) error = cudaSetDevice(device);
+  if (events.of_device.size() <= static_cast<size_t>(device)) events.of_device.resize(device + 1);
+  cudaEvent_t& event = events.of_device[device];
+  if (error == cudaSuccess && event == nullptr) {
+    error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  }
+  if (error == cudaSuccess) error = cudaEventRecord(event, reinterpret_cast<cudaStream_t>(awaited));
+  if (error == cudaSuccess) {
+    error = cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(waiting), event, 0);
+  }
+  if (present != device) (void)cudaSetDevice(present);
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("a stream cannot wait for another: ") +
+                             cudaGetErrorString(error));
+  }
+}
 
 nb::capsule ComputeStreamTarget() { return nb::capsule(reinterpret_cast<void*>(kComputeStream)); }
 
@@ -119,6 +162,7 @@ NB_MODULE(ZENITH_MODULE, m) {
     if (kernels != nullptr) instruction_sets.append(kernels->isa);
   }
   m.attr("instruction_sets") = nb::tuple(instruction_sets);  // the best first, which is used
+  zenith::DefineExchange(m);
 #else
   m.attr("cuda_version") = CUDART_VERSION;
   m.def("driver_version", &zenith::DriverVersion,
@@ -126,5 +170,7 @@ NB_MODULE(ZENITH_MODULE, m) {
   m.def("device_info", &zenith::DeviceInfo, "The CUDA devices, or why there are none.");
   m.def("compute_stream_target", &zenith::ComputeStreamTarget,
         "Capsule of a handler that says on which stream XLA runs.");
+  m.def("wait_for_stream", &zenith::WaitForStream, nb::arg("waiting"), nb::arg("awaited"),
+        nb::arg("device"), "What comes into one stream waits for what is in another.");
 #endif
 }

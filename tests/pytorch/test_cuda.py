@@ -127,6 +127,25 @@ def test_jax_says_on_which_stream_it_computes():
     assert list(inlet.known) == [(x.data_ptr(), x.shape)]
 
 
+def test_calls_are_repeated_and_results_come_in_order():
+    """Of a program that takes milliseconds: what torch does next waits for it, the caller does not."""
+    module = torch.nn.Sequential(*(torch.nn.Linear(4096, 4096) for _ in range(8))).bfloat16()
+    fast = compiled(module)
+    inputs = [torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    expected = []
+    for x in inputs:
+        y = fast(x)
+        torch.cuda.synchronize()
+        expected.append(y.float().sum())
+    assert fast._engine.repeated is not None and fast._engine.repeated.stream is not None
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            sums = [fast(x).float().sum() for x in inputs * 4]  # results are let go of while they are read
+        torch.cuda.synchronize()
+        assert sums == expected * 4
+
+
 def test_the_backend_of_torch_compile():
     module = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.SiLU(), torch.nn.Linear(128, 64)).eval().cuda()
     from zenith_jax.frontends.torch import dynamo

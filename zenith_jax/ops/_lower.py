@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools as ft
 import logging
 import string
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,19 +59,32 @@ def unavailable(platform: str) -> Refusal | None:
 
 
 @ft.cache
+def _launch(device: Any) -> tuple[int, bool] | None:
+    module = native.module("cuda")
+    make_target = getattr(module, "compute_stream_target", None)
+    if make_target is None or not hasattr(module, "wait_for_stream"):  # a development build from before
+        return None
+    jax.ffi.register_ffi_target("zenith_compute_stream", make_target(), platform=native.PLATFORMS["cuda"])
+    call = jax.ffi.ffi_call("zenith_compute_stream", jax.ShapeDtypeStruct((4,), jnp.uint32))
+    words = np.asarray(jax.jit(call, out_shardings=jax.sharding.SingleDeviceSharding(device))()).tolist()
+    stream, thread = (high << 32 | low for low, high in (words[:2], words[2:]))
+    return stream, thread == threading.get_ident()
+
+
 def compute_stream(device: Any) -> int | None:
     """The CUDA stream on which JAX's programs run on a GPU; None where the native module is not there to say.
 
     PjRt has one for each device, but for threads that ask for another (`_compat.execution_stream_id`).
     """
-    module = native.module("cuda")
-    make_target = getattr(module, "compute_stream_target", None)  # None: a development build from before
-    if make_target is None:
-        return None
-    jax.ffi.register_ffi_target("zenith_compute_stream", make_target(), platform=native.PLATFORMS["cuda"])
-    call = jax.ffi.ffi_call("zenith_compute_stream", jax.ShapeDtypeStruct((2,), jnp.uint32))
-    low, high = np.asarray(jax.jit(call, out_shardings=jax.sharding.SingleDeviceSharding(device))())
-    return int(high) << 32 | int(low)
+    launch = _launch(device)
+    return launch[0] if launch is not None else None
+
+
+def is_launched_by_caller(device: Any) -> bool:
+    """Whether all of a program is in `compute_stream` when its call returns, as with jax 0.11.2: the thread that calls
+    puts it there. False where another thread does, or where that is not known."""
+    launch = _launch(device)
+    return launch is not None and launch[1]
 
 
 # The call would have the sizes as one more operand, which the sharding rule does not count, and attributes that are

@@ -17,7 +17,7 @@ from zenith_jax.frontends.torch.capture import Alias, Constant, Fresh
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.frontends.torch.module import Engine, all_axes
 from zenith_jax.frontends.torch.program import ordinal
-from zenith_jax.frontends.torch.tensors import WIDE, Inlet, inlet_of, order_after_torch, to_torch
+from zenith_jax.frontends.torch.tensors import WIDE, Inlet, Outlet, inlet_of, order_after_torch
 from zenith_jax.ops._lower import compute_stream
 
 _64_BITS = (torch.int64, *WIDE)
@@ -52,11 +52,12 @@ def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
 
     is_single = captured.spec.is_leaf() and len(captured.outputs) == 1 and captured.outputs[0] == Fresh(0)
     gpu = ordinal(program)
+    outlet = Outlet(program.inlets[0].device, captured.dtypes)
 
     def restore(results: Any) -> Any:
         if is_single and isinstance(results, jax.Array):
-            return to_torch(results, captured.dtypes[0], gpu)
-        flat = [to_torch(r, d, gpu) for r, d in zip(jax.tree.leaves(results), captured.dtypes, strict=True)]
+            return outlet([results])[0]
+        flat = outlet(jax.tree.leaves(results))
         leaves: list[Any] = []
         for output in captured.outputs:
             assert not isinstance(output, Alias)  # refused above

@@ -17,6 +17,7 @@ from zenith_jax.frontends.torch import require
 from zenith_jax.frontends.torch.errors import TorchError, warn_fallback
 from zenith_jax.frontends.torch.module import Engine
 from zenith_jax.frontends.torch.program import Executable
+from zenith_jax.frontends.torch.repeated import MISSED, Repeated, after
 from zenith_jax.frontends.torch.weights import Changed
 
 _OPTIONS = {"strict": False, "frozen": False}
@@ -72,12 +73,17 @@ class _Graph:
         self.module: _WithWeights | None = None
         self.is_fixed = all(_has_fixed_shape(self.values[i]) for i in self.input_positions)
         self.executable: Executable | None = None
+        self.repeated: Repeated | None = None
 
     def __call__(self, *args: Any) -> Any:
+        if self.repeated is not None:
+            result = self.repeated(args)
+            if result is not MISSED:
+                return result
         if self.module is None:
             # Not before the first call: an export while Dynamo compiles this frame would add to its guards.
             module = _WithWeights(self, args)
-            self.engine = Engine(module, module, dynamic=self._axes, frozen=self.frozen)
+            self.engine = Engine(module, module, dynamic=self._axes, frozen=self.frozen, repeats=False)
             self.module = module
         if not self.frozen:
             self.module.follow(args)
@@ -85,18 +91,28 @@ class _Graph:
         try:
             if self.executable is not None:
                 try:
-                    return self.executable(inputs, frozen=self.frozen)
+                    result = self.executable(inputs, frozen=self.frozen)
+                    self._repeat(args)
+                    return result
                 except Changed:
-                    self.executable = None
+                    self.executable = self.repeated = None
             result = self.engine(inputs, {})
             if self.is_fixed and len(self.engine.ready) == 1:  # by Dynamo's guards: there is nothing to look up
                 (self.executable,) = self.engine.ready.values()
+                self._repeat(args)
             return result
         except TorchError as error:
             if self.strict:
                 raise
             warn_fallback("a graph of torch.compile", str(error))
             return self.graph_module(*args)
+
+    def _repeat(self, args: tuple[Any, ...]) -> None:
+        """Makes the next call like this one a short one."""
+        if self.executable is not None and all(type(args[i]) is torch.Tensor for i in self.input_positions):
+            self.repeated = after(
+                self.executable, args, self.input_positions, weights=self.weight_positions, frozen=self.frozen
+            )
 
     def _axes(self, tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
         """The axes whose sizes are symbols in Dynamo's own trace."""

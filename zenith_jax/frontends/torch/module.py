@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from zenith_jax.frontends.torch.capture import capture
 from zenith_jax.frontends.torch.errors import TorchError, warn_fallback
 from zenith_jax.frontends.torch.program import Executable, Program
+from zenith_jax.frontends.torch.repeated import MISSED, Repeated, after
 from zenith_jax.frontends.torch.weights import Changed, finder
 from zenith_jax.report import Report
 
@@ -24,6 +25,7 @@ class Engine:
     """Calls of one module: each is looked up by its structure, dtypes, sizes and the state of torch that it depends on.
 
     dynamic: a function from the tensors to the axes of each whose size may differ in later calls.
+    repeats: calls like the latest take the short way of repeated.py.
     """
 
     def __init__(
@@ -33,12 +35,15 @@ class Engine:
         *,
         dynamic: Callable[[Sequence[torch.Tensor]], Sequence[Sequence[int]]],
         frozen: bool = False,
+        repeats: bool = True,
     ):
         self.module, self.function, self.dynamic, self.frozen = module, function, dynamic, frozen
+        self.repeats = repeats
         self.reset()
 
     def reset(self) -> None:
         """Forgets every program."""
+        self.repeated: Repeated | None = None
         self.ready: dict[Any, Executable] = {}
         self.programs: dict[Any, list[Program]] = {}
         self.refused: dict[Any, str] = {}
@@ -47,6 +52,10 @@ class Engine:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's return value. Raises TorchError where it does not run in JAX."""
+        if self.repeated is not None and not kwargs:
+            result = self.repeated(args)
+            if result is not MISSED:
+                return result
         tensors, structure = _flatten(args, kwargs)
         training = () if self.frozen else tuple([m.training for m in self.modules])
         key = (structure, tuple([(t.dtype, t.device, t.shape) for t in tensors]), _autocast(tensors), training)
@@ -54,11 +63,15 @@ class Engine:
         if executable is None:
             executable = self._prepared(key, tensors, args, kwargs)
         try:
-            return executable(tensors, frozen=self.frozen)
+            result = executable(tensors, frozen=self.frozen)
         except Changed:
             with _exporting:
                 self.reset()
             return self._prepared(key, tensors, args, kwargs)(tensors)
+        if self.repeats and not kwargs and all(type(x) is torch.Tensor for x in args):
+            modules = () if self.frozen else self.modules
+            self.repeated = after(executable, args, range(len(args)), modules=modules, frozen=self.frozen)
+        return result
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """The program for calls like this one, not yet compiled."""

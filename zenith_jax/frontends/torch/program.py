@@ -19,7 +19,7 @@ from zenith_jax.frontends.onnx import OnnxModel, load
 from zenith_jax.frontends.onnx.errors import OnnxError
 from zenith_jax.frontends.torch.capture import Alias, Captured, Constant, Fresh, NotDynamicError, to_onnx
 from zenith_jax.frontends.torch.errors import TorchError
-from zenith_jax.frontends.torch.tensors import Inlet, is_wide, order_after_torch, to_torch
+from zenith_jax.frontends.torch.tensors import Inlet, Outlet, is_wide, order_after_torch
 from zenith_jax.frontends.torch.weights import Place, Weights
 from zenith_jax.ir import _compat
 from zenith_jax.ops._lower import compute_stream
@@ -223,6 +223,7 @@ class Executable:
         self.ordinal = ordinal(program)
         self.bound: list[jax.Array] = []
         self.arrays: list[jax.Array] = []
+        self.repeated: tuple[Any, Any] | None = None  # see repeated.py: `run` then, and a Repeated or None
         self.dtypes = program.captured.dtypes
         self.fresh_count = len(self.dtypes) - len(program.captured.written)
         self.is_plain = not program.captured.written and all(isinstance(o, Fresh) for o in program.captured.outputs)
@@ -231,6 +232,7 @@ class Executable:
         self.is_single = self.is_plain and self.spec.is_leaf()
         self.is_tuple = self.is_plain and self.spec == pytree.tree_structure((0,) * len(self.order))
         self.stream = None if self.ordinal is None else compute_stream(self.inlets[0].device)
+        self.outlet = Outlet(self.inlets[0].device, self.dtypes)
         self.to_clone: frozenset[int] | None = None
 
     @ft.cached_property
@@ -252,16 +254,18 @@ class Executable:
         results = self.run(inputs)
         if self.to_clone is None:
             self.to_clone = _forwarded(results, (*self.bound, *inputs))
-        fresh = [to_torch(r, d, self.ordinal) for r, d in zip(results, self.dtypes, strict=True)]
+        fresh = self.outlet(results)
         for i in self.to_clone:
             fresh[i] = fresh[i].clone()
+        return self.packed(fresh) if self.is_plain else self._assembled(fresh, tensors)
+
+    def packed(self, fresh: list[torch.Tensor]) -> Any:
+        """The return value of a plain program, of its results."""
         if self.is_single:
             return fresh[0]
         if self.is_tuple:
             return tuple([fresh[i] for i in self.order])
-        if self.is_plain:
-            return pytree.tree_unflatten([fresh[i] for i in self.order], self.spec)
-        return self._assembled(fresh, tensors)
+        return pytree.tree_unflatten([fresh[i] for i in self.order], self.spec)
 
     def _bind(self, weights: list[jax.Array]) -> None:
         """Makes `run`, inputs -> results with these weights: past JAX's checks of arguments, which were made before, by

@@ -11,6 +11,7 @@ import ctypes
 import functools as ft
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ import torch
 from jax import lax
 from torch.utils.dlpack import to_dlpack
 
+from zenith_jax.frontends.torch import exchange
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.ir import _compat
+from zenith_jax.ops._lower import compute_stream, is_launched_by_caller
 
 _INT32 = torch.iinfo(torch.int32)
 WIDE = (torch.float64, torch.complex128)
@@ -181,7 +184,9 @@ def _current_stream(index: int) -> Any:
 
 
 def _wait(stream: int, index: int) -> None:
-    """The stream waits for what torch's current one has to do: 4 us (H100, torch 2.11, 2026-11-26)."""
+    """The stream waits for what torch's current one has to do."""
+    if (wait_for_stream := exchange.wait_for_stream()) is not None:
+        return wait_for_stream(stream, torch._C._cuda_getCurrentRawStream(index), index)
     waits = _in_thread.waits.get(stream)
     if waits is None:
         with torch.cuda.device(index):
@@ -245,15 +250,54 @@ def shares_memory(tensor: torch.Tensor, array: jax.Array) -> bool:
 _LEGACY_DEFAULT_STREAM = 1  # as DLPack numbers it, where CUDA and torch say 0
 
 
-def to_torch(array: jax.Array, dtype: torch.dtype, gpu: int | None) -> torch.Tensor:
-    """The array's memory as a tensor; a copy only where torch has a 64-bit type for it.
+class Outlet:
+    """How results of a program on one device become tensors; in place but for torch's 64-bit types."""
 
-    gpu: the number of its device, of which torch's current stream waits for the array; None on the CPU.
-    """
-    if gpu is None:
-        array.block_until_ready()
+    def __init__(self, device: Any, dtypes: Sequence[torch.dtype]):
+        self.dtypes = list(dtypes)
+        self.gpu = device.local_hardware_id if device.platform == "gpu" else None
+        # Of programs whose results are there when what is in it now has been done.
+        self.stream = compute_stream(device) if self.gpu is not None and is_launched_by_caller(device) else None
+        self.wait: Any = exchange.wait_for_stream()
+        self.is_converted = False
+        self.made: dict[tuple[Any, ...], list[Any]] = {}  # by the results' shapes: for each its native outlet
+
+    def __call__(self, arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
+        """Tensors in the memory of the arrays, which torch's current stream waits for.
+
+        The arrays are the results of one call that this thread has made, in the order of `dtypes`.
+        """
+        shapes = tuple([a.shape for a in arrays])
+        outlets = self.made.get(shapes)
+        if outlets is None:
+            outlets = self.made[shapes] = [exchange.outlet(a) for a in arrays]
+            self.is_converted = any(jax_dtype(d) != a.dtype for d, a in zip(self.dtypes, arrays, strict=True))
+        stream = self.stream
+        if self.gpu is None:
+            for array in arrays:
+                array.block_until_ready()
+        elif stream is not None and not _compat.execution_stream_id():
+            self.wait(torch._C._cuda_getCurrentRawStream(self.gpu), stream, self.gpu)
+        else:
+            return [self._by_capsule(a, d) for a, d in zip(arrays, self.dtypes, strict=True)]
+        return [
+            self._by_capsule(a, d) if outlet is None else _as(outlet.tensor(a.unsafe_buffer_pointer(), a), d)
+            for outlet, a, d in zip(outlets, arrays, self.dtypes, strict=True)
+        ]
+
+    def native(self) -> list[Any] | None:
+        """The native outlets of the latest results, where all of them have one and are what torch takes for them."""
+        if len(self.made) != 1:
+            return None
+        (outlets,) = self.made.values()
+        return None if None in outlets or self.is_converted else outlets
+
+    def _by_capsule(self, array: jax.Array, dtype: torch.dtype) -> torch.Tensor:
         stream = None
-    else:
-        stream = torch._C._cuda_getCurrentRawStream(gpu) or _LEGACY_DEFAULT_STREAM
-    tensor = torch._C._from_dlpack(_compat.dlpack_of_array(array, stream))
+        if self.gpu is not None:
+            stream = torch._C._cuda_getCurrentRawStream(self.gpu) or _LEGACY_DEFAULT_STREAM
+        return _as(torch._C._from_dlpack(_compat.dlpack_of_array(array, stream)), dtype)
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

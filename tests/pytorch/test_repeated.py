@@ -1,0 +1,175 @@
+"""Calls like an earlier one take a short way, and only these: whatever has changed is seen."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+import zenith_jax as zenith
+from zenith_jax.frontends.torch import dynamo, exchange
+from zenith_jax.frontends.torch.repeated import MISSED
+
+pytestmark = pytest.mark.skipif(exchange.watch() is None, reason="torch before 2.10 has no C exchange API")
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) * 2
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return zenith.torch.compile(Small().eval(), dynamic=False, strict=True)
+
+
+def is_repeated(fast, *args):
+    repeated = fast._engine.repeated
+    return repeated is not None and repeated(args) is not MISSED
+
+
+def check(fast, x):
+    torch.testing.assert_close(fast(x), fast.module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_second_call_is_short_whatever_tensors_come_in_turn(fast):
+    tensors = [torch.randn(4, 8) for _ in range(5)]
+    for x in tensors * 2:
+        check(fast, x)
+    assert all(is_repeated(fast, x) for x in tensors)
+    tensors[0].mul_(3)  # the same memory, other values
+    check(fast, tensors[0])
+
+
+def test_other_inputs_take_the_usual_way(fast):
+    x = torch.randn(8, 8)
+    check(fast, x)
+    assert is_repeated(fast, x)
+    for other in (x.t(), torch._neg_view(x), x[:4], x.double(), torch.nn.Parameter(x.clone()), x.to_sparse(), x[None]):
+        assert not is_repeated(fast, other)
+    assert not is_repeated(fast) and not is_repeated(fast, x, x) and not is_repeated(fast, 3)
+    check(fast, x.t())
+    check(fast, torch._neg_view(x))
+    check(fast, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_repeated(fast, x)
+        assert fast(x).dtype == fast.module(x).dtype
+    check(fast, x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_change_are_seen(frozen):
+    module = Small().eval()
+    fast = zenith.torch.compile(module, dynamic=False, strict=True, frozen=frozen)
+    x = torch.randn(4, 8)
+    check(fast, x)
+    assert is_repeated(fast, x)
+    module.linear.weight.mul_(2)
+    check(fast, x)
+    if frozen:
+        return
+    for change in (
+        lambda: setattr(module.linear, "weight", torch.nn.Parameter(torch.randn(8, 8))),
+        lambda: setattr(module.norm.bias, "data", torch.randn(8)),
+        lambda: module.load_state_dict({k: torch.randn_like(v) for k, v in module.state_dict().items()}, assign=True),
+    ):
+        change()
+        assert not is_repeated(fast, x)
+        check(fast, x)
+        check(fast, x)
+        assert is_repeated(fast, x)
+    module.norm.train()
+    assert not is_repeated(fast, x)
+
+
+def test_the_backend_repeats_and_sees_replaced_weights(monkeypatch):
+    module = Small().eval()
+    seen = []
+
+    def backend(graph_module, inputs):
+        seen.append(dynamo.zenith(graph_module, inputs, options=dict(strict=True)))
+        return seen[-1]
+
+    fast = torch.compile(module, backend=backend)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), module(x), rtol=1e-4, atol=1e-5)
+    (graph,) = seen
+    assert len(graph.weight_positions) == 4 and graph.repeated.count == 5
+    with monkeypatch.context() as patch:  # what the usual way begins with
+        patch.setattr(graph, "module", None)
+        patch.setattr(dynamo, "_WithWeights", None)
+        torch.testing.assert_close(fast(x), module(x), rtol=1e-4, atol=1e-5)
+    module.linear.weight = torch.nn.Parameter(torch.randn(8, 8))
+    module.norm.bias.add_(1)
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_results_keep_their_memory(fast):
+    x = torch.randn(4, 8)
+    kept = [fast(x * i) for i in range(8)]
+    views = [k[1:] for k in kept]
+    expected = [fast.module(x * i)[1:] for i in range(8)]
+    del kept
+    gc.collect()
+    for _ in range(8):
+        fast(torch.randn(4, 8))
+    torch.testing.assert_close(views, expected, rtol=1e-4, atol=1e-5)
+    thread = threading.Thread(target=views.clear)  # results die on any thread
+    thread.start()
+    thread.join()
+
+
+def test_a_module_that_holds_what_was_compiled_of_it_is_collected():
+    module = Small().eval()
+    x = torch.randn(4, 8)
+    module.__dict__["fast"] = fast = zenith.torch.compile(module, dynamic=False, strict=True)
+    fast(x)
+    assert is_repeated(fast, x)
+    dead = weakref.ref(module.linear)
+    del module, fast
+    gc.collect()
+    assert dead() is None
+
+
+def test_without_the_interface_every_call_takes_the_usual_way(monkeypatch):
+    monkeypatch.setattr(exchange, "_exchange", lambda: None)
+    fast = zenith.torch.compile(Small().eval(), dynamic=False, strict=True)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        check(fast, x)
+    assert fast._engine.repeated is None
+
+
+def test_another_version_of_the_interface_is_refused():
+    from zenith_jax import native
+
+    with pytest.raises(ValueError, match="version 1 of DLPack"):
+        native.module("cpu").Exchange(torch.Tensor, _capsule_of_version(7))
+
+
+def _capsule_of_version(major):
+    import ctypes
+
+    memory = (ctypes.c_uint64 * 8)(major)
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    capsule = new(ctypes.addressof(memory), b"dlpack_exchange_api", None)
+    _capsule_of_version.kept = memory
+    return capsule

@@ -1,0 +1,155 @@
+# pyright: reportMissingImports=false
+"""A call like an earlier one, past all that need not be looked at again.
+
+A call costs tens of microseconds of Python beside the program: the key that finds it, each weight, arrays for the
+inputs, tensors for the results. The second call of the same tensors' memory needs none of that if nothing has changed,
+which the native module finds out in 1 to 2 us (`exchange.watch`). Whatever it does not know for certain is `MISSED`,
+and goes the usual way, `module.Engine` and `program.Executable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zenith_jax.frontends.torch import exchange
+from zenith_jax.frontends.torch.program import Executable
+from zenith_jax.frontends.torch.tensors import jax_dtype
+from zenith_jax.ir import _compat
+
+MISSED = object()
+
+
+class Repeated:
+    """Calls of an executable with positional tensors of one dtype, size and device each. Made by `after`."""
+
+    def __init__(
+        self,
+        executable: Executable,
+        positions: Sequence[int],
+        inlets: list[Any],
+        outlets: list[Any],
+        watch: Any,
+        count: int,
+    ):
+        self.executable, self.positions, self.count = executable, positions, count
+        self.inlets, self.outlets, self.watch = inlets, outlets, watch
+        self.run = executable.run
+        self.gpu, self.stream, self.wait = executable.ordinal, executable.outlet.stream, executable.outlet.wait
+        self.kind = "cpu" if self.gpu is None else "cuda"
+
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        """The return value; MISSED where the call is not like the earlier one."""
+        if len(args) != self.count or torch.is_autocast_enabled(self.kind):
+            return MISSED
+        inputs = [inlet.find(args) for inlet in self.inlets]
+        if None in inputs or not self.watch.holds(args):
+            return MISSED
+        if self.gpu is None:
+            results = self.run(inputs)
+            for result in results:
+                result.block_until_ready()
+        else:
+            if _compat.execution_stream_id():
+                return MISSED
+            current = torch._C._cuda_getCurrentRawStream(self.gpu)
+            self.wait(self.stream, current, self.gpu)
+            results = self.run(inputs)
+            self.wait(current, self.stream, self.gpu)
+        fresh = [o.tensor(r.unsafe_buffer_pointer(), r) for o, r in zip(self.outlets, results, strict=True)]
+        return fresh[0] if self.executable.is_single else self.executable.packed(fresh)
+
+    def learn(self, args: tuple[Any, ...]) -> None:
+        """Takes over the arrays of the inputs' memory that the usual way has made."""
+        for native, inlet, position in zip(self.inlets, self.executable.inlets, self.positions, strict=True):
+            address = args[position].data_ptr()
+            array = inlet.known.get((address, args[position].shape))
+            if array is not None:
+                native.keep(address, array)
+
+
+def after(
+    executable: Executable,
+    args: tuple[Any, ...],
+    positions: Sequence[int],
+    *,
+    weights: Sequence[int] = (),
+    modules: Sequence[torch.nn.Module] = (),
+    frozen: bool = False,
+) -> Repeated | None:
+    """For calls like this one, which the executable has answered; None where each must be looked at, and in autocast.
+
+    positions: of the inputs among the arguments. weights: of the module's own tensors among them.
+    modules: whose train/eval state the program depends on. frozen: as of zenith.torch.compile.
+    """
+    if torch.is_autocast_enabled("cpu" if executable.ordinal is None else "cuda"):
+        return None
+    if executable.repeated is None or executable.repeated[0] is not executable.run:
+        made = _made(executable, args, positions, weights, modules, frozen)
+        executable.repeated = executable.run, made
+    repeated = executable.repeated[1]
+    if repeated is not None:
+        repeated.learn(args)
+    return repeated
+
+
+def _made(
+    executable: Executable,
+    args: tuple[Any, ...],
+    positions: Sequence[int],
+    weights: Sequence[int],
+    modules: Sequence[torch.nn.Module],
+    frozen: bool,
+) -> Repeated | None:
+    if not executable.is_plain or executable.to_clone is None or executable.to_clone:
+        return None
+    if executable.ordinal is not None and executable.outlet.stream is None:
+        return None
+    outlets = executable.outlet.native()
+    if outlets is None:
+        return None
+    inlets = []
+    for inlet, position in zip(executable.inlets, positions, strict=True):
+        if inlet.pair is not None and not inlet.on_gpu:
+            return None  # the range of each call's integers is looked at
+        tensor = args[position]
+        inlets.append(exchange.inlet(position, jax_dtype(tensor.dtype), inlet.device, tuple(tensor.shape)))
+    if None in inlets:
+        return None
+    watch = exchange.watch()
+    if not frozen:
+        _watch_module(watch, executable, args, weights, modules)
+    if executable.folded is not None:
+        _watch_writes(watch, executable.folded.followed)
+    if not watch.holds(args):  # a tensor that it cannot read
+        return None
+    return Repeated(executable, positions, inlets, outlets, watch, len(args))
+
+
+def _watch_module(
+    watch: Any,
+    executable: Executable,
+    args: tuple[Any, ...],
+    arguments: Sequence[int],
+    modules: Sequence[torch.nn.Module],
+) -> None:
+    """What `Weights.current` and the key of a call look at."""
+    weights = executable.program.weights
+    passed = {id(args[i]) for i in arguments}
+    for i in arguments:
+        watch.argument(i, args[i], args[i].data_ptr())
+    constants = [(weights.place(name), tensor) for name, (tensor, _) in weights.constants.items()]
+    for (holder, key), tensor in (*zip(weights.places, weights.tensors, strict=True), *constants):
+        if id(tensor) not in passed:
+            watch.tensor(holder, key, tensor, tensor.data_ptr())
+    _watch_writes(watch, [*(tensor for _, tensor in constants), *(weights.tensors[i] for i in weights.copied)])
+    for module in modules:
+        watch.value(vars(module), "training", module.training)
+
+
+def _watch_writes(watch: Any, tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if not tensor.is_inference():  # whose writes torch does not count
+            watch.version(tensor, tensor._version)
