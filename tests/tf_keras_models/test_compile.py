@@ -1,5 +1,6 @@
 """zenith.tensorflow.compile: TensorFlow's answers, from Keras models, functions and SavedModels."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -42,11 +43,13 @@ def images(batch):
 
 
 def test_mnist_cnn_with_any_batch(cnn):
+    before = gc.get_threshold(), gc.get_freeze_count()
     fast = zenith.tensorflow.compile(cnn)
     for batch in (1, 3, 8):
         x = images(batch)
         same(fast(x), cnn(x, training=False))
     same(fast(images(2).numpy() * 0), cnn(images(2) * 0, training=False))
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before  # as it was before tf2onnx ran
 
 
 def test_transformer_with_two_inputs_and_a_dict_of_outputs():
