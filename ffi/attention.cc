@@ -1,8 +1,8 @@
 // Custom-call targets of attention and its cotangents. Contract: ffi/kernels/attention.h.
 //
 // Axes: *b batch, k key-value heads, g query heads that share one, t s query/key length, d
-// query/key features, e value features. All operands come with logical shapes in this order;
-// the attribute `layout` says in which physical order they lie.
+// query/key features, e value features. All operands come with logical shapes in this order; the
+// attribute `layout` says in which physical order they lie, and whether the shapes, too, are in it.
 #include "ffi/kernels/attention.h"
 
 #include <algorithm>
@@ -19,7 +19,10 @@ enum class Layout : int32_t {
   kHeadMajor = 0,  // as the logical shape: [*b k g t d], [*b k s d]
   kLengthMajor =
       1,  // [*b t k g d], [*b s k d]: what a projection to (length, heads, features) gives
+  kLengthMajorShapes = 2,  // the same, and so are the shapes
 };
+/// Operand::order of k g t d and of k s d among them.
+constexpr int8_t kQueryOrder[] = {1, 2, 0, 3}, kKeyOrder[] = {1, 0, 2};
 
 /// Bits of the attributes `..._axes`: the axes along which that operand varies. Along the others
 /// its size is 1 and it is broadcast.
@@ -95,6 +98,13 @@ struct Inputs {
   Operand query, key, value, mask, bias, interval, query_segments, key_segments;
   AttentionAttributes attributes;
 
+  /// Takes the shapes as the layout says that they are.
+  void ReadShapes() {
+    if (attributes.layout != static_cast<int32_t>(Layout::kLengthMajorShapes)) return;
+    query.order = kQueryOrder;
+    key.order = value.order = kKeyOrder;
+  }
+
   int64_t batch_rank() const { return query.rank() - 4; }
   Sizes sizes() const {
     return {.batch = query.leading_size(4),
@@ -162,7 +172,7 @@ void CheckInputs(Check& check, const Inputs& in) {
               "key_segments_axes must be -1 or a set of batch, kv_head and key");
   check.That(a.softcap >= 0, "softcap must not be negative or NaN",
              static_cast<int64_t>(a.softcap));
-  check.That(a.layout == 0 || a.layout == 1, "layout must be 0 or 1", a.layout);
+  check.That(a.layout >= 0 && a.layout <= 2, "layout must be 0 to 2", a.layout);
   check.That(a.masked_row == 0 || a.masked_row == 1, "masked_row must be 0 or 1", a.masked_row);
 }
 
@@ -237,16 +247,19 @@ ffi::Error Forward(Context context, Buffer query, Buffer key, Buffer value, Buff
                    Buffer bias, Buffer interval, Buffer query_segments, Buffer key_segments,
                    Result out_buffer, Result lse_buffer, Result lse_rest_buffer,
                    Result scratch_buffer, AttentionAttributes attributes) {
-  const Inputs in{.query = {"query", query},
-                  .key = {"key", key},
-                  .value = {"value", value},
-                  .mask = {"mask", mask},
-                  .bias = {"bias", bias},
-                  .interval = {"interval", interval},
-                  .query_segments = {"query_segments", query_segments},
-                  .key_segments = {"key_segments", key_segments},
-                  .attributes = attributes};
-  const Operand out("out", out_buffer), lse("lse", lse_buffer);
+  Inputs in{.query = {"query", query},
+            .key = {"key", key},
+            .value = {"value", value},
+            .mask = {"mask", mask},
+            .bias = {"bias", bias},
+            .interval = {"interval", interval},
+            .query_segments = {"query_segments", query_segments},
+            .key_segments = {"key_segments", key_segments},
+            .attributes = attributes};
+  in.ReadShapes();
+  Operand out("out", out_buffer);
+  out.order = in.query.order;
+  const Operand lse("lse", lse_buffer);
   const Operand lse_rest("lse_rest", lse_rest_buffer), scratch("scratch", scratch_buffer);
   Check check("attention_fwd");
   CheckInputs(check, in);
@@ -288,8 +301,11 @@ struct BackwardCall {
   std::optional<Operand> dbias = {};
 };
 
-ffi::Error Backward(Context& context, const BackwardCall& call) {
-  const Inputs& in = call.in;
+ffi::Error Backward(Context& context, BackwardCall call) {
+  Inputs& in = call.in;
+  in.ReadShapes();
+  call.out.order = call.dout.order = call.dquery.order = in.query.order;
+  call.dkey.order = call.dvalue.order = in.key.order;
   Check check(call.target);
   CheckInputs(check, in);
   CheckOut(check, call.out, in);

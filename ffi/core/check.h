@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 
 #include "ffi/kernels/types.h"
@@ -18,6 +19,9 @@ namespace ffi = ::xla::ffi;
 struct Operand {
   const char* name;
   ffi::AnyBuffer buffer;
+  /// Where the last axes of the signature are among the last ones of the buffer, if they are not in
+  /// the signature's order.
+  std::span<const int8_t> order = {};
 
   Operand(const char* name, const ffi::AnyBuffer& buffer) : name(name), buffer(buffer) {}
   Operand(const char* name, ffi::Result<ffi::AnyBuffer>& result) : name(name), buffer(*result) {}
@@ -28,6 +32,10 @@ struct Operand {
   /// call's sizes can be read before its ranks are checked.
   int64_t dim(int64_t axis) const {
     if (axis < 0) axis += rank();
+    const int64_t first = rank() - static_cast<int64_t>(order.size());
+    if (axis >= first && axis < rank() && first >= 0 && !order.empty()) {
+      axis = first + order[static_cast<size_t>(axis - first)];
+    }
     return axis < 0 || axis >= rank() ? 0 : buffer.dimensions()[static_cast<size_t>(axis)];
   }
   int64_t size() const { return static_cast<int64_t>(buffer.element_count()); }

@@ -115,6 +115,8 @@ def _native(platform: str, ctx: Any, *operands: Any, kernel: Kernel, attributes:
     full = _reshaped(*adapted, lambda *xs: _broadcast_batches(kernel, xs, partitions))
     attrs = kernel.ffi_attributes(full[0].avals_in, **dict(attributes))
     flat = _reshaped(*full, lambda *xs: _flatten_shared(kernel, xs, partitions))
+    if platform == "cpu" and partitions == 1 and (changed := kernel.shapes_in_layout(attrs)) is not None:
+        return _call_in_layout(*flat, kernel, attributes, attrs | changed)
     return _custom_call(*flat, kernel, attributes, attrs)
 
 
@@ -203,6 +205,38 @@ def _custom_call(
         operand_output_aliases=dict(kernel.in_place) or None,
     )
     return lowering(ctx, *operands, **ffi_attributes)
+
+
+def _call_in_layout(
+    ctx: Any, operands: Sequence[Any], kernel: Kernel, attributes: tuple, ffi_attributes: dict[str, Any]
+) -> Sequence[Any]:
+    """As `_custom_call` on one device, but that the transposes which give operands their layouts are written out, and
+    removed by XLA together with the program's own. XLA's CPU compiler takes layouts for copies: those of queries and
+    results with jaxlib 0.10.2, of keys and values too with 0.12. Attention b16 h12 s128 d32, two cores, 0.10.2: 4.2 ms
+    with copies, 3.3 without; 0.12: 9.8 and 4.9."""
+    assert kernel.layouts is not None
+    rank = kernel.signature.batch_rank([a.shape for a in ctx.avals_in])
+    orders = [
+        [o if o is not None and len(o) == a.ndim else tuple(range(a.ndim)) for o, a in zip(side, avals, strict=True)]
+        for side, avals in zip(kernel.layouts(rank, **dict(attributes)), (ctx.avals_in, ctx.avals_out), strict=True)
+    ]
+    given, results = (
+        [_compat.shaped_like(a, [a.shape[i] for i in o], a.dtype, (None,) * a.ndim) for o, a in zip(*side, strict=True)]
+        for side in zip(orders, (ctx.avals_in, ctx.avals_out), strict=True)
+    )
+
+    def transposed(context: Any, values: Sequence[Any], by: Sequence[Any]) -> list[Any]:
+        function = lambda *xs: [jnp.transpose(x, o) for x, o in zip(xs, by, strict=True)]  # noqa: E731
+        found = mlir.lower_fun(function, multiple_results=True)(context, *values)
+        return [v[0] if isinstance(v, (list, tuple)) else v for v in found]
+
+    values = transposed(ctx.replace(avals_out=given), operands, orders[0])
+    lowering = jax.ffi.ffi_lowering(native.target(kernel.name), operand_output_aliases=dict(kernel.in_place) or None)
+    found = lowering(ctx.replace(avals_in=given, avals_out=results), *values, **ffi_attributes)
+    inverses = [tuple(int(i) for i in np.argsort(o)) for o in orders[1]]
+    return transposed(
+        ctx.replace(avals_in=results), [v[0] if isinstance(v, (list, tuple)) else v for v in found], inverses
+    )
 
 
 def _sharding_rule(

@@ -127,6 +127,8 @@ class Kernel:
     of visible results, some of them symbolic zeros: `dense` makes arrays of them.
     ffi_attributes: (operand avals, **attributes) -> attributes of the custom call; handlers check every size.
     layouts: (batch rank, **attributes) -> per operand and result a major-to-minor order or None for row-major.
+    shapes_in_layout: of ffi_attributes, those to call with instead where shapes, too, are given in the order of the
+    layouts; None where the handler cannot read that.
     supports: (operand avals, platform, **attributes) -> why the kernel cannot run, or None.
     in_place: (operand index, result index), where the kernel may write a result over an operand of its shape and dtype;
     XLA copies the operand first if it is needed later.
@@ -153,6 +155,7 @@ class Kernel:
     backward: Callable[..., dict[int, Any]] | None = None
     ffi_attributes: Callable[..., dict[str, Any]] = lambda avals, **attributes: attributes
     layouts: Callable[..., tuple[list, list]] | None = None
+    shapes_in_layout: Callable[[Mapping[str, Any]], dict[str, Any] | None] = lambda ffi_attributes: None
     supports: Callable[..., Refusal | None] = lambda avals, platform, **attributes: None
     in_place: tuple[tuple[int, int], ...] = ()
     adapted: Callable[..., Sequence[Any]] = lambda operands, platform, **attributes: operands

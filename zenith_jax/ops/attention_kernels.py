@@ -198,7 +198,13 @@ def _bias_backward_layouts(rank: int, *, layout: int, **_: Any) -> tuple[list, l
 _F32 = jnp.float32
 _OPERANDS = "*b g t d, *b s d, *b s e, ?*b g t s, ?*b g t s, ?*b g t i, ?*b t, ?*b s"
 _BACKWARD_OPERANDS = f"{_OPERANDS}, *b g t e, *b g t, ?*b g t, *b g t e, ?*b g t"
-_NATIVE = dict(supports=_supports, adapted=_adapted, ffi_attributes=_ffi, scratch=1)
+_NATIVE = dict(
+    supports=_supports,
+    adapted=_adapted,
+    ffi_attributes=_ffi,
+    shapes_in_layout=lambda attributes: {"layout": np.int32(2)} if attributes["layout"] == LENGTH_MAJOR else None,
+    scratch=1,
+)
 
 
 def _scratch(query, w: int) -> Any:
