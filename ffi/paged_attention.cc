@@ -5,6 +5,7 @@
 // length, p pages of a pool, c tokens of a page, d query/key features, e value features, m entries
 // of a sequence in the table. All operands come with logical shapes in this order; query, out, lse,
 // table and interval lie as [*o n t k g d], [*o n t k g e], [*o n k g t], [*o n k m], [*o n k t 2].
+// The attribute `shapes_in_layout` says that the shapes, too, are given as the arrays lie.
 #include "ffi/kernels/paged_attention.h"
 
 #include <algorithm>
@@ -25,7 +26,7 @@ struct PagedAttentionAttributes {
   float scale, softcap;
   int64_t left, right;
   int32_t empty_row, heads_axis;
-  bool nan_outside;
+  bool nan_outside, shapes_in_layout;
 };
 
 }  // namespace zenith
@@ -34,13 +35,20 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::zenith::PagedAttentionAttributes, ::xla::ffi::StructMember<float>("scale"),
     ::xla::ffi::StructMember<float>("softcap"), ::xla::ffi::StructMember<int64_t>("left"),
     ::xla::ffi::StructMember<int64_t>("right"), ::xla::ffi::StructMember<int32_t>("empty_row"),
-    ::xla::ffi::StructMember<int32_t>("heads_axis"), ::xla::ffi::StructMember<bool>("nan_outside"));
+    ::xla::ffi::StructMember<int32_t>("heads_axis"), ::xla::ffi::StructMember<bool>("nan_outside"),
+    ::xla::ffi::StructMember<bool>("shapes_in_layout"));
 
 namespace zenith {
 namespace {
 
 using Buffer = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
+
+/// Operand::order of k n g t d, k n g t (and k n t 2) and k n m as they lie, and of k p c d by
+/// HeadsAxis.
+constexpr int8_t kQueryOrder[] = {2, 0, 3, 1, 4}, kRowsOrder[] = {1, 0, 2, 3},
+                 kTableOrder[] = {1, 0, 2};
+constexpr int8_t kPagesOrders[][4] = {{0, 1, 2, 3}, {1, 0, 2, 3}, {2, 0, 1, 3}};
 
 /// Strides of the pages of all heads and pools, and that from page to page.
 struct PageStrides {
@@ -81,12 +89,19 @@ bool CheckRows(Check& check, const Operand& x, const Operand& query) {
 ffi::Error Forward(Context context, Buffer query_buffer, Buffer key_buffer, Buffer value_buffer,
                    Buffer table_buffer, Buffer interval_buffer, Result out_buffer,
                    Result lse_buffer, Result lse_rest_buffer, PagedAttentionAttributes a) {
-  const Operand query("query", query_buffer), key("key_pages", key_buffer);
-  const Operand value("value_pages", value_buffer), table("table", table_buffer);
-  const Operand interval("interval", interval_buffer);
-  const Operand out("out", out_buffer), lse("lse", lse_buffer);
-  const Operand lse_rest("lse_rest", lse_rest_buffer);
+  Operand query("query", query_buffer), key("key_pages", key_buffer);
+  Operand value("value_pages", value_buffer), table("table", table_buffer);
+  Operand interval("interval", interval_buffer);
+  Operand out("out", out_buffer), lse("lse", lse_buffer), lse_rest("lse_rest", lse_rest_buffer);
   Check check("paged_attention_fwd");
+  check.That(a.heads_axis >= 0 && a.heads_axis <= 2, "heads_axis must be 0, 1 or 2", a.heads_axis);
+  if (check.failed()) return check.error();
+  if (a.shapes_in_layout) {
+    query.order = out.order = kQueryOrder;
+    key.order = value.order = kPagesOrders[a.heads_axis];
+    table.order = kTableOrder;
+    interval.order = lse.order = lse_rest.order = kRowsOrder;
+  }
   check.Float(query);
   check.RankAtLeast(query, 5);
   if (check.failed()) return check.error();
@@ -119,7 +134,6 @@ ffi::Error Forward(Context context, Buffer query_buffer, Buffer key_buffer, Buff
   check.That(a.softcap >= 0, "softcap must not be negative or NaN",
              static_cast<int64_t>(a.softcap));
   check.That(a.empty_row >= 0 && a.empty_row <= 2, "empty_row must be 0, 1 or 2", a.empty_row);
-  check.That(a.heads_axis >= 0 && a.heads_axis <= 2, "heads_axis must be 0, 1 or 2", a.heads_axis);
   if (check.failed()) return check.error();
 
   const auto axis = static_cast<HeadsAxis>(a.heads_axis);

@@ -379,6 +379,7 @@ def paged_attention_case() -> Case:
         "empty_row": np.int32(2),
         "heads_axis": np.int32(0),
         "nan_outside": np.bool_(False),
+        "shapes_in_layout": np.bool_(False),
     }
     rows = ((o, k, 1, g, 1), F32)
     return Case(
@@ -649,6 +650,39 @@ def test_attention_reads_and_writes_length_major_arrays(name):
 
 
 @pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd", "attention_bias_bwd"])
+def test_attention_takes_shapes_as_the_arrays_lie(name):
+    case = CASES[name]
+    dense = {"mask", "bias", *STRUCTURE, "lse", "lse_rest", "delta", "dbias", "scratch"}
+    operands = {n: x if n in dense else x.transpose(LENGTH_MAJOR[x.ndim]) for n, x in case.operands.items()}
+    results = {
+        n: (shape, dtype) if n in dense else (tuple(shape[i] for i in LENGTH_MAJOR[len(shape)]), dtype)
+        for n, (shape, dtype) in case.results.items()
+    }
+    actual = call(name, operands, results, case.attributes | {"layout": np.int32(2)})
+    for n, a, wanted in zip(results, actual, expected(case), strict=True):
+        if wanted is not None:
+            wanted = wanted if n in dense else wanted.transpose(LENGTH_MAJOR[wanted.ndim])
+            np.testing.assert_allclose(a, wanted, rtol=2e-5, atol=2e-5)
+    assert "must have shape" in refusal(name, case.operands, case.results, case.attributes | {"layout": np.int32(2)})
+
+
+@pytest.mark.parametrize("heads_axis", [0, 1, 2])
+def test_paged_attention_takes_shapes_as_the_arrays_lie(heads_axis):
+    case = CASES["paged_attention_fwd"]
+    pages = [(0, 1, 2, 3, 4), (0, 2, 1, 3, 4), (0, 2, 3, 1, 4)][heads_axis]
+    rows = (0, 2, 1, 3, 4)
+    orders = {"query": (0, 2, 4, 1, 3, 5), "key_pages": pages, "value_pages": pages, "table": (0, 2, 1, 3)}
+    orders |= {"interval": rows, "out": (0, 2, 4, 1, 3, 5), "lse": rows, "lse_rest": rows}
+    operands = {n: x.transpose(orders[n]) for n, x in case.operands.items()}
+    results = {n: (tuple(shape[i] for i in orders[n]), dtype) for n, (shape, dtype) in case.results.items()}
+    attributes = case.attributes | {"heads_axis": np.int32(heads_axis), "shapes_in_layout": np.bool_(True)}
+    actual = call("paged_attention_fwd", operands, results, attributes)
+    for n, a, wanted in zip(results, actual, expected(case), strict=True):
+        if wanted is not None:
+            np.testing.assert_allclose(a, wanted.transpose(orders[n]), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["attention_fwd", "attention_bwd", "attention_bias_bwd"])
 def test_attention_without_mask_and_bias(name):
     case = CASES[name]
     t, s = 11, 13
@@ -734,7 +768,7 @@ def test_error_names_target_operand_invariant_and_what_came():
 @pytest.mark.parametrize(
     ("attribute", "value", "text"),
     [
-        ("layout", np.int32(2), "layout must be 0 or 1, got 2"),
+        ("layout", np.int32(3), "layout must be 0 to 2, got 3"),
         ("masked_row", np.int32(-1), "masked_row must be 0 or 1, got -1"),
         ("mask_axes", np.int64(32), "mask_axes must be -1 or a set of 5 bits, got 32"),
         ("bias_axes", np.int64(31), "bias must have 1716 elements"),

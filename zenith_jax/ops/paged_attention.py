@@ -116,6 +116,7 @@ def _ffi(avals: Any, *, scale, softcap, left, right, empty_row, heads_axis, nan_
         empty_row=np.int32(empty_row),
         heads_axis=np.int32(heads_axis),
         nan_outside=np.bool_(nan_outside),
+        shapes_in_layout=np.bool_(False),
     )
 
 
@@ -174,6 +175,7 @@ def _gathered(pages: Any, table: Any, heads_axis: int, nan_outside: bool) -> Any
     scratch=1,
     ffi_attributes=_ffi,
     layouts=_layouts,
+    shapes_in_layout=lambda attributes: {"shapes_in_layout": np.bool_(True)},
     supports=_supports,
     adapted=_adapted,
     merged=_merged,
