@@ -5,6 +5,7 @@ from __future__ import annotations
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
 from jax import lax
@@ -12,6 +13,7 @@ from numerics import assert_error_ratio, in_float64
 
 import zenith_jax as zenith
 from zenith_jax import native
+from zenith_jax.errors import ShapeError
 
 C, M = 3, 5
 NUMBERS = ("NHWC", "HWIO", "NHWC")
@@ -192,3 +194,69 @@ def test_on_a_gpu_it_is_cudnns():
     with zenith.configured(platform="cuda"):
         (site,) = zenith.explain(layer)(X, W).refused
     assert site.op == "conv" and "cuDNN" in site.reason
+
+
+# ---- What transforms a program after it was rewritten ----------------------------------------------------------------
+
+
+def _convolved(x, w):
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _x_and_w(rng, c=16, size=16):
+    return (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((1, size, size, c), (3, 3, c, c)))
+
+
+def test_forward_mode_through_a_residual(rng):
+    x, w = _x_and_w(rng)
+    block = lambda x, w: jax.nn.relu(_convolved(x, w) + x)  # noqa: E731
+    tangents = jnp.stack([x, -2 * x, w.sum() + x])
+    along = lambda f: jax.vmap(lambda t: jax.jvp(lambda x: f(x, w), (x,), (t,))[1])(tangents)  # noqa: E731
+    close = dict(rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(along(zenith.jit(block)), along(block), **close)
+    over_primals = jax.vmap(lambda x: jax.jvp(zenith.jit(block), (x, w), (x, w))[1])(tangents)
+    np.testing.assert_allclose(over_primals, jax.vmap(lambda x: jax.jvp(block, (x, w), (x, w))[1])(tangents), **close)
+
+
+@pytest.mark.parametrize("operand", [0, 1])
+def test_the_transpose_of_a_linear_program(rng, operand):
+    args = list(_x_and_w(rng, size=32))
+    y = _convolved(*args)
+
+    def of(function):
+        one = lambda a: function(*(a if i == operand else b for i, b in enumerate(args)))  # noqa: E731
+        return jax.linear_transpose(one, args[operand])(y)[0]
+
+    np.testing.assert_allclose(of(zenith.jit(_convolved)), of(_convolved), rtol=1e-3, atol=1e-2)
+
+
+def test_infinite_scales_without_a_shift(rng):
+    x, w = _x_and_w(rng)
+    s = jnp.ones(16).at[1].set(jnp.inf).at[2].set(0)
+    for scaled in (lambda x, w, s: _convolved(x, w) * s, lambda x, w, s: _convolved(x, w) / s):
+        np.testing.assert_allclose(zenith.jit(scaled)(x, w, s), scaled(x, w, s), rtol=1e-4, atol=1e-4)
+
+
+def test_symbolic_batches_are_left_to_xla(rng, caplog):
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = ((batch, 16, 16, 16), (3, 3, 16, 16))
+    structs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    function = lambda x, w: jax.nn.relu(_convolved(x, w))  # noqa: E731
+    exported = jax.export.export(zenith.jit(function))(*structs)
+    assert "please report" not in caplog.text
+    x, w = _x_and_w(rng)
+    np.testing.assert_allclose(exported.call(x, w), function(x, w), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("w", "options", "message"),
+    [
+        ((3, 3, 0, 8), {}, "w must have a height"),
+        ((3, 3, 4, 8), dict(strides=(1,)), "strides must have one entry for each"),
+        ((3, 3, 4, 8), dict(padding="SAME"), "padding must have one entry for each"),
+        ((3, 3, 4, 8), dict(dilation=(1, 0)), "must be positive"),
+    ],
+)
+def test_wrong_arguments_of_the_op(w, options, message):
+    with pytest.raises(ShapeError, match=message):
+        zenith.ops.conv(jnp.zeros((1, 8, 8, w[2])), jnp.zeros(w), **options)

@@ -271,14 +271,26 @@ def _call_jvp(primals: Sequence, tangents: Sequence, *, kernel: Kernel, attribut
 
 
 def _call_transpose(cotangents: Sequence, *operands: Any, kernel: Kernel, attributes: tuple):
-    """Of a kernel that is linear in its first operand, which alone is unknown."""
-    assert kernel.linear and kernel.backward is not None
-    assert [ad.is_undefined_primal(x) for x in operands] == [True] + [False] * (len(operands) - 1)
+    """Of the unknown operands: by the kernel, if that is linear in its first one and only this is unknown, else by the
+    reference, which may be linear in any."""
+    unknown = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
     if all(map(is_zero, cotangents)):
         return [None] * len(operands)
-    found = kernel.backward([None, *operands[1:]], None, list(cotangents), (0,), **dict(attributes))[0]
-    sharding = _compat.explicit_sharding(operands[0].aval)
-    return [_compat.resharded(found, sharding)] + [None] * (len(operands) - 1)
+    if kernel.linear and unknown == [0]:
+        assert kernel.backward is not None
+        found = kernel.backward([None, *operands[1:]], None, list(cotangents), (0,), **dict(attributes))[0]
+        sharding = _compat.explicit_sharding(operands[0].aval)
+        return [_compat.resharded(found, sharding)] + [None] * (len(operands) - 1)
+
+    def of_unknown(*values: Any) -> list[Any]:
+        full = list(operands)
+        for i, value in zip(unknown, values, strict=True):
+            full[i] = value
+        return list(kernel.reference(*full, **dict(attributes)))
+
+    transpose = jax.linear_transpose(of_unknown, *(operands[i].aval for i in unknown))
+    found = dict(zip(unknown, transpose(dense(cotangents)), strict=True))
+    return [found.get(i) for i in range(len(operands))]
 
 
 def _reference_jvp(
@@ -431,6 +443,12 @@ def _tangent_batch(
     if moved is None:
         out = jax.vmap(ft.partial(tangents_of, **params), in_axes=tuple(dims))(*args)
     else:
+        # An optional operand and its tangent, of which one is mapped, have one shape.
+        numbers = [i for i in range(len(signature.operands)) if i not in gone]
+        for at, i in enumerate(live, len(present) + len(kernel.residuals)):
+            of = numbers.index(i)
+            shape = np.broadcast_shapes(moved[of].shape, moved[at].shape)
+            moved[of], moved[at] = (jnp.broadcast_to(moved[j], shape) for j in (of, at))
         out = tangent_p.bind(*moved, **params)
     return out, (0,) * len(out)
 

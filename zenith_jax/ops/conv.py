@@ -174,6 +174,13 @@ def conv(
         raise ShapeError(
             f"conv: x must have shape (b, h, w, c) and w (height, width, c, n), got x {x.shape} and w {w.shape}"
         )
+    if 0 in w.shape[:3]:
+        raise ShapeError(f"conv: w must have a height, a width and channels, got shape {w.shape}")
+    for name, pair in dict(strides=strides, padding=padding, dilation=dilation).items():
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ShapeError(f"conv: {name} must have one entry for each of the two axes of an image, got {pair!r}")
+    if min(*strides, *dilation) < 1:
+        raise ShapeError(f"conv: strides and dilation must be positive, got {strides} and {dilation}")
     n = w.shape[3]
     geometry = Geometry(w.shape[:2], tuple(strides), tuple((low, high) for low, high in padding), tuple(dilation))
     p, q = geometry.out(x.shape[1:3])

@@ -546,4 +546,6 @@ def declined(match: Match, platform: str, *, differentiated: bool, use_cost: boo
         if unsupported is not None:
             return unsupported
     rule = RULES.get((platform, match.op))
+    if use_cost and any(not isinstance(n, int) for v in match.leaves for n in v.aval.shape):
+        return refuse("a dimension is symbolic, and what is faster depends on it")
     return rule(case, differentiated) if rule is not None and use_cost else None

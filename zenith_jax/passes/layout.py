@@ -64,6 +64,7 @@ def _convolution(eqn: JaxprEqn) -> Match | None:
         and all(d == 1 for d in params["lhs_dilation"])
         and x.dtype == w.dtype == y.dtype == jnp.float32
         and x.ndim == RANK
+        and all(isinstance(n, int) for n in (*x.shape, *w.shape, *y.shape))  # jax.export makes symbols of some
         and min(x.size, w.size, y.size) > 0
     )
     if not is_plain:

@@ -224,6 +224,7 @@ def emit(
 def coefficients(steps: tuple[_Step, ...], operands: tuple[Any, ...], count: int, dtype: Any) -> tuple[Any, Any]:
     """(a, b), `count` of each: the steps make a * y + b of y."""
     a, b = jnp.ones((count,), dtype), jnp.zeros((count,), dtype)
+    is_shifted = False  # before, b is 0 and stays it: 0 * inf and 0 / 0 are NaN
     for step in steps:
         v = step.constant if step.leaf is None else arranged(operands[step.leaf], step.order).astype(dtype)
         if step.primitive == "add":
@@ -231,9 +232,10 @@ def coefficients(steps: tuple[_Step, ...], operands: tuple[Any, ...], count: int
         elif step.primitive == "sub":
             a, b = (-a, v - b) if step.reversed else (a, b - v)
         elif step.primitive == "mul":
-            a, b = a * v, b * v
+            a, b = a * v, b * v if is_shifted else b
         else:
-            a, b = a / v, b / v
+            a, b = a / v, b / v if is_shifted else b
+        is_shifted = is_shifted or step.primitive in ("add", "sub")
     return a, b
 
 
