@@ -7,6 +7,7 @@
 
 #include <nanobind/stl/pair.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <unordered_map>
@@ -171,7 +172,12 @@ class Outlet {
                       borrowed->shape.data(),
                       borrowed->strides.data(),
                       0};
-    return exchange_->ToPython(&managed);
+    try {
+      return exchange_->ToPython(&managed);
+    } catch (...) {
+      Release(&managed);  // it was not taken over
+      throw;
+    }
   }
 
  private:
@@ -223,11 +229,13 @@ class Watch {
   explicit Watch(const Exchange* exchange) : exchange_(exchange) {}
 
   void Tensor(nb::dict holder, nb::object key, nb::object tensor, uintptr_t address) {
-    tensors_.push_back({{std::move(holder), std::move(key), std::move(tensor)}, address});
+    Place place(*exchange_, tensor, address);
+    tensors_.push_back({{std::move(holder), std::move(key), std::move(tensor)}, std::move(place)});
   }
 
   void Argument(size_t position, nb::object tensor, uintptr_t address) {
-    arguments_.push_back({position, std::move(tensor), address});
+    Place place(*exchange_, tensor, address);
+    arguments_.push_back({position, std::move(tensor), std::move(place)});
   }
 
   void Version(nb::object tensor, int64_t version) {
@@ -241,10 +249,10 @@ class Watch {
   bool Holds(const nb::tuple& args) const {
     for (const PassedTensor& a : arguments_) {
       if (a.position >= args.size() || !args[a.position].is(a.tensor)) return false;
-      if (!LiesAt(a.tensor, a.address)) return false;
+      if (!LiesAt(a.tensor, a.place)) return false;
     }
     for (const HeldTensor& t : tensors_) {
-      if (!IsHeld(t.entry) || !LiesAt(t.entry.value, t.address)) return false;
+      if (!IsHeld(t.entry) || !LiesAt(t.entry.value, t.place)) return false;
     }
     for (const Entry& e : values_) {
       if (!IsHeld(e)) return false;
@@ -286,23 +294,42 @@ class Watch {
       return 0;
     }
   };
+  /// `w.data = w.data.t()` leaves the address and torch's count of writes as they are.
+  struct Place {
+    uintptr_t address;
+    std::vector<int64_t> layout;  // sizes, then strides
+
+    Place(const Exchange& exchange, nb::handle tensor, uintptr_t at) : address(at) {
+      DlTensor t;
+      if (!exchange.Describe(tensor, &t)) return;  // nor will it be when it is looked at
+      layout.assign(t.shape, t.shape + t.rank);
+      if (t.strides != nullptr) layout.insert(layout.end(), t.strides, t.strides + t.rank);
+    }
+
+    bool Fits(const DlTensor& t) const {
+      const size_t rank = t.rank, parts = t.strides == nullptr ? 1 : 2;
+      return Address(t) == address && layout.size() == parts * rank &&
+             std::equal(t.shape, t.shape + rank, layout.begin()) &&
+             (parts == 1 || std::equal(t.strides, t.strides + rank, layout.begin() + rank));
+    }
+  };
   struct HeldTensor {
     Entry entry;
-    uintptr_t address;
+    Place place;
   };
   struct PassedTensor {
     size_t position;
     nb::object tensor;
-    uintptr_t address;
+    Place place;
   };
 
   static bool IsHeld(const Entry& e) {
     return PyDict_GetItem(e.holder.ptr(), e.key.ptr()) == e.value.ptr();
   }
 
-  bool LiesAt(nb::handle tensor, uintptr_t address) const {
+  bool LiesAt(nb::handle tensor, const Place& place) const {
     DlTensor described;
-    return exchange_->Describe(tensor, &described) && Address(described) == address;
+    return exchange_->Describe(tensor, &described) && place.Fits(described);
   }
 
   const Exchange* exchange_;

@@ -11,6 +11,7 @@ pytest.importorskip("onnxscript")
 
 import zenith_jax as zenith
 from zenith_jax.frontends.torch import dynamo, exchange
+from zenith_jax.frontends.torch.errors import FallbackWarning
 from zenith_jax.frontends.torch.repeated import MISSED
 
 pytestmark = pytest.mark.skipif(exchange.watch() is None, reason="torch before 2.10 has no C exchange API")
@@ -173,3 +174,58 @@ def _capsule_of_version(major):
     capsule = new(ctypes.addressof(memory), b"dlpack_exchange_api", None)
     _capsule_of_version.kept = memory
     return capsule
+
+
+def test_a_weight_that_is_turned_in_place_is_seen():
+    fast = zenith.torch.compile(Small().eval(), dynamic=False, strict=True)
+    x, weight = torch.randn(4, 8), fast.module.linear.weight
+    for _ in range(3):
+        check(fast, x)
+    weight.data = weight.data.t()  # the same address, and no write that torch counts
+    check(fast, x)
+    weight.t_()
+    check(fast, x)
+
+
+def test_a_submodule_that_is_replaced_is_seen():
+    fast = zenith.torch.compile(Small().eval(), dynamic=False, strict=True)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        check(fast, x)
+    fast.module.linear = torch.nn.Linear(8, 8)
+    check(fast, x)
+    fast.module.linear = torch.nn.Linear(8, 8, bias=False)
+    check(fast, x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_modules_of_one_class_that_share_a_graph_keep_their_weights(frozen):
+    torch._dynamo.reset()
+    modules = [Small().eval() for _ in range(3)]
+    options = {"frozen": frozen, "strict": True}
+    compiled = [torch.compile(m, backend=dynamo.zenith, options=options, dynamic=False) for m in modules]
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        for fast, module in zip(compiled, modules, strict=True):
+            torch.testing.assert_close(fast(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3fn"])
+def test_results_of_types_that_numpy_does_not_know(dtype):
+    class Narrow(torch.nn.Module):
+        def forward(self, x):
+            return (x * 2).to(getattr(torch, dtype))
+
+    fast, x = zenith.torch.compile(Narrow().eval(), dynamic=False), torch.randn(4, 8)
+    for _ in range(3):
+        torch.testing.assert_close(fast(x).float(), Narrow()(x).float(), rtol=0, atol=0)
+
+
+def test_tensors_without_memory_are_left_to_torch():
+    module = Small().eval()
+    fast, x = zenith.torch.compile(module, dynamic=False), torch.randn(4, 8)
+    check(fast, x)
+    with pytest.warns(FallbackWarning):
+        found = torch.func.functionalize(fast)(x)
+    torch.testing.assert_close(found, module(x))
+    torch.testing.assert_close(fast(torch._efficientzerotensor((4, 8))), module(torch.zeros(4, 8)))

@@ -8,6 +8,7 @@ of the graph. Those become the weights of a program: bound once, shared with tor
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,38 +75,43 @@ class _Graph:
         self.is_fixed = all(_has_fixed_shape(self.values[i]) for i in self.input_positions)
         self.executable: Executable | None = None
         self.repeated: Repeated | None = None
+        self.lock = threading.RLock()  # modules of one class share a graph: a call binds its own weights, then runs
 
     def __call__(self, *args: Any) -> Any:
-        if self.repeated is not None:
-            result = self.repeated(args)
+        if (repeated := self.repeated) is not None:
+            result = repeated(args)
             if result is not MISSED:
                 return result
-        if self.module is None:
-            # Not before the first call: an export while Dynamo compiles this frame would add to its guards.
-            module = _WithWeights(self, args)
-            self.engine = Engine(module, module, dynamic=self._axes, frozen=self.frozen, repeats=False)
-            self.module = module
-        if not self.frozen:
-            self.module.follow(args)
-        inputs = tuple([args[i] for i in self.input_positions])
         try:
-            if self.executable is not None:
-                try:
-                    result = self.executable(inputs, frozen=self.frozen)
-                    self._repeat(args)
-                    return result
-                except Changed:
-                    self.executable = self.repeated = None
-            result = self.engine(inputs, {})
-            if self.is_fixed and len(self.engine.ready) == 1:  # by Dynamo's guards: there is nothing to look up
-                (self.executable,) = self.engine.ready.values()
-                self._repeat(args)
-            return result
+            with self.lock:
+                return self._usual(args)
         except TorchError as error:
             if self.strict:
                 raise
             warn_fallback("a graph of torch.compile", str(error))
             return self.graph_module(*args)
+
+    def _usual(self, args: tuple[Any, ...]) -> Any:
+        if self.module is None:
+            # Not before the first call: an export while Dynamo compiles this frame would add to its guards.
+            module = _WithWeights(self, args)
+            self.engine = Engine(module, module, dynamic=self._axes, frozen=self.frozen, repeats=False)
+            self.module = module
+        if self.module.follow(args):  # modules of one class share a graph, which is then no module's own to freeze
+            self.frozen = self.engine.frozen = False
+        inputs = tuple([args[i] for i in self.input_positions])
+        if self.executable is not None:
+            try:
+                result = self.executable(inputs, frozen=self.frozen)
+                self._repeat(args)
+                return result
+            except Changed:
+                self.executable = self.repeated = None
+        result = self.engine(inputs, {})
+        if self.is_fixed and len(self.engine.ready) == 1:  # by Dynamo's guards: there is nothing to look up
+            (self.executable,) = self.engine.ready.values()
+            self._repeat(args)
+        return result
 
     def _repeat(self, args: tuple[Any, ...]) -> None:
         """Makes the next call like this one a short one."""
@@ -160,12 +166,14 @@ class _WithWeights(torch.nn.Module):
         self.__dict__["weights"] = [None] * len(graph.weight_positions)
         self.follow(args)
 
-    def follow(self, args: Sequence[Any]) -> None:
-        """Takes this call's tensors, which may be others than before."""
+    def follow(self, args: Sequence[Any]) -> bool:
+        """Takes this call's tensors; whether they are others than before."""
         tensors = [args[i] for i in self.positions.weight_positions]
-        if not all(map(operator.is_, tensors, self.weights)):
-            self.__dict__["weights"] = tensors
-            self._buffers.update(zip(self.weight_names, tensors, strict=True))
+        if all(map(operator.is_, tensors, self.weights)):
+            return False
+        self.__dict__["weights"] = tensors
+        self._buffers.update(zip(self.weight_names, tensors, strict=True))
+        return True
 
     def forward(self, *inputs: Any) -> Any:
         positions = self.positions

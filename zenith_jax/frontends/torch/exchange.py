@@ -45,7 +45,8 @@ def _type(dtype: Any) -> tuple[int, int] | None:
     dtype = np.dtype(dtype)
     if dtype.name == "bfloat16":
         return _BFLOAT16, 16
-    code = _CODES.get(dtype.kind)
+    # ml_dtypes calls float8_e5m2, and no other type of its own, "f".
+    code = _CODES.get(dtype.kind) if dtype.isbuiltin == 1 else None
     return None if code is None else (code, 8 * dtype.itemsize)
 
 

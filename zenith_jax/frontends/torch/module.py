@@ -49,13 +49,17 @@ class Engine:
         self.refused: dict[Any, str] = {}
         self.place = finder(_Root(self.module))
         self.modules = list(self.module.modules())
+        self.children = [(m._modules, name, child) for m in self.modules for name, child in m._modules.items()]
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's return value. Raises TorchError where it does not run in JAX."""
-        if self.repeated is not None and not kwargs:
-            result = self.repeated(args)
+        if (repeated := self.repeated) is not None and not kwargs:
+            result = repeated(args)
             if result is not MISSED:
                 return result
+        if not self.frozen and any(held.get(name) is not child for held, name, child in self.children):
+            with _exporting:
+                self.reset()
         tensors, structure = _flatten(args, kwargs)
         training = () if self.frozen else tuple([m.training for m in self.modules])
         key = (structure, tuple([(t.dtype, t.device, t.shape) for t in tensors]), _autocast(tensors), training)
@@ -69,8 +73,10 @@ class Engine:
                 self.reset()
             return self._prepared(key, tensors, args, kwargs)(tensors)
         if self.repeats and not kwargs and all(type(x) is torch.Tensor for x in args):
-            modules = () if self.frozen else self.modules
-            self.repeated = after(executable, args, range(len(args)), modules=modules, frozen=self.frozen)
+            modules, children = ((), ()) if self.frozen else (self.modules, self.children)
+            self.repeated = after(
+                executable, args, range(len(args)), modules=modules, children=children, frozen=self.frozen
+            )
         return result
 
     def program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:

@@ -45,7 +45,7 @@ class Repeated:
         if len(args) != self.count or torch.is_autocast_enabled(self.kind):
             return MISSED
         inputs = [inlet.find(args) for inlet in self.inlets]
-        if None in inputs or not self.watch.holds(args):
+        if any(x is None for x in inputs) or not self.watch.holds(args):
             return MISSED
         if self.gpu is None:
             results = self.run(inputs)
@@ -77,6 +77,7 @@ def after(
     *,
     weights: Sequence[int] = (),
     modules: Sequence[torch.nn.Module] = (),
+    children: Sequence[Any] = (),
     frozen: bool = False,
 ) -> Repeated | None:
     """For calls like this one, which the executable has answered; None where each must be looked at, and in autocast.
@@ -87,7 +88,7 @@ def after(
     if torch.is_autocast_enabled("cpu" if executable.ordinal is None else "cuda"):
         return None
     if executable.repeated is None or executable.repeated[0] is not executable.run:
-        made = _made(executable, args, positions, weights, modules, frozen)
+        made = _made(executable, args, positions, weights, modules, children, frozen)
         executable.repeated = executable.run, made
     repeated = executable.repeated[1]
     if repeated is not None:
@@ -101,6 +102,7 @@ def _made(
     positions: Sequence[int],
     weights: Sequence[int],
     modules: Sequence[torch.nn.Module],
+    children: Sequence[Any],
     frozen: bool,
 ) -> Repeated | None:
     if not executable.is_plain or executable.to_clone is None or executable.to_clone:
@@ -119,8 +121,12 @@ def _made(
     if None in inlets:
         return None
     watch = exchange.watch()
+    for i in weights:  # another module's tensors come to the same graph, frozen or not
+        watch.argument(i, args[i], args[i].data_ptr())
     if not frozen:
         _watch_module(watch, executable, args, weights, modules)
+    for held, name, child in children:
+        watch.value(held, name, child)
     if executable.folded is not None:
         _watch_writes(watch, executable.folded.followed)
     if not watch.holds(args):  # a tensor that it cannot read
@@ -138,8 +144,6 @@ def _watch_module(
     """What `Weights.current` and the key of a call look at."""
     weights = executable.program.weights
     passed = {id(args[i]) for i in arguments}
-    for i in arguments:
-        watch.argument(i, args[i], args[i].data_ptr())
     constants = [(weights.place(name), tensor) for name, (tensor, _) in weights.constants.items()]
     for (holder, key), tensor in (*zip(weights.places, weights.tensors, strict=True), *constants):
         if id(tensor) not in passed:

@@ -113,7 +113,10 @@ class Inlet:
         """
         if not is_ordered or not self.is_dense(tensor):
             return self(tensor)
-        address, shape = tensor.data_ptr(), tensor.shape
+        try:
+            address, shape = tensor.data_ptr(), tensor.shape
+        except RuntimeError as error:  # of torch.func's transforms
+            raise TorchError(f"a tensor without memory does not cross to JAX: {error}") from None
         if not address or address % ALIGNMENT:  # empty, or copied by JAX
             return self(tensor)
         array = self.known.get((address, shape))
@@ -128,6 +131,8 @@ class Inlet:
         return array
 
     def _array(self, tensor: torch.Tensor, stream: int | None) -> jax.Array:
+        if not tensor.data_ptr() and tensor.numel():
+            raise TorchError("a tensor without memory (fake, functional or of zeros) does not cross to JAX")
         if self.pair is not None:
             self.check_range(tensor)
             tensor = (tensor if tensor.ndim else tensor.reshape(1)).view(self.pair).unflatten(-1, (-1, 2))

@@ -17,8 +17,12 @@ import torch
 
 from zenith_jax.frontends.torch.tensors import Inlet, shares_memory
 
-_address = torch.Tensor.data_ptr
 Place = tuple[dict[str, Any], str]
+
+
+def _address(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where its elements lie: `w.data = w.data.t()` changes only the last of these."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 class Changed(Exception):
