@@ -123,6 +123,7 @@ MISSES = {
 }
 
 
+@pytest.mark.usefixtures("without_conv")  # one group is an image's convolution
 @pytest.mark.parametrize("name", MISSES)
 def test_left_to_xla(rng, name):
     function, reason = MISSES[name]
