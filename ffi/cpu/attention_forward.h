@@ -45,6 +45,14 @@ ZENITH_NOINLINE inline void OnlineSoftmax(int64_t keys, int64_t rows, float* sco
 /// What a row without an allowed key is.
 enum class EmptyRow { kNan, kMean, kZero };
 
+/// Neighbours in memory among the keys of a head.
+template <typename T>
+struct KeyRun {
+  int64_t first, count;
+  const T *key, *value;  // the first; null also where there are no features
+  bool are_nan = false;  // outside of memory: nothing is read
+};
+
 /// Keys and values of a head, one behind the other in memory.
 template <typename T, typename Args>
 class HeadKeys {
@@ -56,12 +64,11 @@ class HeadKeys {
         value_stride_(p.value_strides.length),
         empty_row_(p.masked_row == MaskedRow::kMean ? EmptyRow::kMean : EmptyRow::kNan) {}
 
-  /// Calls body(first, count, key, value) for runs of neighbours in memory, of which `key` and
-  /// `value` are the first; null for keys that are NaN.
+  /// Calls body(KeyRun<T>) for the runs that `keys` consist of.
   template <typename Body>
   ZENITH_INLINE void ForRuns(KeyRange keys, Body body) const {
-    body(keys.first, keys.last - keys.first, key_ + keys.first * key_stride_,
-         value_ + keys.first * value_stride_);
+    body(KeyRun<T>{keys.first, keys.last - keys.first, key_ + keys.first * key_stride_,
+                   value_ + keys.first * value_stride_});
   }
   EmptyRow empty_row() const { return empty_row_; }
 
@@ -78,13 +85,12 @@ ZENITH_NOINLINE void MeanValue(const AttentionProblem& p, const Keys& keys, floa
     F32 total{};
     for (int64_t first = 0; first < p.kv_len; first += kBlockKeys) {
       F32 block{};  // sums of sums: the error grows with their number, not with kv_len
-      keys.ForRuns({first, Min(first + kBlockKeys, p.kv_len)},
-                   [&](int64_t, int64_t count, const T*, const T* value) {
-                     if (value == nullptr) block += kNaN;
-                     for (int64_t s = 0; value != nullptr && s < count; ++s) {
-                       block += Load(value + s * p.value_strides.length + e, part);
-                     }
-                   });
+      keys.ForRuns({first, Min(first + kBlockKeys, p.kv_len)}, [&](const KeyRun<T>& run) {
+        if (run.are_nan) block += kNaN;
+        for (int64_t s = 0; !run.are_nan && s < run.count; ++s) {
+          block += Load(run.value + s * p.value_strides.length + e, part);
+        }
+      });
       total += block;
     }
     Store(mean + e, total / static_cast<float>(p.kv_len), part);
@@ -250,16 +256,16 @@ class AttentionForwardTask {
   /// the scores become so, and the values are 0.
   void Copy(const HeadKeys<T, Args>& head, KeyRange keys, int64_t start) {
     const Args& p = args_;
-    head.ForRuns(keys, [&](int64_t first, int64_t count, const T* key, const T* value) {
-      float* const to_key = step_.key + (first - start) * p.qk_dim;
-      float* const to_value = step_.value + (first - start) * p.v_dim;
-      if (key == nullptr) {
-        for (int64_t i = 0; i < count * p.qk_dim; ++i) to_key[i] = kNaN;
-        for (int64_t i = 0; i < count * p.v_dim; ++i) to_value[i] = 0.0f;
+    head.ForRuns(keys, [&](const KeyRun<T>& run) {
+      float* const key = step_.key + (run.first - start) * p.qk_dim;
+      float* const value = step_.value + (run.first - start) * p.v_dim;
+      if (run.are_nan) {
+        for (int64_t i = 0; i < run.count * p.qk_dim; ++i) key[i] = kNaN;
+        for (int64_t i = 0; i < run.count * p.v_dim; ++i) value[i] = 0.0f;
         return;
       }
-      CopyRows(count, p.qk_dim, key, p.key_strides.length, to_key, p.qk_dim);
-      CopyRows(count, p.v_dim, value, p.value_strides.length, to_value, p.v_dim);
+      CopyRows(run.count, p.qk_dim, run.key, p.key_strides.length, key, p.qk_dim);
+      CopyRows(run.count, p.v_dim, run.value, p.value_strides.length, value, p.v_dim);
     });
   }
 

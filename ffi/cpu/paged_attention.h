@@ -23,10 +23,11 @@ class HeadKeys<T, PagedAttentionArgs> {
       const int64_t count = Min(keys.last - s, p_.page_size - token);
       const PageEntry entry = ReadEntry(table_[index], p_.pages);
       if (entry.outside && p_.nan_outside) {
-        body(s, count, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr));
+        body(KeyRun<T>{s, count, nullptr, nullptr, true});
       } else {
-        body(s, count, key_ + entry.page * p_.key_page_stride + token * p_.key_strides.length,
-             value_ + entry.page * p_.value_page_stride + token * p_.value_strides.length);
+        body(KeyRun<T>{
+            s, count, key_ + entry.page * p_.key_page_stride + token * p_.key_strides.length,
+            value_ + entry.page * p_.value_page_stride + token * p_.value_strides.length});
       }
       s += count;
     }
