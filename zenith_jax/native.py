@@ -13,6 +13,7 @@ import pathlib
 import re
 import threading
 from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -40,8 +41,19 @@ _batch_partitionable: set[str] = set()
 
 
 def default_platform() -> str:
-    """The platform of JAX's default backend, as jax lowers for it: "cpu", "cuda", "tpu", ..."""
-    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    """The platform that JAX computes on where arrays do not say: of `jax.default_device`, else of its backend."""
+    return platform_of(default_device())
+
+
+def default_device() -> Any:
+    """The `jax.Device` where JAX computes if arrays do not say."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+
+
+def platform_of(device: Any) -> str:
+    """A device's platform as jax lowers for it: "cpu", "cuda", "tpu", ..."""
+    return "cuda" if device.platform == "gpu" else device.platform
 
 
 def target(name: str) -> str:

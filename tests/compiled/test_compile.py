@@ -258,3 +258,18 @@ def test_telemetry_knows_the_model_by_its_name(mode):
 
     zenith.compile(the_model, jnp.ones(3), mode=mode)
     assert zenith.telemetry.records()[-1].function.endswith("the_model")
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_for_the_device_that_its_arrays_are_committed_to(mode):
+    first, second = jax.devices()[:2]
+    x = jax.device_put(np.ones((4, 8), np.float32), second)
+    by_example = zenith.compile(lambda x: jnp.exp(x) + 1, x, mode=mode)
+    assert by_example(x).devices() == {second}
+    with_params = zenith.compile((lambda p, x: x @ p, np.ones((8, 8), np.float32)), x, mode=mode)
+    assert with_params(np.asarray(x)).devices() == {second}
+    assert with_params.params.devices() == {second}
+    with jax.default_device(second):
+        chosen = zenith.compile(lambda x: jnp.exp(x) + 1, np.asarray(x), mode=mode)
+    assert chosen(np.asarray(x)).devices() == {second}
+    assert zenith.compile(lambda x: jnp.exp(x) + 1, np.asarray(x), mode=mode)(np.asarray(x)).devices() == {first}

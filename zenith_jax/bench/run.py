@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import zenith_jax as zenith
+from zenith_jax import native
 from zenith_jax.bench import memory
 from zenith_jax.bench.cases import Case, cases
 from zenith_jax.bench.machine import Machine, kernels_missing, machine
@@ -91,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace, console: Console | None = None) -> int:
     """Measures, prints, returns the exit code."""
     console = console or Console()
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    platform = native.default_platform()
     chosen = [c for c in cases(platform) if re.search(arguments.only, c.label)]
     if arguments.list:
         console.print("\n".join(c.label for c in chosen), highlight=False)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zenith_jax import native
 from zenith_jax.api import current_context
 from zenith_jax.compiled import buckets
 from zenith_jax.compiled.buckets import Spec
@@ -83,12 +84,38 @@ def compiled(
 ) -> CompiledModel:
     """`compile` of a Source; example_inputs as its `adapt` takes them."""
     args = _examples(source, example_inputs, dynamic)
+    with _where_they_lie(source.params, args) as device:
+        return _compiled(source, args, device, mode=mode, precision=precision, dynamic=dynamic)
+
+
+@contextlib.contextmanager
+def _where_they_lie(params: Any, args: Any) -> Iterator[Any]:
+    """The device that parameters and examples are committed to, compiled for within; None where it is JAX's default."""
+    arrays = [x for x in jax.tree.leaves((params, args)) if isinstance(x, jax.Array) and x.committed]
+    devices = {d for x in arrays for d in x.devices()}
+    if len(devices) != 1 or devices == {native.default_device()}:
+        yield None
+        return
+    (device,) = devices
+    with jax.default_device(device), configured(platform=config().platform or native.platform_of(device)):
+        yield device
+
+
+def _compiled(
+    source: Source,
+    args: tuple[Any, ...],
+    device: Any,
+    *,
+    mode: str,
+    precision: str | None,
+    dynamic: Mapping[str, tuple[int, ...]],
+) -> CompiledModel:
     input_structure, examples = Structure.of(args)
     shapes = buckets.named_shapes(examples, source.declared, dynamic)
     names = _input_names(source, input_structure)
     specs = tuple(Spec(n, s, _dtype(n, x)) for n, s, x in zip(names, shapes, examples, strict=True))
     param_structure, params = Structure.of(source.params)
-    params = [jnp.asarray(p) for p in params]
+    params = [jnp.asarray(p) if device is None else jax.device_put(p, device) for p in params]
     out: dict[str, Structure] = {}
 
     def flat(params: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:

@@ -48,7 +48,7 @@ def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) 
     if execute is None:
         logger.info("reduce-overhead: this program has effects or several devices, and is called the usual way")
         return ft.partial(executable, arguments)
-    (device,) = {d for x in arguments for d in x.devices()} or {jax.devices()[0]}
+    (device,) = {d for x in arguments for d in x.devices()} or {native.default_device()}
     sharding = jax.sharding.SingleDeviceSharding(device)
     expected = [(s.shape, np.dtype(s.dtype)) for s in structs]
 

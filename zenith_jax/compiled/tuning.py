@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jaxlib
 
 from zenith_jax import device, native
@@ -104,7 +103,7 @@ def measured_us(site: Site) -> tuple[float, float]:
 
 
 def _key(site: str) -> dict[str, Any]:
-    first = jax.devices()[0]
+    first = native.default_device()
     on_cpu = first.platform == "cpu"
     return dict(
         site=site,

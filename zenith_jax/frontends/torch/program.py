@@ -13,6 +13,7 @@ import jax
 import torch
 from torch.utils import _pytree as pytree
 
+from zenith_jax import native
 from zenith_jax.api import explain, jit
 from zenith_jax.config import configured
 from zenith_jax.frontends.onnx import OnnxModel, load
@@ -43,7 +44,7 @@ class Program:
         self.input_names = [i.name for i in self.onnx.inputs][: len(tensors)]
         self.weights = Weights(captured.weights, names, self.wide, place)
         self.more = {**self.onnx.params, **self.onnx.constants}  # what the exporter computed from constants
-        self.platform = {"gpu": "cuda"}.get(self.inlets[0].device.platform, "cpu") if self.inlets else None
+        self.platform = native.platform_of(self.inlets[0].device) if self.inlets else None
 
     def accepts(self, shapes: Sequence[tuple[int, ...]]) -> bool:
         return tuple(shapes) == self.example_shapes or _Guards(self.captured.program).hold(shapes)
