@@ -28,11 +28,14 @@ class Embedded(torch.nn.Module):
 LOAD = """
 import sys
 sys.modules["torch"] = None  # an import of it raises
-import numpy as np, zenith_jax as zenith
+import jax, numpy as np, zenith_jax as zenith
 path, tokens, logits = sys.argv[1:]
 model = zenith.load(path)
 results = model(np.load(tokens))
-np.testing.assert_allclose(results[0], np.load(logits), rtol=1e-5, atol=1e-6)
+close = dict(rtol=1e-5, atol=1e-6)
+if jax.default_backend() == "gpu":  # there the file holds a program for it, whose products have 10 bits
+    close = dict(rtol=5e-3, atol=1e-3)
+np.testing.assert_allclose(results[0], np.load(logits), **close)
 print("loaded", model.framework)
 """
 

@@ -254,11 +254,11 @@ def _cuda_rows(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     return _unaligned(case)
 
 
-# A custom call in a graph of launches costs a microsecond more than XLA's own loop. A layer of one product and one norm,
-# pre-norm / post-norm, speed against XLA: bfloat16 512 x 768 0.93 / 0.99, 128 x 2048 0.90, 512 x 2048 0.94, 256 x 4096
-# 0.91, 2048 x 768 1.00 / 0.99; float32 512 x 768 0.93 / 0.91, 1024 x 768 1.16 / 1.08, 128 x 4096 0.97, 512 x 4096 1.06.
-# One row before a product, which XLA fuses badly: 768 columns 1.5 (bfloat16), 1.1 to 1.3 (float32), 4096 0.87 (H100,
-# jax 0.11.2, 2026-11-26).
+# A custom call in a graph of launches costs a microsecond more than XLA's own loop. A layer of one product and one
+# norm, pre-norm / post-norm, speed against XLA: bfloat16 512 x 768 0.93 / 0.99, 128 x 2048 0.90, 512 x 2048 0.94,
+# 256 x 4096 0.91, 2048 x 768 1.00 / 0.99; float32 512 x 768 0.93 / 0.91, 1024 x 768 1.16 / 1.08, 128 x 4096 0.97,
+# 512 x 4096 1.06. One row before a product, which XLA fuses badly: 768 columns 1.5 (bfloat16), 1.1 to 1.3 (float32),
+# 4096 0.87 (H100, jax 0.11.2, 2026-11-26).
 _CUDA_NORM_BYTES = 1 << 21
 _ONE_ROW = 2048
 
