@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from zenith_jax.ir import _compat
-from zenith_jax.ir._compat import JaxprEqn, Var
+from zenith_jax.ir._compat import JaxprEqn
+from zenith_jax.ir.emit import emitted
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ops.linear import PANEL, in_panels, linear_fwd
 
@@ -44,17 +45,13 @@ def _replaced(eqn: JaxprEqn) -> list[JaxprEqn]:
     x, w, *more = eqn.invars
     attributes = dict(eqn.params["attributes"])
     traced = _traced(w.aval.size, w.aval.dtype, x.aval.shape[-1], attributes["layout"])
-    env: dict[Var, Any] = {traced.invars[0]: w}
-    eqns = []
-    for of_panels in traced.eqns:
-        env.update((v, _compat.new_var(v.aval)) for v in of_panels.outvars)
-        invars, outvars = ([env[v] for v in vs] for vs in (of_panels.invars, of_panels.outvars))
-        eqns.append(of_panels.replace(invars=invars, outvars=outvars, source_info=eqn.source_info))
+    panels = _compat.new_var(_compat.opened(traced).outvars[0].aval)
+    eqns, _, _ = emitted(traced, [w], [panels], eqn.source_info)
     params = {**eqn.params, "attributes": tuple(sorted({**attributes, "layout": "panels"}.items()))}
-    return [*eqns, eqn.replace(invars=[x, env[traced.outvars[0]], *more], params=params)]
+    return [*eqns, eqn.replace(invars=[x, panels, *more], params=params)]
 
 
 @ft.lru_cache(maxsize=1024)
 def _traced(size: int, dtype: Any, k: int, layout: str) -> Any:
     function = ft.partial(in_panels, k=k, layout=layout)
-    return _compat.opened(jax.make_jaxpr(function)(jax.ShapeDtypeStruct((size,), dtype)))
+    return jax.make_jaxpr(function)(jax.ShapeDtypeStruct((size,), dtype))

@@ -16,7 +16,8 @@ import jax.extend.core as jec
 
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir import _compat
-from zenith_jax.ir._compat import JaxprEqn, Literal, Var
+from zenith_jax.ir._compat import JaxprEqn, Var
+from zenith_jax.ir.emit import emitted
 from zenith_jax.ir.graph import Graph
 from zenith_jax.passes import gain, layout
 from zenith_jax.passes.apart import kept_apart
@@ -80,7 +81,9 @@ def rewrite(jaxpr: Any, context: Context) -> Any:
     arranged = () if context.differentiated else layout.matches(graph, context.platform, taken)
     for match in (*planned, *arranged):
         with clock("emit"):
-            eqns, new_constvars, new_consts = _emitted(match)
+            eqns, new_constvars, new_consts = emitted(
+                _trace_of(match), match.leaves, match.results, match.root.source_info
+            )
         index = graph.producers[match.root.outvars[0]]
         replacements[index] = [*replacements.get(index, ()), *eqns]
         constvars += new_constvars
@@ -240,36 +243,6 @@ def _traced(emit: Callable, static: tuple, avals: tuple, shardings: tuple) -> An
         return [_compat.resharded(x, s) for x, s in zip(emit(*leaves, **dict(static)), shardings, strict=True)]
 
     return jax.make_jaxpr(function)(*(_compat.struct(a) for a in avals))
-
-
-def _emitted(match: Match) -> tuple[list[JaxprEqn], list[Var], list[Any]]:
-    """Equations that compute `match.results` from `match.leaves`, with their constants."""
-    jaxpr = _trace_of(match)
-    opened = _compat.opened(jaxpr)
-    env: dict[Any, Any] = dict(zip(opened.invars, match.leaves, strict=True))
-    constvars = [_compat.new_var(v.aval) for v in opened.constvars]
-    env.update(zip(opened.constvars, constvars, strict=True))
-    # Results keep the variables they have in the program; a variable returned twice or passed through is copied.
-    source = match.root.source_info
-    eqns = []
-    targets: dict[Any, Var] = {}
-    copies: list[tuple[Any, Var]] = []
-    for out, result in zip(opened.outvars, match.results, strict=True):
-        if isinstance(out, Literal) or out in targets or out in env:
-            copies.append((out, result))
-        else:
-            targets[out] = result
-    for eqn in opened.eqns:
-        invars = [a if isinstance(a, Literal) else env[a] for a in eqn.invars]
-        outvars = [
-            v if isinstance(v, _compat.DropVar) else targets.get(v) or _compat.new_var(v.aval) for v in eqn.outvars
-        ]
-        env.update(zip(eqn.outvars, outvars, strict=True))
-        info = source.replace(name_stack=source.name_stack + eqn.source_info.name_stack)
-        eqns.append(eqn.replace(invars=invars, outvars=outvars, source_info=info))
-    if copies:
-        raise AssertionError(f"the op {match.op} returns an operand or one value twice")
-    return eqns, constvars, list(_compat.constants(jaxpr))
 
 
 def _recursed(eqn: JaxprEqn, context: Context) -> Sequence[JaxprEqn] | None:
