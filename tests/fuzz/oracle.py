@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from fuzz.convolution import convolved
+from fuzz.images import gathered_at_most, scattered_to_most, windows
 from jax import lax
 
 WIDE = np.dtype(np.float64)
@@ -100,6 +101,9 @@ REDUCED: dict[str, Callable[..., Any]] = {
     "reduce_min": lambda p, x: np.min(x, tuple(p["axes"])),
     "reduce_or": lambda p, x: np.any(x, tuple(p["axes"])),
     "reduce_prod": lambda p, x: np.prod(x, tuple(p["axes"])),
+    "reduce_window_max": lambda p, x: windows(p, x, -np.inf).max(-1),
+    "reduce_window_min": lambda p, x: windows(p, x, np.inf).min(-1),
+    "select_and_gather_add": gathered_at_most,
 }
 
 # Sums: their rounding is that of the absolute terms.
@@ -110,6 +114,7 @@ SUMMED: dict[str, Callable[..., Any]] = {
     "conv_general_dilated": convolved,
     "dot_general": lambda p, x, y: _product(x, y, p["dimension_numbers"]),
     "reduce_sum": lambda p, x: np.sum(x, tuple(p["axes"])),
+    "reduce_window_sum": lambda p, x: windows(p, x, 0.0).sum(-1),
 }
 
 # Results that are some operand's elements, or not rounded.
@@ -126,8 +131,8 @@ EXACT = {
     "split",
     "unstack",
 } | set(
-    "abs argmax argmin clamp copy copy_p max min name neg optimization_barrier pvary reduce_max reduce_min round "
-    "select_n sign stop_gradient".split()
+    "abs argmax argmin clamp copy copy_p max min name neg optimization_barrier pvary reduce_max reduce_min "
+    "reduce_window_max reduce_window_min round select_and_gather_add select_n sign stop_gradient".split()
 )
 
 CALLED = {
@@ -240,6 +245,9 @@ def _equation(eqn: Any, operands: list[np.ndarray], noise: Any) -> list[np.ndarr
     if name in SUMMED:
         result = np.asarray(SUMMED[name](params, *operands))
         magnitude = SUMMED[name](params, *map(np.abs, operands)) if noise is not None else None
+    elif name == "select_and_scatter_add":
+        result = scattered_to_most(params, *operands)
+        magnitude = scattered_to_most(params, np.abs(operands[0]), operands[1])
     elif is_named:
         result = NAMED[params["name"]](params, *operands)
     elif name == "bitcast_convert_type":

@@ -10,6 +10,8 @@ import jax.ad_checkpoint
 import jax.numpy as jnp
 from fuzz.attention import attention, flash_like, jax_nn
 from fuzz.convolution import convolution
+from fuzz.images import image_layer
+from fuzz.pages import paged_attention
 from fuzz.quantized import quantized_product
 from fuzz.rotation import rotation
 from fuzz.rows import activation, norm, softmax
@@ -94,7 +96,7 @@ def cast(script: Script, x: Any) -> tuple[Any, list[Any]]:
 def block(script: Script, x: Any, depth: int) -> tuple[Any, list[Any]]:
     """One part of a program: (y, inner values). depth: how much control flow may still be nested in it."""
     options = [norm, attention, activation, convolution, softmax, elementwise, norm, attention, activation, product]
-    options += [rotation]
+    options += [rotation, image_layer, paged_attention]
     options += [layout, cast, jax_nn]
     options += [residual, flash_like]
     if depth:
