@@ -86,7 +86,7 @@ def _check(program: Program, tally: Tally) -> None:
     # the difference is zero by a symmetry, the formula as written may round to less by cancelling elsewhere.
     cancels = any(s.op in ("attention", "softmax") and s.fused for s in sites)
     # Keys that a mask forbids are not read where it is structure; in plain JAX 0 times their infinity is NaN.
-    skips = program.poison is not None and any(s.op == "attention" and s.fused for s in sites)
+    skips = program.poison is not None and any("attention" in s.op and s.fused for s in sites)
     # An infinite scale of integer weights is multiplied behind the sum over them: an infinity, where 0 times it is NaN.
     scales = program.poison is not None and any(s.op == "quantized_linear" and s.fused for s in sites)
     # A batch norm is one factor and one sum: an infinite one of its parameters may take the other's infinity away.
@@ -166,6 +166,8 @@ def _compare(
     what = f"array {i}, {aval.str_short()}"
     assert actual.shape == unfused.shape, f"{what}: shape {actual.shape} for {unfused.shape}"
     if not jnp.issubdtype(aval.dtype, jnp.floating):
+        if skips or folds:  # an index of the largest is that of a NaN
+            return
         oracle = oracle.astype(np.float64)
         firm = np.all([s == oracle for s in samples], axis=0)  # elsewhere rounding decides
         assert (actual == unfused)[firm].all(), f"{what}: {actual} for {unfused}"
