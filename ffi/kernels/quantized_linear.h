@@ -17,7 +17,8 @@ namespace zenith {
 /// or float32.
 ///
 /// CUDA: float16 and bfloat16, at most kQuantizedRows rows; k / groups a multiple of 16, or of 64
-/// if `transposed`; n of 16, or of 32 of 4 bits if not `transposed`.
+/// if `transposed`; n of 16, or of 32 of 4 bits if not `transposed`; both up to 2^24; all arrays
+/// begin at a multiple of 16 bytes.
 struct QuantizedLinearArgs {
   DType dtype, param_dtype;
   int32_t bits;
