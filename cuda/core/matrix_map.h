@@ -18,8 +18,9 @@ struct Matrix {
 };
 
 /// A map that copies boxes of `box_rows` x `box_columns`; `swizzled` by as many bytes as a row of
-/// the box has, 64 or 128.
+/// the box has, 64 or 128. `promoted`: the second-level cache fetches 256 bytes where one is
+/// missing.
 Status MakeMatrixMap(const Matrix& matrix, int box_rows, int box_columns, bool swizzled,
-                     CUtensorMap& map);
+                     bool promoted, CUtensorMap& map);
 
 }  // namespace zenith

@@ -54,7 +54,7 @@ Status MakeTensorMap(const HeadTensor& tensor, int rows, CUtensorMap& map, int b
 }
 
 Status MakeMatrixMap(const Matrix& matrix, int box_rows, int box_columns, bool swizzled,
-                     CUtensorMap& map) {
+                     bool promoted, CUtensorMap& map) {
   static const Encode encode = FindEncode();
   if (encode == nullptr) return kNoEncode;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns),
@@ -70,7 +70,8 @@ Status MakeMatrixMap(const Matrix& matrix, int box_rows, int box_columns, bool s
       !swizzled                                  ? CU_TENSOR_MAP_SWIZZLE_NONE
       : box_columns * matrix.element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                  : CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      promoted ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? Status{} : Status{"cuTensorMapEncodeTiled refused a matrix"};
 }
 

@@ -203,8 +203,8 @@ Status LaunchKernel(const QuantizedLinearArgs& args, const Launch& launch) {
   const int64_t tiles = (args.n + C::kColumns - 1) / C::kColumns;
   const int64_t steps = args.k / C::Tile::kStep;
   constexpr bool kColumnTile = C::Tile::kLineSteps > 0;
-  const Split split = SplitOf(steps, C::kWarps, args.groups > 1 ? steps / args.groups : 0,
-                              !kColumnTile, kColumnTile ? C::Tile::kLineSteps : 1);
+  const Split split = EvenSplitOf(steps, C::kWarps, args.groups > 1 ? steps / args.groups : 0,
+                                  !kColumnTile, kColumnTile ? C::Tile::kLineSteps : 1);
   kernel<<<static_cast<unsigned>(tiles), C::kThreads, C::kSharedBytes, launch.stream>>>(args,
                                                                                         split);
   return LastLaunch();

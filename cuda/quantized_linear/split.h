@@ -13,20 +13,13 @@ struct Split {
   int units_of_group;
   uint32_t units_of_group_inverse;  // where more than 1: the upper word of its product with a unit
                                     // is the group
+
+  /// Steps of the longest range.
+  int Most() const { return unit * (units + (longer > 0)); }
 };
 
-/// group_steps: of a group, or 0. whole_groups: units of whole groups, where shares stay equal: a
-/// warp then ends a group seldom. Else units of at most `unit` steps, so that warps take
-/// neighbouring lines.
-inline Split SplitOf(int64_t steps, int64_t ranges, int64_t group_steps, bool whole_groups,
-                     int64_t unit) {
-  const int64_t even = (steps + ranges - 1) / ranges;
-  if (group_steps > 0) {
-    if (whole_groups) unit = group_steps;
-    while (group_steps % unit != 0) --unit;
-    const auto most = [&] { return (steps + unit * ranges - 1) / (unit * ranges) * unit; };
-    while (unit % 2 == 0 && 16 * most() > 17 * even) unit /= 2;
-  }
+/// In units of `unit` steps, which divides group_steps, or group_steps is 0.
+inline Split SplitOf(int64_t steps, int64_t ranges, int64_t group_steps, int64_t unit) {
   const int64_t units = (steps + unit - 1) / unit;
   const int64_t units_of_group = group_steps > 0 ? group_steps / unit : 1;
   return {.unit = static_cast<int>(unit),
@@ -38,6 +31,20 @@ inline Split SplitOf(int64_t steps, int64_t ranges, int64_t group_steps, bool wh
           .units_of_group = static_cast<int>(units_of_group),
           .units_of_group_inverse =
               static_cast<uint32_t>((uint64_t{1} << 32) / units_of_group + (units_of_group > 1))};
+}
+
+/// whole_groups: a unit is a group, so that a warp ends one seldom, or what halves of it keep
+/// shares equal. Else at most `unit` steps, so that warps take neighbouring lines.
+inline Split EvenSplitOf(int64_t steps, int64_t ranges, int64_t group_steps, bool whole_groups,
+                         int64_t unit) {
+  const int64_t even = (steps + ranges - 1) / ranges;
+  if (group_steps > 0) {
+    if (whole_groups) unit = group_steps;
+    while (group_steps % unit != 0) --unit;
+    while (unit % 2 == 0 && 16 * SplitOf(steps, ranges, group_steps, unit).Most() > 17 * even)
+      unit /= 2;
+  }
+  return SplitOf(steps, ranges, group_steps, unit);
 }
 
 }  // namespace zenith::quantized_linear

@@ -30,6 +30,12 @@ __device__ __forceinline__ uint32_t Subtract(uint32_t a, uint32_t b) {
   return a;
 }
 
+__device__ __forceinline__ uint32_t MultiplyAddF16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
 /// Bits 0 to 7 of each slot.
 template <typename T>
 __device__ __forceinline__ uint32_t WidenByte(uint32_t word) {
@@ -43,12 +49,29 @@ __device__ __forceinline__ uint32_t WidenByte(uint32_t word) {
                        MaskXor<0x00800080u, 0x43004300u>(word));
   }
 }
-/// Bits 4 * kNibble to 4 * kNibble + 3 of each slot.
-template <typename T, int kNibble>
-__device__ __forceinline__ uint32_t WidenNibble(uint32_t word) {
-  const uint32_t shifted = kNibble == 0 ? word : word >> (4 * kNibble);
-  constexpr uint32_t kBits = std::is_same_v<T, __half> ? 0x64086408u : 0x43084308u;
-  return Subtract<T>(MaskXor<0x000f000fu, kBits>(shifted), kBits);  // base + (s + 8)
+/// pairs[i]: bits 4 i to 4 i + 3 of each slot. Logical operations, shifts and byte permutations
+/// share a pipe of half the rate of the one that adds and multiplies 16-bit pairs, so the latter
+/// does what it can: of two nibbles a slot one is brought down by a product with 1 / 16.
+template <typename T>
+__device__ __forceinline__ void WidenNibbles(uint32_t word, uint32_t (&pairs)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t shifted = i == 0 ? word : word >> 8;
+    if constexpr (std::is_same_v<T, __half>) {
+      // 1024 + (s + 8) and 1024 + 16 (s + 8)
+      pairs[i] = Subtract<T>(MaskXor<0x000f000fu, 0x64086408u>(shifted), 0x64086408u);
+      pairs[i + 1] = MultiplyAddF16(MaskXor<0x00f000f0u, 0x64806480u>(shifted), 0x2c002c00u,
+                                    0xd480d480u);  // / 16 - 72
+    } else {
+      // 128 + (s + 8); and as a float16, whose bits 0x4300 are 3.5, 3.5 + 16 (s + 8) / 512, which
+      // becomes 3.5 + (s + 8) / 512: the bits of the former.
+      pairs[i] = Subtract<T>(MaskXor<0x000f000fu, 0x43084308u>(shifted), 0x43084308u);
+      pairs[i + 1] =
+          Subtract<T>(MultiplyAddF16(MaskXor<0x00f000f0u, 0x43804380u>(shifted), 0x2c002c00u,
+                                     0x42904290u),  // / 16 + 3.5 * 15 / 16
+                      0x43084308u);
+    }
+  }
 }
 
 }  // namespace zenith::quantized_linear

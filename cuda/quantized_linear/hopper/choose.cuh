@@ -7,6 +7,8 @@
 
 namespace zenith::quantized_linear {
 
+constexpr int64_t kWideColumns = 96 * 128;
+
 /// A group must be whole stages; where it is not, the general kernel.
 template <typename T, typename P, typename Tile, int kTiles, int kWarps, int kStages>
 Status LaunchGroups(const QuantizedLinearArgs& args, const Launch& launch) {
@@ -16,15 +18,23 @@ Status LaunchGroups(const QuantizedLinearArgs& args, const Launch& launch) {
   return LaunchHopper<HopperConfig<T, P, Tile, kTiles, true, kWarps, kStages>>(args, launch);
 }
 
+/// Up to 8 rows: tiles of 128 columns, whose lines the copy engine brings twice as fast. For 16
+/// they take too many registers for more than 8 warps; where a multiprocessor has a tile to itself
+/// those are enough, and x is read half as often.
 template <typename T, typename P>
 Status LaunchRowMajor(const QuantizedLinearArgs& args, const Launch& launch) {
+  const bool wide = args.n >= kWideColumns;
   if (args.bits == 8) {
-    return args.rows > 8 ? LaunchGroups<T, P, HopperRowTile<T, 8, 64, 64>, 2, 8, 2>(args, launch)
-                         : LaunchGroups<T, P, HopperRowTile<T, 8, 32, 128>, 1, 8, 2>(args, launch);
+    return args.rows > 8 && !wide
+               ? LaunchGroups<T, P, HopperRowTile<T, 8, 64, 64>, 2, 8, 2>(args, launch)
+           : args.rows > 8
+               ? LaunchGroups<T, P, HopperRowTile<T, 8, 32, 128>, 2, 8, 2>(args, launch)
+               : LaunchGroups<T, P, HopperRowTile<T, 8, 32, 128>, 1, 8, 2>(args, launch);
   }
-  // 16 rows of 128 columns, their sums kept twice, would take 170 registers.
-  return args.rows > 8 ? LaunchGroups<T, P, HopperRowTile<T, 4, 64, 64>, 2, 8, 4>(args, launch)
-                       : LaunchGroups<T, P, HopperRowTile<T, 4, 32, 128>, 1, 12, 2>(args, launch);
+  return args.rows > 8 && !wide
+             ? LaunchGroups<T, P, HopperRowTile<T, 4, 64, 64>, 2, 8, 4>(args, launch)
+         : args.rows > 8 ? LaunchGroups<T, P, HopperRowTile<T, 4, 64, 128>, 2, 8, 2>(args, launch)
+                         : LaunchGroups<T, P, HopperRowTile<T, 4, 32, 128>, 1, 16, 2>(args, launch);
 }
 
 template <typename T, typename P>
@@ -35,8 +45,9 @@ Status LaunchColumnMajor(const QuantizedLinearArgs& args, const Launch& launch) 
                          : LaunchGroups<T, P, Tile, 1, 8, 4>(args, launch);
   }
   using Tile = HopperColumnTile<T, 4>;
-  return args.rows > 8 ? LaunchGroups<T, P, Tile, 2, 8, 2>(args, launch)
-                       : LaunchGroups<T, P, Tile, 1, 8, 2>(args, launch);
+  return args.rows > 8            ? LaunchGroups<T, P, Tile, 2, 8, 2>(args, launch)
+         : args.n >= kWideColumns ? LaunchGroups<T, P, Tile, 1, 12, 2>(args, launch)
+                                  : LaunchGroups<T, P, Tile, 1, 8, 2>(args, launch);
 }
 
 template <typename T>

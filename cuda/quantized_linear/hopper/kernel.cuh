@@ -11,6 +11,7 @@
 // else happens, and an instruction takes as long as a thousand bytes.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "cuda/core/cluster.cuh"
@@ -29,8 +30,9 @@ namespace zenith::quantized_linear {
 constexpr int kMaxCluster = 8;  // the largest that every Hopper GPU can place
 
 /// kTiles: tiles of 8 rows of x. kGrouped: more than one group, whose scale is applied in between.
-/// kStages: of a warp's ring. 48 KB of w on their way for each multiprocessor are enough; with
-/// three times as much the first stage came 2 us later, and all behind it (H100, 11/2026).
+/// kWarps: of a block, at most. kStages: of a warp's ring. 48 KB of w on their way for each
+/// multiprocessor are enough; with three times as much the first stage came 2 us later, and all
+/// behind it (H100, 11/2026).
 template <typename T_, typename P_, typename Tile_, int kTiles_, bool kGrouped_, int kWarps_,
           int kStages_>
 struct HopperConfig {
@@ -65,6 +67,7 @@ struct HopperConfig {
 struct Shares {
   int two_tiles;            // 1 if a block has two tiles of columns, which its warps take in turn
   uint32_t blocks_inverse;  // (a * this) >> 16 = a / blocks, for as many parts as there are
+  int stage_bytes;          // of w and x, that the copy engine brings
 };
 
 /// A block: one or two tiles of columns, k shared out to its warps, and to those of all blocks of a
@@ -80,11 +83,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   using P = typename C::P;
   using Tile = typename C::Tile;
   using Params = Vector<P, 4>;
-  constexpr int kTiles = C::kTiles, kWarps = C::kWarps, kThreads = C::kThreads;
+  constexpr int kTiles = C::kTiles, kWarps = C::kWarps;
+  const int threads = static_cast<int>(blockDim.x);
   extern __shared__ __align__(1024) unsigned char shared[];
   // Known to be the same in all lanes, it stays in uniform registers, which copies need.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpSize, 0);
-  const int lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warps = threads / kWarpSize;
   const int blocks = static_cast<int>(gridDim.x), rank = static_cast<int>(blockIdx.x);
   const int two_tiles = shares.two_tiles, all_columns = static_cast<int>(args.n);
   const int block_column = static_cast<int>(blockIdx.y) * (C::kColumns << two_tiles);
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (lane == 0) {
       const uint32_t barrier = barriers + 8 * stage;
       const int scale_bytes = min(all_columns - column, C::kColumns) * int{sizeof(P)};
-      BarrierExpect(barrier, Tile::kWBytes + C::kXBytes + (with_scale ? scale_bytes : 0));
+      BarrierExpect(barrier, shares.stage_bytes + (with_scale ? scale_bytes : 0));
       TmaLoad(ring + stage * Tile::kWBytes, w_map, barrier, Tile::BoxColumn(k, column),
               Tile::BoxRow(k, column));
 #pragma unroll
@@ -130,12 +134,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     for (int i = 0; i < C::kStages; ++i) BarrierInit(barriers + 8 * i, 1);
     BarrierInitFence();
   }
+  __syncwarp();  // the barriers are initialised
 #pragma unroll 1
   for (int i = 0; i < C::kStages; ++i) copy_next(i);
 
   // A block's sums are parts of four columns of a row: of its warps' sums a thread adds parts
   // threadIdx.x and so on, and sends them to the block that has the part, every blocks-th.
-  const int row_shift = (C::kColumns == 64 ? 4 : 5) + two_tiles;
+  const int row_shift = (C::kColumns == 64 ? 4 : C::kColumns == 128 ? 5 : 6) + two_tiles;
   const int parts = static_cast<int>(args.rows) << row_shift;
   const auto share = [&](int all) { return static_cast<int>(all * shares.blocks_inverse >> 16); };
   const int own_parts = share(parts - rank + blocks - 1), most_parts = share(parts + blocks - 1);
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   Params bias[C::kPartsOfThread];
 #pragma unroll
   for (int i = 0; i < C::kPartsOfThread; ++i) {
-    const int nth = i * kThreads + static_cast<int>(threadIdx.x);
+    const int nth = i * threads + static_cast<int>(threadIdx.x);
     const auto row = [&](int part) { return part >> row_shift; };
     const auto at = [&](int part) { return (part & ((1 << row_shift) - 1)) * 4; };
     from[i] = shared + at(nth) / C::kColumns * C::kWarpBytes +
@@ -172,7 +177,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   if (blocks > 1) ClusterWait();  // all have begun
-  __syncwarp();                   // the barriers are initialised
 
   float sums[kTiles][Tile::kAccumulators][4] = {};
   float total[kTiles][Tile::kAccumulators][4] = {};
@@ -218,10 +222,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   float4 sum[C::kPartsOfThread] = {};
 #pragma unroll
   for (int i = 0; i < C::kPartsOfThread; ++i) {
-    if (i * kThreads + static_cast<int>(threadIdx.x) >= parts) break;
+    if (i * threads + static_cast<int>(threadIdx.x) >= parts) break;
 #pragma unroll
     for (int j = 0; j < kWarps; ++j)
-      if (j % 2 == 0 || !two_tiles) add(sum[i], from[i] + j * C::kWarpBytes);
+      if (j < warps && (j % 2 == 0 || !two_tiles)) add(sum[i], from[i] + j * C::kWarpBytes);
     if (blocks > 1) StoreTo(owner[i], to[i], arrived, sum[i]);
   }
   if (blocks > 1) BarrierWait(arrived, 0);
@@ -230,7 +234,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (gY[i] == nullptr) continue;
     if (blocks > 1) {
       const unsigned char* const inbox =
-          shared + C::kInboxAt + (i * kThreads + static_cast<int>(threadIdx.x)) * 16;
+          shared + C::kInboxAt + (i * threads + static_cast<int>(threadIdx.x)) * 16;
       sum[i] = {};
 #pragma unroll
       for (int j = 0; j < kMaxCluster; ++j)
@@ -278,6 +282,24 @@ std::array<int, kMaxCluster + 1> ClustersAtOnce() {
   return most;
 }
 
+/// Between `fewest` and `most` warps of each of so many blocks, and their units. The end of a group
+/// takes a warp about as long as half a step; fewer warps than the most must gain a sixteenth.
+inline Split HopperSplit(int64_t steps, int64_t group_steps, int64_t blocks, int64_t fewest,
+                         int64_t most, int64_t unit) {
+  if (group_steps == 0) return SplitOf(steps, blocks * most, 0, unit);
+  const auto cost = [](const Split& split) {
+    return (1 + 0.5 / split.unit) * split.Most() * split.ranges;
+  };
+  Split best = SplitOf(steps, blocks * most, group_steps, 1);
+  for (int64_t warps = most; warps >= fewest; --warps) {
+    for (unit = group_steps; unit > 0; unit = unit % 2 == 0 ? unit / 2 : 0) {
+      const Split split = SplitOf(steps, blocks * warps, group_steps, unit);
+      if (cost(split) < (split.ranges == best.ranges ? 1 : 15.0 / 16) * cost(best)) best = split;
+    }
+  }
+  return best;
+}
+
 template <typename C>
 Status LaunchHopper(const QuantizedLinearArgs& args, const Launch& launch) {
   using Tile = typename C::Tile;
@@ -285,15 +307,6 @@ Status LaunchHopper(const QuantizedLinearArgs& args, const Launch& launch) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
-
-  CUtensorMap w_map, x_map;
-  const int64_t w_rows = args.transposed ? args.n : args.k;
-  const int64_t w_row_bytes = (args.transposed ? args.k : args.n) * args.bits / 8;
-  Status made = MakeMatrixMap({args.w, 1, w_rows, w_row_bytes}, Tile::kBoxRows, Tile::kBoxBytes,
-                              Tile::kSwizzled, w_map);
-  if (!made.ok()) return made;
-  made = MakeMatrixMap({args.x, 2, args.rows, args.k}, 8, Tile::kXBox, true, x_map);
-  if (!made.ok()) return made;
 
   // Two tiles of columns a block where there are more of them than multiprocessors. The smallest
   // clusters that fill nine of ten: memory is then what is waited for. They must all run at once,
@@ -311,13 +324,32 @@ Status LaunchHopper(const QuantizedLinearArgs& args, const Launch& launch) {
   for (int b = 2; b <= kMaxCluster && 10 * blocks * tiles < 9 * multiprocessors; ++b) {
     if (b * C::kWarps <= steps && most[b] >= tiles) blocks = b;
   }
-  const Split split =
-      SplitOf(steps, blocks * (C::kWarps >> two_tiles), args.groups > 1 ? steps / args.groups : 0,
-              true, args.transposed ? 2 : 1);
-  const Shares shares = {two_tiles, static_cast<uint32_t>(65536 / blocks + 1)};
+  // Lines that were not asked for: a neighbour's, which cost up to 8 % where several blocks share
+  // out k, or the warp's own next ones, which gain 6 % (H100, 11/2026).
+  const bool promoted = args.transposed || blocks == 1;
+  CUtensorMap w_map, x_map;
+  const int64_t w_rows = args.transposed ? args.n : args.k;
+  const int64_t w_row_bytes = (args.transposed ? args.k : args.n) * args.bits / 8;
+  Status made = MakeMatrixMap({args.w, 1, w_rows, w_row_bytes}, Tile::kBoxRows, Tile::kBoxBytes,
+                              Tile::kSwizzled, promoted, w_map);
+  if (!made.ok()) return made;
+  // Rows that are not there are not copied: what lies in their place has results that no one
+  // stores.
+  const int x_rows = static_cast<int>(args.rows < 8 ? args.rows : 8);
+  made = MakeMatrixMap({args.x, 2, args.rows, args.k}, x_rows, Tile::kXBox, true, true, x_map);
+  if (!made.ok()) return made;
+
+  const int64_t sums = args.rows * C::kColumns / 4 << two_tiles;  // of a block, that a thread adds
+  const int64_t enough = (sums / C::kPartsOfThread + kWarpSize - 1) / kWarpSize;
+  const int64_t fewest = std::max(enough + two_tiles, C::kWarps / 2 + int64_t{1}) >> two_tiles;
+  const Split split = HopperSplit(steps, args.groups > 1 ? steps / args.groups : 0, blocks, fewest,
+                                  C::kWarps >> two_tiles, args.transposed ? 2 : 1);
+  const int64_t warps = split.ranges / blocks << two_tiles;
+  const Shares shares = {two_tiles, static_cast<uint32_t>(65536 / blocks + 1),
+                         Tile::kWBytes + C::kTiles * Tile::kXBytes / 8 * x_rows};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles));
-  config.blockDim = dim3(C::kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(warps) * kWarpSize);
   config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = launch.stream;
   cudaLaunchAttribute cluster = {};

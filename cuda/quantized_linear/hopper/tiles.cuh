@@ -110,12 +110,11 @@ struct HopperRowTile {
                                    WidenByte<T>(second), WidenByte<T>(second >> 8)};
             Apply(a, x, sums, 2 * word + part, step);
           } else {
-            const uint32_t a[4] = {WidenNibble<T, 0>(first), WidenNibble<T, 1>(first),
-                                   WidenNibble<T, 0>(second), WidenNibble<T, 1>(second)};
-            Apply(a, x, sums, 4 * word + 2 * part, step);
-            const uint32_t b[4] = {WidenNibble<T, 2>(first), WidenNibble<T, 3>(first),
-                                   WidenNibble<T, 2>(second), WidenNibble<T, 3>(second)};
-            Apply(b, x, sums, 4 * word + 2 * part + 1, step);
+            uint32_t a[4], b[4];
+            WidenNibbles<T>(first, a);
+            WidenNibbles<T>(second, b);
+            Apply({a[0], a[1], b[0], b[1]}, x, sums, 4 * word + 2 * part, step);
+            Apply({a[2], a[3], b[2], b[3]}, x, sums, 4 * word + 2 * part + 1, step);
           }
         }
     }
@@ -221,12 +220,11 @@ struct HopperColumnTile {
                                  WidenByte<T>(l >> 8)};
           Apply(a, x, sums, fragment, 2 * word);
         } else {
-          const uint32_t a[4] = {WidenNibble<T, 0>(u), WidenNibble<T, 0>(l), WidenNibble<T, 1>(u),
-                                 WidenNibble<T, 1>(l)};
-          Apply(a, x, sums, fragment, 4 * word);
-          const uint32_t b[4] = {WidenNibble<T, 2>(u), WidenNibble<T, 2>(l), WidenNibble<T, 3>(u),
-                                 WidenNibble<T, 3>(l)};
-          Apply(b, x, sums, fragment, 4 * word + 2);
+          uint32_t a[4], b[4];
+          WidenNibbles<T>(u, a);
+          WidenNibbles<T>(l, b);
+          Apply({a[0], b[0], a[1], b[1]}, x, sums, fragment, 4 * word);
+          Apply({a[2], b[2], a[3], b[3]}, x, sums, fragment, 4 * word + 2);
         }
       }
     }
