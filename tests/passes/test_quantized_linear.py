@@ -224,8 +224,9 @@ def test_a_gradient_of_a_fused_layer_is_right():
     assert_error_ratio(fused, plain, in_float64(gradient)(x, s, b), floor_ulps=16.0)
 
 
-def _on_a_gpu(x, w, scale, use_cost):
+def _on_a_gpu(x, w, scale, use_cost, transposed=False):
     def layer(x, w, scale):
+        w = w.T if transposed else w
         k, n = w.shape
         if scale.ndim == 1:
             return (x @ w.astype(x.dtype)) * scale
@@ -255,10 +256,22 @@ def test_on_a_gpu_few_weights_are_taken_on_request():
         (16, 4096, jnp.int4, None, False),
         (1, 4096, jnp.int8, None, True),
         (1, 2048, jnp.int8, None, False),
-        (2, 4096, jnp.int8, None, False),
+        (16, 4096, jnp.int8, None, True),
+        (1, 4096, jnp.int8, 32, True),
+        (2, 4096, jnp.int8, 32, False),
     ],
 )
 def test_the_rule_of_a_gpu(rows, k, w_dtype, groups, taken):
     x, w = ((rows, k), jnp.bfloat16), ((k, 4096), w_dtype)
     scale = ((groups, 4096) if groups else (4096,), jnp.bfloat16)
     assert _on_a_gpu(x, w, scale, True) == (["quantized_linear"] if taken else [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "capability", "taken"),
+    [(1, 4096, "9.0", False), (8, 4096, "9.0", True), (1, 14336, "9.0", True), (8, 4096, "8.0", False)],
+)
+def test_on_a_gpu_int8_of_n_by_k_is_taken_where_it_was_faster(rows, k, capability, taken, monkeypatch):
+    monkeypatch.setattr("zenith_jax.passes.choose.compute_capability", lambda: capability)
+    shapes = ((rows, k), jnp.bfloat16), ((4096, k), jnp.int8), ((4096,), jnp.bfloat16)
+    assert _on_a_gpu(*shapes, True, transposed=True) == (["quantized_linear"] if taken else [])

@@ -18,6 +18,7 @@ from zenith_jax.ops.attention_kernels import unsupported as attention_unsupporte
 from zenith_jax.ops.conv import unsupported as conv_unsupported
 from zenith_jax.ops.gated_linear import unsupported as gated_linear_unsupported
 from zenith_jax.ops.group_norm import unsupported as group_norm_unsupported
+from zenith_jax.ops.linear import HOPPER, compute_capability
 from zenith_jax.ops.linear import unsupported as linear_unsupported
 from zenith_jax.ops.paged_attention import unsupported as paged_attention_unsupported
 from zenith_jax.ops.quantized_linear import unsupported as quantized_linear_unsupported
@@ -439,26 +440,37 @@ def _cpu_quantized_linear(case: dict[str, Any], differentiated: bool) -> Refusal
     return None
 
 
-# bfloat16, XLA / ours in us, weights from memory, those of int8 (k, n) (H100, jax 0.11.2, 2026-11-26):
-#                  int8, 1 row  16 rows    int4 in groups of 128, 1 row  16 rows
-# 4096 x 4096      11.8/11.3    11.5/14.3  27/10                         29/16
-# 4096 x 14336     45.7/28.7    31.6/33.6  112/20                        116/25
-# 14336 x 4096     30.9/30.4    27.5/34.7  112/23                        111/27
-# 8192 x 8192      30.8/28.9    32.4/34.9  123/21                        128/26
-# Smaller weights, and int4 of one scale a feature, are not measured.
+# bfloat16, XLA / ours in us, weights from memory (H100, jax 0.11.2, 2026-11-26):
+#                  int8, 1 row  16 rows    int8 (n, k), 1 row  16 rows    int4 in groups of 128, 1 row  16 rows
+# 4096 x 4096      11.0/9.2     12.2/10.5  9.2/9.6             11.8/11.0  26/7.0                        30/9.2
+# 4096 x 14336     45.7/23.4    33.1/26.8  28.3/25.0           31.6/28.2  111/14                        117/17
+# 14336 x 4096     30.6/24.8    28.7/26.3  26.5/25.5           29.3/26.2  112/16                        113/19
+# 8192 x 8192      31.3/27.1    33.6/29.5  28.7/28.4           35.0/30.8  126/17                        132/19
+# 4096 x 4096 of int8 (n, k): 4 rows 9.5/9.6, 8 rows 10.2/9.9. Before Hopper the kernel is another, which for 16 rows of
+# int8 was slower than XLA's (on an H100). Smaller weights, int4 of one scale a feature and more rows of int8 in groups
+# are not measured.
 _CUDA_QUANTIZED_WEIGHTS = 1 << 24
+_CUDA_INT8_COLUMNS_WEIGHTS = 1 << 25
 
 
 def _cuda_quantized_linear(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     del differentiated  # the gradient's product is XLA's in any case
     is_4_bit = jnp.dtype(case["w_dtype"]) == jnp.int4
-    if not is_4_bit and (case["rows"] > 1 or case["transposed"]):
-        return refuse("XLA's product, which widens int8 weights in registers, is as fast on a GPU")
-    if case["k"] * case["n"] < _CUDA_QUANTIZED_WEIGHTS or (is_4_bit and case["groups"] == 1):
+    weights = case["k"] * case["n"]
+    if weights < _CUDA_QUANTIZED_WEIGHTS or (is_4_bit and case["groups"] == 1):
         return refuse(
             "measured on a GPU are weights from 4096 x 4096 on, int4 ones in groups",
             advice="zenith.configure(use_cost=False) takes the kernel",
         )
+    if is_4_bit or (case["rows"] == 1 and not case["transposed"]):
+        return None
+    if case["groups"] > 1 or compute_capability() != HOPPER:
+        return refuse("int8 of more than a row, or (n, k), is measured on Hopper, with one scale a feature")
+    if case["transposed"] and case["rows"] < 8 and weights <= _CUDA_INT8_COLUMNS_WEIGHTS:
+        return refuse(
+            "XLA's product of int8 weights stored (n, k) is as fast for {rows} rows by {k} x {n}",
+            rows=case["rows"], k=case["k"], n=case["n"],
+        )  # fmt: skip
     return None
 
 
