@@ -12,8 +12,8 @@ namespace {
 
 #ifdef ZENITH_HOPPER  // the module holds code for sm_90a
 /// Decoding: pages of a power of two of keys, 16 at least, so that the 16 keys of a product are in
-/// one; 16-bit types, rows at multiples of 16 bytes. `unsupported` of
-/// zenith_jax/ops/paged_attention.py.
+/// one; 16-bit types, rows at multiples of 16 bytes; pools dense, so that a tensor map can name
+/// all. `unsupported` of zenith_jax/ops/paged_attention.py.
 bool FitsPagedDecode(const PagedAttentionArgs& p) {
   constexpr int64_t kMaxQueries = 16, kMaxRows = 64;  // rows: of the heads that share keys
   constexpr int64_t kMinPage = 16, kMaxLength = int64_t{1} << 28, kMaxGrid = 65535;
@@ -24,9 +24,10 @@ bool FitsPagedDecode(const PagedAttentionArgs& p) {
          p.page_size >= kMinPage && std::has_single_bit(static_cast<uint64_t>(p.page_size)) &&
          p.kv_len > 0 && p.kv_len <= kMaxLength && p.batch <= kMaxGrid &&
          p.kv_heads * 4 <= kMaxGrid && p.qk_dim > 0 && p.v_dim > 0 && p.qk_dim % 8 == 0 &&
-         p.v_dim % 8 == 0 && std::max(p.qk_dim, p.v_dim) <= 256 &&
-         aligned(p.query, p.query_strides, 0) && aligned(p.out, p.out_strides, 0) &&
-         aligned(p.key, p.key_strides, p.key_page_stride) &&
+         p.v_dim % 8 == 0 &&
+         (p.batch == p.sequences || attention::PoolsByPage(p) || attention::PoolsByHead(p)) &&
+         std::max(p.qk_dim, p.v_dim) <= 256 && aligned(p.query, p.query_strides, 0) &&
+         aligned(p.out, p.out_strides, 0) && aligned(p.key, p.key_strides, p.key_page_stride) &&
          aligned(p.value, p.value_strides, p.value_page_stride) && ChoosesHopper();
 }
 #endif

@@ -107,12 +107,11 @@ __device__ __forceinline__ void MultiplyByRows(float (&scores)[kRowTiles][kCols 
 }
 
 /// acc += weights (rounded to T) . B, where row s of B belongs to column s of the weights. `b` is
-/// LaneOffsetOfB of the first row.
-template <typename T, int kDim, int kRowTiles, int kCols>
+/// LaneOffsetOfB of the first row. Layout: of B; another than TileLayout for 16-bit types alone.
+template <typename T, int kDim, int kRowTiles, int kCols, typename Layout = TileLayout<T, kDim>>
 __device__ __forceinline__ void AccumulateWeighted(float (&acc)[kRowTiles][kDim / 8][4],
                                                    const float (&weights)[kRowTiles][kCols / 8][4],
                                                    uint32_t b) {
-  using Layout = TileLayout<T, kDim>;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int k = 0; k < kCols / 16; ++k) {

@@ -263,7 +263,7 @@ def paged_attention(
     heads_axis: where k stands in them: 2, or 1 for (pages, k, page_size, d), 0 for (k, pages, page_size, d).
     float32, bfloat16 or float16, all alike. block_tables: (b, m), integers; an entry is taken as JAX takes an index:
     from the end if negative, and one outside of the pages as the nearest. lengths: (b,), integers, of which at most
-    m * page_size count. Pages behind a sequence's length are not read, and their entries may be anything.
+    m * page_size count. What lies in pages behind a length counts for nothing; their entries may be anything.
     scale: default 1/sqrt(d). softcap: c in c * tanh(logits / c). is_causal: a query sees keys up to its own position;
     otherwise all. local_window_size: how many keys before its own it sees. sinks: (h,), one more logit for each head,
     without a value.

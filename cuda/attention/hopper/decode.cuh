@@ -8,50 +8,15 @@
 // blocks of the cluster send each other their partial sums: no scratch in global memory, no second
 // launch, and sums in one order, so bit-reproducible.
 //
-// Keys and values may lie in pages (kPaged): a warp knows the pages of its next two tiles before it
-// asks for them.
+// TMA brings the tiles, which costs a warp a few instructions for each: the first are on their way
+// before it is known which keys the rows see. Keys and values may lie in pages (kPaged): the lanes
+// of a warp hold the pages of its next 32 tiles.
 #pragma once
 
-#include <type_traits>
-
-#include "cuda/attention/kernels.h"
-#include "cuda/attention/score.cuh"
+#include "cuda/attention/hopper/decode_tiles.cuh"
 #include "cuda/core/cluster.cuh"
-#include "ffi/kernels/paged_attention.h"
 
 namespace zenith::attention::hopper {
-
-/// Keys that share a page, at least: a page is a power of two of them.
-inline constexpr int kPageUnit = 16;
-
-/// kScores: bias, mask, segments or a cap, which are half of the code. kPaged: a cap alone of
-/// these.
-template <typename T_, int kDim_, int kCols_, int kStages_, int kWarps_, int kBlocksPerSm_,
-          bool kScores_, bool kPaged_>
-struct DecodeConfig {
-  using T = T_;
-  using Args = std::conditional_t<kPaged_, PagedAttentionArgs, AttentionForwardArgs>;
-  static constexpr int kDim = kDim_;        // features, padded; of query, key and value
-  static constexpr int kCols = kCols_;      // keys per tile of a warp, a multiple of 16
-  static constexpr int kStages = kStages_;  // tiles of keys and values that a warp has room for
-  static constexpr int kWarps = kWarps_, kThreads = kWarps * kWarpSize;
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;
-  static constexpr bool kScores = kScores_, kPaged = kPaged_;
-  static constexpr bool kQueryInRegisters = kDim <= 128;
-  static constexpr int kRows = 16;
-  static constexpr int kMaxCluster = 16;  // above 8 a kernel must ask for it
-  static constexpr int kTileBytes = kCols * kDim * int{sizeof(T)};
-  static constexpr int kWarpBytes = kStages * 2 * kTileBytes;
-  static constexpr int kQueryBytes = kRows * kDim * int{sizeof(T)};
-  static constexpr int kTilesBytes = kQueryBytes + kWarps * kWarpBytes;
-  static constexpr int kStatisticsBytes = kWarps * kRows * int{sizeof(float2)};
-  // Sums are handed on in parts of four features, each with its row's maximum and sum.
-  static constexpr int kPartsPerRow = kDim / 4, kMostParts = kRows * kPartsPerRow + kMaxCluster;
-  static constexpr int kInboxBytes = kMostParts * int{sizeof(float4) + sizeof(float2)};
-  static constexpr int kSharedBytes = kTilesBytes + kStatisticsBytes + kInboxBytes + 8;
-  // A warp's partial sums take the place of its buffers.
-  static_assert(kRows * kDim * int{sizeof(float)} <= kWarpBytes);
-};
 
 /// A row of the tile: a query of one head of the group, and which keys it may see.
 struct DecodeRow {
@@ -82,55 +47,6 @@ __device__ inline DecodeRow MakeDecodeRow(const AttentionProblem& p, const Band&
   return r;
 }
 
-/// Copies tiles of kRows rows of `dim` elements; one warp. What a lane copies lies in one chunk of
-/// every kRowsPerStep-th row, so that its addresses differ by constants.
-template <int kRows, int kDim, typename T>
-class TileCopy {
-  using Layout = TileLayout<T, kDim>;
-  static constexpr int kRowsPerStep = kWarpSize / Layout::kChunksPerRow;
-  static_assert(kRowsPerStep > 0 && 8 % kRowsPerStep == 0);
-
- public:
-  __device__ __forceinline__ TileCopy(const T* source, int64_t stride, int dim)
-      : source_(source), stride_(stride) {
-    const int lane = threadIdx.x % kWarpSize, chunk = lane % Layout::kChunksPerRow;
-    first_row_ = lane / Layout::kChunksPerRow;
-    inside_ = chunk * Layout::kChunk < dim;
-    offset_ = Layout::Offset(first_row_, chunk);
-    if (inside_) source_ += first_row_ * stride + chunk * Layout::kChunk;
-  }
-  /// Starts copying rows from `row` on into `tile`; elements from `dim` and rows from `end` on
-  /// become zeros. `offset(i)`: of row `row + i`, for multiples i of kUnit, whose rows are
-  /// neighbours.
-  template <int kUnit, typename Offset>
-  __device__ __forceinline__ void Start(uint32_t tile, int row, int end, Offset offset) const {
-    static_assert(kRows % kUnit == 0 && kUnit % kRowsPerStep == 0);
-    const bool whole = row + kRows <= end;
-    const T* source = source_;
-#pragma unroll
-    for (int i = 0; i < kRows / kRowsPerStep; ++i) {
-      const int in_unit = i * kRowsPerStep % kUnit;
-      if (in_unit == 0) source = source_ + offset(i * kRowsPerStep);
-      constexpr int kStepBytes = kRowsPerStep * Layout::kRowBytes;
-      // The rows' number modulo 8 is in the swizzle, bits that those of the first row leave free.
-      const uint32_t to = tile + i * kStepBytes + (offset_ ^ (i * kRowsPerStep % 8 << 4));
-      const bool valid = inside_ && (whole || row + first_row_ + i * kRowsPerStep < end);
-      CpAsync16(to, valid ? source + in_unit * stride_ : source_, valid);
-    }
-  }
-  /// Of an array in one piece.
-  __device__ __forceinline__ void Start(uint32_t tile, int row, int end) const {
-    Start<kRows>(tile, row, end, [&](int) { return row * stride_; });
-  }
-
- private:
-  const T* source_;
-  int64_t stride_;
-  int first_row_;
-  bool inside_;
-  uint32_t offset_;
-};
-
 /// scores = the 16 rows of A, whose fragments are in `a` or, where registers are short, at
 /// `a_shared`, times kCols rows of B.
 template <typename T, int kDim, int kCols, bool kInRegisters>
@@ -139,6 +55,7 @@ __device__ __forceinline__ void DecodeScores(
     const Operand<T, 4> (&a)[kInRegisters ? TileLayout<T, kDim>::kSteps : 1], uint32_t a_shared,
     uint32_t b) {
   using Layout = TileLayout<T, kDim>;
+  using KeyLayout = DecodeLayout<T, kDim, kCols>;
   float odd[kCols / 8][4] = {};  // of odd steps: chains of dependent products half as long
 #pragma unroll
   for (int n = 0; n < kCols / 8; ++n)
@@ -154,7 +71,7 @@ __device__ __forceinline__ void DecodeScores(
 #pragma unroll
     for (int n = 0; n < kCols / 16; ++n) {
       Operand<T, 4> operand_b;
-      LoadMatrix4(operand_b.bits, Layout::Move(b, 16 * n, k));
+      LoadMatrix4(operand_b.bits, KeyLayout::Move(b, 16 * n, k));
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         MultiplyAdd(k % 2 ? odd[2 * n + i] : scores[0][2 * n + i], operand_a, operand_b, i);
@@ -174,12 +91,16 @@ __device__ __forceinline__ float DecodeWeight(float own_max, float max) {
 /// Grid: blocks of the cluster, row tiles of key/value heads, batch.
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
-    hopper_attention_decode_kernel(const __grid_constant__ typename Config::Args args) {
+    hopper_attention_decode_kernel(
+        const __grid_constant__ DecodeParams<typename Config::Args> params) {
   using T = typename Config::T;
   constexpr int kDim = Config::kDim, kCols = Config::kCols, kRows = Config::kRows;
   constexpr int kWarps = Config::kWarps, kStages = Config::kStages;
   using Layout = TileLayout<T, kDim>;
+  using ColumnLayout = DecodeLayout<T, kDim, kCols>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
+  const auto& args = params.args;
+  if (threadIdx.x == 0) TmaPrefetch(params.key), TmaPrefetch(params.value);
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int q_len = static_cast<int>(args.q_len), kv_len = static_cast<int>(args.kv_len);
@@ -206,32 +127,87 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         args.table + head.batch * args.table_batch_stride + head.kv_head * args.table_head_stride;
     page_bits = __ffs(static_cast<int>(args.page_size)) - 1;
   }
-  const int stride = kWarps * blocks;
-  int next = warp * blocks + block;  // tile of this warp, counted from the first that a row sees
-  // The table's entries for that tile and the one after it, asked for before it is known which keys
-  // the rows see: as if from 0 on. And for each stage, which of its units are of pages outside of
-  // the pool, that make keys NaN.
+  // Each warp takes every (kWarps * blocks)-th tile, counted from the first that a row sees.
+  const int stride = kWarps * blocks, own = warp * blocks + block;
+  // Lane i holds the table's entries for the i-th of the 32 tiles that the warp asks for, and of
+  // the 32 after them. For each stage: which of its units are of pages outside of the pool, that
+  // make keys NaN.
   constexpr int kUnits = Config::kPaged ? kCols / kPageUnit : 0;
   int32_t entries[2][kUnits + 1] = {};
   uint32_t outside = 0;
-  const auto load_entries = [&](int begin, int tile, int32_t (&to)[kUnits + 1]) {
+  const auto load_entries = [&](int begin, int asked, int32_t (&to)[kUnits + 1]) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       // Of a unit that no row sees, the entry of the first that one does.
-      const int s = max((begin / kCols + tile) * kCols + u * kPageUnit, begin);
+      const int tile = begin / kCols + own + (asked + lane) * stride;
+      const int s = max(tile * kCols + u * kPageUnit, begin);
       to[u] = s < kv_len ? __ldg(table + (s >> page_bits)) : 0;
     }
   };
   if constexpr (Config::kPaged) {
-    load_entries(0, next, entries[0]);
-    load_entries(0, next + stride, entries[1]);
+    load_entries(0, 0, entries[0]);
+    load_entries(0, kWarpSize, entries[1]);
   }
-  const T* key =
-      RowPointer(static_cast<const T*>(args.key), args.key_strides, pool, head.kv_head, 0);
-  const T* value =
-      RowPointer(static_cast<const T*>(args.value), args.value_strides, pool, head.kv_head, 0);
 
   const uint32_t query_tile = SharedAddress(shared);
+  unsigned char* const barriers =
+      shared + Config::kTilesBytes + Config::kStatisticsBytes + Config::kInboxBytes;
+  DecodeRing<Config> ring(query_tile + Config::kQueryBytes + warp * Config::kWarpBytes,
+                          SharedAddress(barriers) + 8 * warp * kStages);
+  int begin = 0, first = 0;  // key, and its tile
+  int next = own, asked = 0;
+  // Asks for the warp's next tile, if it is below `end_tile`.
+  const auto ask = [&](int end_tile) {
+    if (next < end_tile) {
+      const int s = (first + next) * kCols;
+      int page[kUnits + 1] = {};
+      if constexpr (Config::kPaged) {
+        if (asked % kWarpSize == 0 && asked > 0) {
+#pragma unroll
+          for (int u = 0; u < kUnits; ++u) entries[0][u] = entries[1][u];
+          load_entries(begin, asked + kWarpSize, entries[1]);
+        }
+        outside &= ~(((1u << kUnits) - 1) << (ring.fill_stage() * kUnits));
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          const PageEntry entry =
+              ReadEntry(__shfl_sync(kAllLanes, entries[0][u], asked % kWarpSize), args.pages);
+          page[u] = static_cast<int>(entry.page) + static_cast<int>(pool) * params.pool_pages;
+          if (entry.outside && args.nan_outside) outside |= 1u << (ring.fill_stage() * kUnits + u);
+        }
+        ++asked;
+      }
+      ring.Fill([&](uint32_t tile, uint32_t barrier) {
+        const auto copy = [&](uint32_t to, const CUtensorMap& map) {
+#pragma unroll
+          for (int block = 0; block < kDim / kBoxFeatures; ++block) {
+            const uint32_t to_block = to + block * ColumnLayout::kBlockBytes;
+            const int feature = block * kBoxFeatures;
+            if constexpr (Config::kPaged) {
+#pragma unroll
+              for (int u = 0; u < kUnits; ++u)
+                TmaLoad(to_block + u * kPageUnit * kBlockRowBytes, map, barrier, feature,
+                        (s + u * kPageUnit) & ((1 << page_bits) - 1),
+                        static_cast<int>(head.kv_head) + static_cast<int>(pool) * params.pool_heads,
+                        page[u]);
+            } else {
+              TmaLoad(to_block, map, barrier, feature, s, static_cast<int>(head.kv_head),
+                      static_cast<int>(head.batch));
+            }
+          }
+        };
+        copy(tile, params.key);
+        copy(tile + Config::kTileBytes, params.value);
+      });
+    }
+    next += stride;
+  };
+  // As if rows saw keys from 0 to the last; what they do not see is thrown away.
+  const bool from_zero = args.left == kUnbounded;
+  if (from_zero)
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; ++i) ask((kv_len + kCols - 1) / kCols);
+
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * Layout::kChunksPerRow; i += Config::kThreads) {
     const int row = i / Layout::kChunksPerRow, chunk = i % Layout::kChunksPerRow;
@@ -247,9 +223,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   }
   CpAsyncCommit();
 
-  // Keys that some row sees. Each warp takes every (kWarps * blocks)-th of their tiles. Between
-  // all_begin and all_end all rows see all keys, if nothing but band and intervals forbids them.
-  int begin = 0, end = kv_len, all_begin = 0, all_end = kv_len;
+  // Keys that some row sees. Between all_begin and all_end all rows see all keys, if nothing but
+  // band and intervals forbids them.
+  int end = kv_len, all_begin = 0, all_end = kv_len;
   DecodeRow row_of_lane[2] = {};  // of the scores that this lane holds
   row_of_lane[0].end = row_of_lane[1].end = kv_len;
   if (Config::kScores || args.interval || args.left < kUnbounded || args.right < kUnbounded) {
@@ -274,58 +250,18 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     capped = args.softcap > 0, plain = !args.bias && !args.mask && !key_segments;
   }
   if (begin >= end) begin = end = 0;
-  if constexpr (Config::kPaged) {
-    if (begin >= kPageUnit) {
-      load_entries(begin, next, entries[0]);
-      load_entries(begin, next + stride, entries[1]);
-    }
-  }
-  const int first = begin / kCols, tiles = (end + kCols - 1) / kCols - first;
-
-  const uint32_t stages = query_tile + Config::kQueryBytes + warp * Config::kWarpBytes;
-  const TileCopy<kCols, kDim, T> keys(key, args.key_strides.length, qk_dim);
-  const TileCopy<kCols, kDim, T> values(value, args.value_strides.length, v_dim);
-  int next_stage = 0;
-  const auto load_next = [&] {
-    if (next < tiles) {
-      const uint32_t tile = stages + next_stage * 2 * Config::kTileBytes;
-      const int s = (first + next) * kCols;
-      if constexpr (Config::kPaged) {
-        int64_t page[kUnits];
-        outside &= ~(((1u << kUnits) - 1) << (next_stage * kUnits));
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const PageEntry entry = ReadEntry(entries[0][u], args.pages);
-          page[u] = entry.page;
-          if (entry.outside && args.nan_outside) outside |= 1u << (next_stage * kUnits + u);
-        }
-        const int token = s & ((1 << page_bits) - 1);
-        const auto offset = [&](int64_t page_stride, int64_t row_stride) {
-          return [=, &page](int row) {
-            const int in_page = (token + row) & ((1 << page_bits) - 1);
-            return page[row / kPageUnit] * page_stride + in_page * row_stride;
-          };
-        };
-        keys.template Start<kPageUnit>(tile, s, end,
-                                       offset(args.key_page_stride, args.key_strides.length));
-        values.template Start<kPageUnit>(tile + Config::kTileBytes, s, end,
-                                         offset(args.value_page_stride, args.value_strides.length));
-      } else {
-        keys.Start(tile, s, end);
-        values.Start(tile + Config::kTileBytes, s, end);
-      }
-    }
-    CpAsyncCommit();
-    next += stride;
-    if (++next_stage == kStages) next_stage = 0;
+  first = begin / kCols;
+  const int tiles = (end + kCols - 1) / kCols - first;
+  if (!from_zero || first > 0) {
+    ring.Drain();
+    next = own, asked = 0;
     if constexpr (Config::kPaged) {
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) entries[0][u] = entries[1][u];
-      load_entries(begin, next + stride, entries[1]);
+      load_entries(begin, 0, entries[0]);
+      load_entries(begin, kWarpSize, entries[1]);
     }
-  };
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) load_next();
+    for (int i = 0; i < kStages - 1; ++i) ask(tiles);
+  }
 
   // The other blocks' sums come to the inbox, and count at `arrived`.
   const int parts = rows * Config::kPartsPerRow;  // dealt out to the blocks
@@ -334,7 +270,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   unsigned char* const inbox = shared + Config::kTilesBytes + Config::kStatisticsBytes;
   float4* const inbox_sums = reinterpret_cast<float4*>(inbox);
   float2* const inbox_statistics = reinterpret_cast<float2*>(inbox_sums + Config::kMostParts);
-  const uint32_t arrived = SharedAddress(inbox + Config::kInboxBytes);
+  const uint32_t arrived = SharedAddress(barriers) + 8 * kWarps * kStages;
   if (blocks > 1) {
     if (threadIdx.x == 0) {
       BarrierInit(arrived, 1);
@@ -342,7 +278,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     }
     ClusterArrive();
   }
-  CpAsyncWait<kStages - 1>();  // the query
+  CpAsyncWait<0>();  // the query
   __syncthreads();
   if (blocks > 1 && threadIdx.x == 0)
     BarrierExpect(arrived, static_cast<uint32_t>(own_parts * blocks) *
@@ -357,19 +293,25 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const float scale = capped ? args.scale / args.softcap : args.scale;
   float acc[1][kDim / 8][4] = {};
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {};  // sum: over this lane's columns
-  int stage = 0;
-  for (int n = warp * blocks + block; n < tiles; n += stride) {
-    CpAsyncWait<kStages - 2>();
-    __syncwarp();  // the tile is there for all lanes, and none reads the one before any more
-    load_next();
-    const uint32_t tile = stages + stage * 2 * Config::kTileBytes;
+  for (int n = own; n < tiles; n += stride) {
     uint32_t tile_outside = 0;  // its units
-    if constexpr (Config::kPaged) tile_outside = outside >> (stage * kUnits) & ((1u << kUnits) - 1);
-    if (++stage == kStages) stage = 0;
+    if constexpr (Config::kPaged)
+      tile_outside = outside >> (ring.read_stage() * kUnits) & ((1u << kUnits) - 1);
+    const uint32_t tile = ring.Next();
+    __syncwarp();  // no lane reads the one before any more
+    ask(tiles);
     const int tile_s0 = (first + n) * kCols, s0 = tile_s0 + lane % 4 * 2;
+    if (tile_s0 + kCols > end) {  // of weight 0, but what lies there may be NaN
+      constexpr int kChunks = kBlockRowBytes / kChunkBytes;
+#pragma unroll 1
+      for (int i = lane; i < kCols * kDim / kBoxFeatures * kChunks; i += kWarpSize)
+        if (tile_s0 + i / kChunks % kCols >= end)
+          StoreShared(tile + Config::kTileBytes + i * kChunkBytes, float4{});
+      __syncwarp();
+    }
     float scores[1][kCols / 8][4];
     DecodeScores<T, kDim, kCols, Config::kQueryInRegisters>(
-        scores, query, lane_query, tile + Layout::LaneOffsetByColumn(lane));
+        scores, query, lane_query, tile + ColumnLayout::Block::LaneOffsetByColumn(lane));
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j)
 #pragma unroll
@@ -424,10 +366,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int j = 0; j < kDim / 8; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[0][j][i] *= decay[i / 2];
-    AccumulateWeighted<T, kDim, 1, kCols>(acc, scores,
-                                          tile + Config::kTileBytes + Layout::LaneOffsetOfB(lane));
+    AccumulateWeighted<T, kDim, 1, kCols, ColumnLayout>(
+        acc, scores, tile + Config::kTileBytes + ColumnLayout::Block::LaneOffsetOfB(lane));
   }
-  CpAsyncWait<0>();
+  ring.Drain();
   __syncwarp();
 
   // The warp's sums, where its buffers were, and (max, sum) of each row.
@@ -461,6 +403,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     if (row_sum == 0 && args.masked_row == MaskedRow::kMean) {
 #pragma unroll 1
       for (int i = 0; i < 4; ++i) {
+        const T* const value = RowPointer(static_cast<const T*>(args.value), args.value_strides,
+                                          pool, head.kv_head, 0);
         float mean = 0;
         if constexpr (Config::kPaged) {
 #pragma unroll 1

@@ -6,13 +6,43 @@
 #include <type_traits>
 
 #include "cuda/attention/hopper/decode.cuh"
+#include "cuda/attention/paged.h"
 
 namespace zenith::attention::hopper {
+
+/// Maps of keys and values for boxes of `rows`.
+inline Status MakeDecodeMaps(const AttentionForwardArgs& a, int rows,
+                             DecodeParams<AttentionForwardArgs>& params) {
+  const Status status = KeyMap(a, a.key, a.key_strides, a.qk_dim, rows, params.key);
+  return status.ok() ? KeyMap(a, a.value, a.value_strides, a.v_dim, rows, params.value) : status;
+}
+/// Pools' pages are counted through, or their heads where these lie outside of the pages.
+inline Status MakeDecodeMaps(const PagedAttentionArgs& a, int,
+                             DecodeParams<PagedAttentionArgs>& params) {
+  const int64_t pools = a.batch / a.sequences;
+  const bool by_page = PoolsByPage(a);
+  params.pool_pages = by_page ? static_cast<int>(a.pages) : 0;
+  params.pool_heads = by_page ? 0 : static_cast<int>(a.kv_heads);
+  const auto make = [&](const void* base, const HeadStrides& strides, int64_t page,
+                        int64_t features, CUtensorMap& map) {
+    return MakeTensorMap(
+        {a.dtype, base, a.pages * (by_page ? pools : 1), a.kv_heads * (by_page ? 1 : pools),
+         a.page_size, features, page, strides.head, strides.length},
+        kPageUnit, map);
+  };
+  const Status status = make(a.key, a.key_strides, a.key_page_stride, a.qk_dim, params.key);
+  return status.ok() ? make(a.value, a.value_strides, a.value_page_stride, a.v_dim, params.value)
+                     : status;
+}
 
 /// For problems that FitsTensorCores (cuda/attention.cu) admits, of 16-bit types. `cluster`: blocks
 /// of a key/value head.
 template <typename Config>
 Status LaunchDecode(const typename Config::Args& args, int cluster, const Launch& launch) {
+  DecodeParams<typename Config::Args> params{
+      .key = {}, .value = {}, .pool_pages = 0, .pool_heads = 0, .args = args};
+  const Status status = MakeDecodeMaps(args, Config::kCols, params);
+  if (!status.ok()) return status;
   const auto kernel = hopper_attention_decode_kernel<Config>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            Config::kSharedBytes);
@@ -32,7 +62,7 @@ Status LaunchDecode(const typename Config::Args& args, int cluster, const Launch
   config.stream = launch.stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, args);
+  error = cudaLaunchKernelEx(&config, kernel, params);
   return error == cudaSuccess ? LastLaunch() : Status{cudaGetErrorString(error)};
 }
 
@@ -82,9 +112,10 @@ Status DecodeRows(const Args& args, const Launch& launch) {
 
   // With few items a block a multiprocessor of twice the warps, in the largest clusters that run
   // all at once: half of the multiprocessors read as fast as memory sends, and where two clusters
-  // share theirs they end last. Two tiles a warp at least. Past 8, where a GPC holds one, any size;
-  // below, powers of two: b1 16384 took 25.8 us with 9 for 27.5 with 8, b4 8192 54 with 3 for 50
-  // with 2.
+  // share theirs they end last (four warps with six stages: 28.0 us for b1 16384 where eight with
+  // three take 27.4, and 2 % less for 131072). Two tiles a warp at least. Past 8, where a GPC holds
+  // one, any size; below, powers of two: b1 16384 took 25.8 us with 9 for 27.5 with 8, b4 8192 54
+  // with 3 for 50 with 2.
   if constexpr (kDim <= 128 && !kScores) {
     using Wide = DecodeConfig<T, kDim, kCols, kStages, 8, 1, kScores, kPaged>;
     const auto& at_once = DecodeClusters<Wide>();

@@ -33,6 +33,11 @@ __device__ __forceinline__ void StoreShared(uint32_t shared, float2 x) {
 __device__ __forceinline__ void StoreShared(uint32_t shared, float x) {
   asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(shared), "f"(x) : "memory");
 }
+__device__ __forceinline__ void StoreShared(uint32_t shared, float4 x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "f"(x.x), "f"(x.y),
+               "f"(x.z), "f"(x.w)
+               : "memory");
+}
 __device__ __forceinline__ float2 LoadShared2(uint32_t shared) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n"
