@@ -116,7 +116,9 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
   if (FitsHopper(args) && Length(args) >= 64) return HopperForward(args, launch);
   if (FitsHopperModified(args) && Length(args) > 128) {
     Status status = hopper::MakeMaskTiles(args, false, launch);
-    const auto kernel = hopper::MasksAlone(args) ? hopper::ForwardMasked : hopper::ForwardModified;
+    const auto kernel = hopper::MasksAlone(args)  ? hopper::ForwardMasked
+                        : hopper::BiasAlone(args) ? hopper::ForwardBias
+                                                  : hopper::ForwardModified;
     if (status.ok()) status = kernel(args, launch);
     return status.ok() && MayHaveDeadRows(args) ? ForwardDeadRows(args, launch) : status;
   }

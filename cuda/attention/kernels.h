@@ -52,6 +52,11 @@ bool MasksAlone(const AttentionProblem& problem);
 Status ForwardMasked(const AttentionForwardArgs& args, const Launch& launch);
 Status DqueryMasked(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueMasked(const AttentionBackwardArgs& args, const Launch& launch);
+/// Whether nothing but a bias is special, which can be copied in tiles, and every query has a key
+/// in the band: then ForwardBias serves, for head sizes up to 128. Rows of -inf are left to
+/// DeadRows.
+bool BiasAlone(const AttentionProblem& problem);
+Status ForwardBias(const AttentionForwardArgs& args, const Launch& launch);
 /// Head sizes up to 128 and what the following do not take, but for a softcap and dbias. Rows
 /// without an allowed key are left to DeadRows.
 Status ForwardModified(const AttentionForwardArgs& args, const Launch& launch);

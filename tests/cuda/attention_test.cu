@@ -749,6 +749,17 @@ void AddSmall(std::vector<Problem>& problems, DType dtype) {
                         .mask = "11011d",
                         .bias = "01111",
                         .bias_dtype = dtype});
+    for (const char* bias : {"01111", "10101"})  // alone: a kernel of its own
+      problems.push_back({.dtype = dtype,
+                          .batch = 2,
+                          .groups = 2,
+                          .q_len = 260,
+                          .kv_len = 560,
+                          .qk_dim = d,
+                          .v_dim = d,
+                          .right = 300,
+                          .bias = bias,
+                          .bias_dtype = dtype});
     problems.push_back({.dtype = dtype,
                         .batch = 2,
                         .q_len = 260,

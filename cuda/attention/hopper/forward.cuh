@@ -15,13 +15,16 @@
 
 namespace zenith::attention::hopper {
 
-/// kModified: as IsModified, and rows without an allowed key; but no softcap.
+/// kModified: as IsModified, and rows without an allowed key; but no softcap. kWalks: of these,
+/// what leaves out tiles of keys, with a message for each that is left (TileWalk).
 template <typename T_, int kQkDim_, int kVDim_, int kConsumers_, int kCols_,
           Scores kScores_ = Scores::kPlain>
 struct ForwardConfig {
   using T = T_;
   static constexpr Scores kScores = kScores_;
-  static constexpr bool kModified = kScores != Scores::kPlain, kAny = kScores == Scores::kAny;
+  static constexpr bool kModified = kScores != Scores::kPlain;
+  static constexpr bool kBias = kScores == Scores::kAny || kScores == Scores::kBias;
+  static constexpr bool kWalks = kScores == Scores::kAny || kScores == Scores::kMasked;
   static constexpr int kQkDim = kQkDim_, kVDim = kVDim_;  // features, padded; multiples of 32
   static constexpr int kConsumers = kConsumers_;          // warpgroups
   static constexpr int kCols = kCols_;                    // keys per tile
@@ -30,16 +33,19 @@ struct ForwardConfig {
   static constexpr int kQueryBytes = TileBytes(kRows, kQkDim);
   static constexpr int kKeyBytes = TileBytes(kCols, kQkDim);
   static constexpr int kValueBytes = TileBytes(kCols, kVDim);
-  static constexpr int kBiasBytes = kAny ? BiasBytes(kRows, kCols) : 0;
-  static constexpr int kBitsBytes = kModified ? kRows * BitsRowBytes(kCols) : 0;
+  static constexpr int kBiasBytes = kBias ? BiasBytes(kRows, kCols) : 0;
+  static constexpr int kBiasColumns = kWalks ? hopper::kBiasColumns : kWideBiasColumns;
+  static constexpr int kBitsBytes = kWalks ? kRows * BitsRowBytes(kCols) : 0;
   static constexpr int kTilesBytes =
       kQueryBytes + kStages * (kKeyBytes + kValueBytes + kBiasBytes + kBitsBytes);
-  static constexpr int kMessagesBytes = kModified ? (kStages + 1) * TileMessage::kBytes : 0;
+  static constexpr int kMessagesBytes = kWalks ? (kStages + 1) * TileMessage::kBytes : 0;
   static constexpr int kSharedBytes = kTilesBytes + BarrierPair::kBytes +
                                       2 * BarrierRing<kStages>::kBytes + kMessagesBytes +
                                       kTileAlignment;
-  static constexpr int kProducerRegisters =
-      kModified && kConsumers == 2 ? 56 : hopper::ProducerRegisters(kConsumers);
+  static constexpr int kProducerRegisters = kConsumers == 2 && kWalks ? 56
+                                            : kConsumers == 2 && kModified
+                                                ? 40
+                                                : hopper::ProducerRegisters(kConsumers);
   static_assert(kSharedBytes <= kMaxSharedBytes);
 };
 
@@ -77,15 +83,15 @@ __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
                                                const ForwardShared<Config>& shared,
                                                const Band& band) {
   constexpr int kRows = Config::kRows, kCols = Config::kCols;
-  constexpr bool kModified = Config::kModified;
+  constexpr bool kWalks = Config::kWalks;
   const int rounds = p.schedule.total_rounds();
   Ring<Config::kStages> ring;
   uint32_t row_parity = 0;
   for (int round = 0; round < rounds; ++round) {
     const Schedule::Item item = p.schedule.At(round);
     if (item.tile < 0) continue;
-    const auto tile = QueryTile<kRows, kCols>::Of(p.args, p.schedule, band, item,
-                                                  kModified && !p.tiles.has_classes);
+    const auto tile =
+        QueryTile<kRows, kCols>::Of(p.args, p.schedule, band, item, kWalks && !p.tiles.has_classes);
     const auto load_query = [&] {
       BarrierExpect(shared.rows.full(), Config::kQueryBytes);
       LoadTile<kRows, Config::kQkDim>(shared.query, p.query, shared.rows.full(), tile.t0, tile.head,
@@ -96,6 +102,11 @@ __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
                                       shared.key.full(ring.stage), n * kCols, tile.kv_head,
                                       tile.batch);
     };
+    [[maybe_unused]] const auto load_bias = [&](int n) {
+      p.tiles.LoadBias<kRows, kCols, Config::kBiasColumns>(
+          shared.bias + ring.stage * Config::kBiasBytes, shared.key.full(ring.stage), tile.t0,
+          n * kCols, tile.head, tile.batch);
+    };
     const auto load_value = [&](int n) {
       BarrierWait(shared.value.empty(ring.stage), ring.parity ^ 1);
       BarrierExpect(shared.value.full(ring.stage), Config::kValueBytes);
@@ -103,7 +114,7 @@ __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
                                      shared.value.full(ring.stage), n * kCols, tile.kv_head,
                                      tile.batch);
     };
-    if constexpr (kModified) {
+    if constexpr (kWalks) {
       const int matrix = p.tiles.has_classes ? p.tiles.mask.MatrixOf(tile.head_index(p.args)) : 0;
       TileWalk walk(tile.first, tile.count);
       const auto next = [&] {
@@ -128,16 +139,10 @@ __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
         BarrierWait(shared.key.empty(ring.stage), ring.parity ^ 1);
         shared.messages.Store(ring.stage, n, step.tile < 0, open);
         BarrierExpect(full, Config::kKeyBytes +
-                                (Config::kAny ? p.tiles.bias_bytes(kRows, kCols) : 0) +
+                                (Config::kBias ? p.tiles.bias_bytes(kRows, kCols) : 0) +
                                 (with_bits ? p.tiles.bits_bytes<true>(kRows, kCols) : 0));
         load_key(n);
-        if (Config::kAny && p.tiles.has_bias) {
-          p.tiles.LoadBias<kRows, kCols>(shared.bias + ring.stage * Config::kBiasBytes, full,
-                                         tile.t0, n * kCols, tile.head, tile.batch);
-          if (n - kBiasAhead >= tile.first)
-            p.tiles.PrefetchBias<kRows, kCols>(tile.t0, (n - kBiasAhead) * kCols, tile.head,
-                                               tile.batch);
-        }
+        if (Config::kBias && p.tiles.has_bias) load_bias(n);
         if (with_bits)
           p.tiles.LoadBits<true>(shared.bits + ring.stage * Config::kBitsBytes, full, matrix,
                                  tile.t0, n * kCols);
@@ -150,8 +155,10 @@ __device__ __forceinline__ void ProduceForward(const ForwardParams& p,
       load_query();
       for (int n = tile.first + tile.count - 1; n >= tile.first; --n, ring.Advance()) {
         BarrierWait(shared.key.empty(ring.stage), ring.parity ^ 1);
-        BarrierExpect(shared.key.full(ring.stage), Config::kKeyBytes);
+        BarrierExpect(shared.key.full(ring.stage),
+                      Config::kKeyBytes + (Config::kBias ? p.tiles.bias_bytes(kRows, kCols) : 0));
         load_key(n);
+        if constexpr (Config::kBias) load_bias(n);
         load_value(n);
       }
     }
@@ -249,7 +256,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
   const int group = ConsumerIndex();
   const int warp = threadIdx.x % kWarpgroupSize / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int q_len = static_cast<int>(p.args.q_len), kv_len = static_cast<int>(p.args.kv_len);
-  const bool natural = Config::kAny && p.tiles.natural;
+  const bool natural = Config::kBias && (!Config::kWalks || p.tiles.natural);
   const float factor = natural ? kLog2E : p.args.scale * kLog2E;
 
   const uint64_t query = MatrixDescriptor(shared.query + group * 64 * kBlockRowBytes);
@@ -269,11 +276,12 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
     if (lane == 0) BarrierArrive(barrier);
   };
   const auto release_rows = [&] {  // every lane where it read the message
-    if (Config::kModified || lane == 0) BarrierArrive(shared.rows.empty());
+    if (Config::kWalks || lane == 0) BarrierArrive(shared.rows.empty());
   };
 
   const int tile_row = group * 64 + warp * 16;
-  [[maybe_unused]] const BiasLane bias_lane = BiasLane::ByQuery(p.tiles, tile_row, Config::kRows);
+  [[maybe_unused]] const BiasLane bias_lane =
+      BiasLane::ByQuery<Config::kBiasColumns>(p.tiles, tile_row, Config::kRows);
 
   const int rounds = p.schedule.total_rounds();
   Ring<Config::kStages> ring;
@@ -287,14 +295,14 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
     int n = tile.first + tile.count;  // the tile of keys
     [[maybe_unused]] TileMessage message;
     const auto next = [&] {  // is in the ring's buffer
-      if constexpr (Config::kModified) {
+      if constexpr (Config::kWalks) {
         message = shared.messages.Load(ring.stage);
         n = message.tile();
       } else {
         --n;
       }
     };
-    const auto is_last = [&] { return Config::kModified ? message.last() : n <= tile.first; };
+    const auto is_last = [&] { return Config::kWalks ? message.last() : n <= tile.first; };
     // Of the scores of tile n, in `stage`, which is then released.
     const auto apply = [&](uint32_t stage) {
       const bool whole = (n + 1) * kCols <= kv_len && band.HoldsAll(t, 16, n * kCols, kCols);
@@ -314,7 +322,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
 
     BarrierWait(shared.rows.full(), row_parity);
     row_parity ^= 1;
-    if constexpr (Config::kModified) {
+    if constexpr (Config::kWalks) {
       if (!shared.messages.LoadAny()) {  // no query of the tile has a key
         release_rows();
 #pragma unroll
@@ -337,7 +345,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
     FenceRegisters(scores);
     next();
     apply(ring.stage);
-    softmax.Update<Config::kAny>(scores, decay, factor);
+    softmax.Update<Config::kBias>(scores, decay, factor);
     Pack<T>(scores, weights);
     bool accumulate = false;
     while (!is_last()) {
@@ -355,7 +363,7 @@ __device__ __forceinline__ void ConsumeForward(const ForwardParams& p,
       FenceRegisters(scores);
       next();
       apply(ring.stage);
-      softmax.Update<Config::kAny>(scores, decay, factor);
+      softmax.Update<Config::kBias>(scores, decay, factor);
       WgmmaWait<0>();
       FenceRegisters(acc);
       release(shared.value.empty(last.stage));
@@ -404,11 +412,10 @@ __global__ void __launch_bounds__(ThreadsOf(Config::kConsumers), 1)
   extern __shared__ unsigned char shared_bytes[];
   const ForwardShared<Config> shared(SharedAddress(shared_bytes));
   if (threadIdx.x == 0) {
-    constexpr int kReaders =
-        Config::kModified ? Config::kConsumers * kWarpgroupSize : WarpsOf(Config::kConsumers);
-    shared.rows.Init(kReaders);
-    shared.key.Init(kReaders);
-    shared.value.Init(WarpsOf(Config::kConsumers));
+    constexpr int kWarps = WarpsOf(Config::kConsumers), kLanes = kWarps * kWarpSize;
+    shared.rows.Init(Config::kWalks ? kLanes : kWarps);
+    shared.key.Init(Config::kModified ? kLanes : kWarps);
+    shared.value.Init(kWarps);
     BarrierInitFence();
   }
   __syncthreads();
@@ -430,7 +437,7 @@ Status LaunchForward(const AttentionForwardArgs& a, const Launch& launch) {
   if (status.ok()) status = KeyMap(a, a.key, a.key_strides, a.qk_dim, Config::kCols, p.key);
   if (status.ok()) status = KeyMap(a, a.value, a.value_strides, a.v_dim, Config::kCols, p.value);
   if (status.ok() && Config::kModified)
-    status = MakeScoreTiles<true>(a, Config::kRows, Config::kCols, p.tiles);
+    status = MakeScoreTiles<true, Config::kBiasColumns>(a, Config::kRows, Config::kCols, p.tiles);
   if (!status.ok()) return status;
   const auto kernel = hopper_attention_forward_kernel<Config>;
   int blocks = 0;

@@ -3,10 +3,11 @@
 // both stood still, and a mask of 4096 keys, read eight scores at a time, doubled the forward's
 // time.
 //
-// A bias of a 16-bit type comes by TMA, as it lies, in blocks of 32 keys (64 bytes, swizzled: chunk
-// c of row r lies at c ^ (r / 2 % 4)), one row for all queries where the tensor has one. ldmatrix
-// then gives each lane the very elements of its scores, transposed where rows are keys. A mask
-// comes as bits (mask_tiles.cuh), a row for each query, or for each key where rows are keys.
+// A bias of a 16-bit type comes by TMA, as it lies, in blocks of 64 keys (128 bytes, swizzled:
+// chunk c of row r lies at c ^ (r % 8)), or of 32 where tiles are no multiple of 64 (64 bytes, c ^
+// (r / 2 % 4)), one row for all queries where the tensor has one. ldmatrix then gives each lane the
+// very elements of its scores, transposed where rows are keys. A mask comes as bits
+// (mask_tiles.cuh), a row for each query, or for each key where rows are keys.
 //
 // What lies otherwise (a bias of float32, keys that are not side by side, odd lengths; a mask
 // without scratch) the consumers of kAny read as they do on other GPUs (cuda/attention/score.cuh).
@@ -20,15 +21,16 @@ namespace zenith::attention::hopper {
 
 inline constexpr int kBiasColumns = 32;                 // keys of a block
 inline constexpr int kBiasRowBytes = 2 * kBiasColumns;  // of a block
-inline constexpr int kBiasAhead = 4;                    // tiles between the request and the copy
+inline constexpr int kWideBiasColumns = 64;  // TMA takes no longer for rows of 128 bytes than of 64
+inline constexpr int kBiasAhead = 4;         // tiles between the request and the copy
 /// Of a row of bits of a tile of `columns`. Copies begin at multiples of 16 bytes, 128 columns (at
 /// others the instruction is illegal): a tile of 96 may lie across one.
 constexpr int BitsRowBytes(int columns) { return 128 % columns == 0 ? 16 : 32; }
 constexpr int BiasBytes(int queries, int keys) { return 2 * queries * keys; }
 
 /// What happens to scores: nothing; -inf where MaskTiles say so, all that is masked being in there;
-/// or anything but a softcap.
-enum class Scores { kPlain, kMasked, kAny };
+/// a bias that comes in tiles, alone; or anything but a softcap.
+enum class Scores { kPlain, kMasked, kBias, kAny };
 
 /// Which of them come in tiles, and how.
 struct ScoreTiles {
@@ -42,13 +44,13 @@ struct ScoreTiles {
   __device__ __forceinline__ int bias_bytes(int queries, int keys) const {
     return has_bias ? BiasBytes(one_row ? 1 : queries, keys) : 0;
   }
-  /// Copies the block of biases from (t, s) on.
-  template <int kQueries, int kKeys>
+  /// Copies the block of biases from (t, s) on, kColumns keys at a time.
+  template <int kQueries, int kKeys, int kColumns = kBiasColumns>
   __device__ __forceinline__ void LoadBias(uint32_t tile, uint32_t barrier, int t, int s, int head,
                                            int batch) const {
 #pragma unroll
-    for (int block = 0; block < kKeys / kBiasColumns; ++block)
-      TmaLoad(tile + block * kQueries * kBiasRowBytes, bias, barrier, s + block * kBiasColumns,
+    for (int block = 0; block < kKeys / kColumns; ++block)
+      TmaLoad(tile + block * kQueries * 2 * kColumns, bias, barrier, s + block * kColumns,
               one_row ? 0 : t, by_head ? head : 0, by_batch ? batch : 0);
   }
 
@@ -163,16 +165,19 @@ class TileWalk {
 
 /// Where a lane finds its elements of a tile of bias.
 struct BiasLane {
-  uint32_t address, toggle;  // of the first 16 columns (rows where rows are keys)
-  uint32_t step;             // bytes to the next pair of them
+  uint32_t address;  // of the first 16 columns (rows where rows are keys)
+  uint32_t step;     // bytes to the next block of columns (to the next 32 rows)
 
   /// Rows are queries, from `row` of the tile's on for this warp, of a tile of `queries`.
+  template <int kColumns = kBiasColumns>
   __device__ __forceinline__ static BiasLane ByQuery(const ScoreTiles& tiles, int row,
                                                      int queries) {
+    constexpr int kRowBytes = 2 * kColumns;
     const int lane = threadIdx.x % kWarpSize;
     const int r = tiles.one_row ? 0 : row + lane % 16, chunk = lane / 16;
-    return {static_cast<uint32_t>(r * kBiasRowBytes + ((chunk ^ (r / 2 % 4)) << 4)), 32,
-            static_cast<uint32_t>(queries * kBiasRowBytes)};
+    const int swizzle = kColumns == kWideBiasColumns ? r % 8 : r / 2 % 4;
+    return {static_cast<uint32_t>(r * kRowBytes + ((chunk ^ swizzle) << 4)),
+            static_cast<uint32_t>(queries * kRowBytes)};
   }
   /// Rows are keys, from `row` of the tile's on for this warp.
   __device__ __forceinline__ static BiasLane ByKey(const ScoreTiles& tiles, int row, int queries) {
@@ -181,22 +186,24 @@ struct BiasLane {
     const int chunk = row % kBiasColumns / 8 + lane / 8 % 2;
     return {static_cast<uint32_t>(row / kBiasColumns * queries * kBiasRowBytes + r * kBiasRowBytes +
                                   ((chunk ^ (r / 2 % 4)) << 4)),
-            0, static_cast<uint32_t>(tiles.one_row ? 0 : 32 * kBiasRowBytes)};
+            static_cast<uint32_t>(tiles.one_row ? 0 : 32 * kBiasRowBytes)};
   }
 };
 
 /// scores = scale * scores + bias, of elements of E.
-template <typename E, bool kByQuery, int N>
+template <typename E, bool kByQuery, int kColumns, int N>
 __device__ __forceinline__ void AddBiasTile(float (&scores)[N], uint32_t tile, const BiasLane& lane,
                                             float scale) {
 #pragma unroll
   for (int k = 0; k < N / 8; ++k) {  // 16 columns
-    const uint32_t address = tile + lane.address + k / 2 * lane.step;
     uint32_t words[4];
-    if constexpr (kByQuery)
-      LoadMatrix4(words, k % 2 ? address ^ lane.toggle : address);
-    else
+    if constexpr (kByQuery) {
+      constexpr int kPairs = kColumns / 16;  // of chunks of a row
+      LoadMatrix4(words, (tile + lane.address + k / kPairs * lane.step) ^ (k % kPairs << 5));
+    } else {
+      const uint32_t address = tile + lane.address + k / 2 * lane.step;
       LoadMatrix4Transposed(words, k % 2 ? address + lane.step / 2 : address);
+    }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float& score = scores[8 * k + j];
@@ -247,19 +254,20 @@ __device__ __forceinline__ void ApplyAll(float (&scores)[N], const AttentionProb
                                          uint32_t bias, uint32_t bits, TileMessage message, int row,
                                          int col, int tile_row, bool whole) {
   auto& fragment = reinterpret_cast<float (&)[1][N / 4][4]>(scores);
-  if constexpr (kScores == Scores::kAny) {
-    if (tiles.has_bias) {
+  constexpr int kColumns = kScores == Scores::kBias ? kWideBiasColumns : kBiasColumns;
+  if constexpr (kScores == Scores::kAny || kScores == Scores::kBias) {
+    if (kScores == Scores::kBias || tiles.has_bias) {
       if (p.bias_dtype == DType::kF16)
-        AddBiasTile<__half, kByQuery>(scores, bias, bias_lane, p.scale);
+        AddBiasTile<__half, kByQuery, kColumns>(scores, bias, bias_lane, p.scale);
       else
-        AddBiasTile<__nv_bfloat16, kByQuery>(scores, bias, bias_lane, p.scale);
+        AddBiasTile<__nv_bfloat16, kByQuery, kColumns>(scores, bias, bias_lane, p.scale);
     } else if (tiles.natural) {
 #pragma unroll
       for (int i = 0; i < N; ++i) scores[i] *= p.scale;
       if (p.bias) AddBias<kByQuery>(fragment, p, ScoreOffsets(p, head), OriginOf(row, col));
     }
   }
-  if (!message.is_open()) {
+  if (kScores != Scores::kBias && !message.is_open()) {
     if (tiles.has_bits) {  // interval and segments are in there
       const bool alike = tiles.mask.queries == 1;
       ApplyBits(scores, bits, tile_row, !kByQuery && alike ? 0 : col, kByQuery && alike);
@@ -274,8 +282,19 @@ __device__ __forceinline__ void ApplyAll(float (&scores)[N], const AttentionProb
     ApplyBand<kByQuery>(scores, band, row, col, static_cast<int>(kByQuery ? p.kv_len : p.q_len));
 }
 
+/// Whether TMA can copy a problem's bias: of 16 bits, keys side by side, heads one behind the other
+/// (of a group, and the groups) or the same for all.
+inline bool BiasFitsTiles(const AttentionProblem& p) {
+  if (!p.bias || p.bias_dtype == DType::kF32) return false;
+  const ScoreStrides& x = p.bias_strides;
+  const int64_t head = p.groups == 1 ? x.kv_head : x.group;
+  const bool regular = p.groups == 1 || p.kv_heads == 1 || x.kv_head == p.groups * x.group;
+  return regular && x.key == 1 && (x.batch | head | x.query | p.kv_len) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(p.bias) % 16 == 0;
+}
+
 /// Decides what comes in tiles of `queries` x `keys` scores and makes the maps.
-template <bool kByQuery>
+template <bool kByQuery, int kColumns = kBiasColumns>
 Status MakeScoreTiles(const AttentionProblem& p, int queries, int keys, ScoreTiles& tiles) {
   tiles = {};
   tiles.natural = p.bias || !(p.scale > 0);
@@ -293,27 +312,17 @@ Status MakeScoreTiles(const AttentionProblem& p, int queries, int keys, ScoreTil
                       BitsRowBytes(kByQuery ? keys : queries) / 2);
     if (!status.ok()) return status;
   }
-  const auto aligned = [](int64_t bits, int64_t bytes) { return bits % bytes == 0; };
-  if (p.bias && p.bias_dtype != DType::kF32) {
-    const ScoreStrides& x = p.bias_strides;
-    // Heads one behind the other: of a group, and the groups; or the same for all.
-    const int64_t head = p.groups == 1 ? x.kv_head : x.group;
-    const bool regular = p.groups == 1 || p.kv_heads == 1 || x.kv_head == p.groups * x.group;
-    const int64_t base = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.bias));
-    if (regular && x.key == 1 && aligned(x.batch | head | x.query | p.kv_len, 8) &&
-        aligned(base, 16)) {
-      tiles.has_bias = true;
-      tiles.one_row = x.query == 0;
-      tiles.by_batch = x.batch != 0, tiles.by_head = head != 0;
-      const int64_t row = tiles.one_row ? p.kv_len : x.query;  // a length of 1 needs some stride
-      return MakeTensorMap(
-          {p.bias_dtype, p.bias, tiles.by_batch ? p.batch : 1,
-           tiles.by_head ? p.kv_heads * p.groups : 1, tiles.one_row ? 1 : p.q_len, p.kv_len,
-           tiles.by_batch ? x.batch : row, tiles.by_head ? head : row, row},
-          tiles.one_row ? 1 : queries, tiles.bias, kBiasColumns);
-    }
-  }
-  return {};
+  if (!BiasFitsTiles(p)) return {};
+  const ScoreStrides& x = p.bias_strides;
+  const int64_t head = p.groups == 1 ? x.kv_head : x.group;
+  tiles.has_bias = true;
+  tiles.one_row = x.query == 0;
+  tiles.by_batch = x.batch != 0, tiles.by_head = head != 0;
+  const int64_t row = tiles.one_row ? p.kv_len : x.query;  // a length of 1 needs some stride
+  return MakeTensorMap({p.bias_dtype, p.bias, tiles.by_batch ? p.batch : 1,
+                        tiles.by_head ? p.kv_heads * p.groups : 1, tiles.one_row ? 1 : p.q_len,
+                        p.kv_len, tiles.by_batch ? x.batch : row, tiles.by_head ? head : row, row},
+                       tiles.one_row ? 1 : queries, tiles.bias, kColumns);
 }
 
 }  // namespace zenith::attention::hopper
