@@ -16,6 +16,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -105,7 +106,7 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def programs(op: Op, width: int, dtype: str) -> dict[str, dict[str, Program]]:
-    """{"forward", "backward" or "both": {contender: a call}}."""
+    """{"forward", "backward" or "both": {contender: a call}}. Compiled side by side: most of the benchmark's time."""
     arguments, rest = op.arguments(width, dtype)
 
     def made(tree: Any, one: Any) -> Any:
@@ -115,26 +116,27 @@ def programs(op: Op, width: int, dtype: str) -> dict[str, dict[str, Program]]:
     # The gradient of a sum is one array; a second result for it would be a copy.
     gradients = lambda vjp, dy: (lambda g: (g[0], *g[op.arrays :]))(vjp(dy))  # noqa: E731
     one = jnp.ones((), dtype)
-    found: dict[str, dict[str, Program]] = {"forward": {}, "backward": {}, "both": {}}
-    for name, function in (("zenith", op.zenith), ("XLA", op.xla)):
+    found: dict[str, dict[str, Future[Program]]] = {"forward": {}, "backward": {}, "both": {}}
+    with ThreadPoolExecutor() as compilers:
+        for name, function in (("zenith", op.zenith), ("XLA", op.xla)):
 
-        def forward(*xs: Any, function: Callable[..., Any] = function) -> Any:
-            return function(*xs, *rest)
+            def forward(*xs: Any, function: Callable[..., Any] = function) -> Any:
+                return function(*xs, *rest)
 
-        def both(one: Any, dy: Any, *xs: Any, forward: Callable[..., Any] = forward) -> Any:
-            y, vjp = jax.vjp(forward, *made(xs, one))
-            return y, gradients(vjp, dy)
+            def both(one: Any, dy: Any, *xs: Any, forward: Callable[..., Any] = forward) -> Any:
+                y, vjp = jax.vjp(forward, *made(xs, one))
+                return y, gradients(vjp, dy)
 
-        def backward(one: Any, dy: Any, vjp: Any) -> Any:
-            return gradients(made(vjp, one), dy)
+            def backward(one: Any, dy: Any, vjp: Any) -> Any:
+                return gradients(made(vjp, one), dy)
 
-        cotangents = jax.tree.map(lambda y: jnp.full(y.shape, 0.5, y.dtype), jax.eval_shape(forward, *arguments))
-        found["forward"][name] = compiled(forward, *arguments)
-        found["both"][name] = compiled(both, one, cotangents, *arguments)
-        if name == "zenith":
-            kept = jax.jit(lambda *xs, forward=forward: jax.vjp(forward, *xs)[1])(*arguments)
-            found["backward"][name] = compiled(backward, one, cotangents, kept)
-    return found
+            cotangents = jax.tree.map(lambda y: jnp.full(y.shape, 0.5, y.dtype), jax.eval_shape(forward, *arguments))
+            found["forward"][name] = compilers.submit(compiled, forward, *arguments)
+            found["both"][name] = compilers.submit(compiled, both, one, cotangents, *arguments)
+            if name == "zenith":
+                kept = jax.jit(lambda *xs, forward=forward: jax.vjp(forward, *xs)[1])(*arguments)
+                found["backward"][name] = compilers.submit(compiled, backward, one, cotangents, kept)
+    return {part: {name: call.result() for name, call in calls.items()} for part, calls in found.items()}
 
 
 def copy_rate(dtype: str) -> float:
