@@ -15,14 +15,15 @@ using Result = ffi::Result<ffi::AnyBuffer>;
 using Pair = ffi::Span<const int64_t>;  // of the vertical and the horizontal axis
 
 ConvAxis Axis(size_t i, const Operand& x, const Operand& y, Pair kernel, Pair strides,
-              Pair dilation, Pair before) {
+              Pair dilation, Pair before, Pair pool) {
   const auto axis = static_cast<int64_t>(i) - 3;
-  return {x.dim(axis), y.dim(axis), kernel[i], strides[i], dilation[i], before[i]};
+  return {x.dim(axis), y.dim(axis) * pool[i], kernel[i], strides[i], dilation[i], before[i],
+          pool[i]};
 }
 
 ffi::Error Forward(Context context, Buffer x_buffer, Buffer w_buffer, Buffer scale_buffer,
                    Buffer bias_buffer, Buffer residual_buffer, Result y_buffer, Pair kernel,
-                   Pair strides, Pair dilation, Pair before, int32_t relu) {
+                   Pair strides, Pair dilation, Pair before, Pair pool, int32_t relu) {
   constexpr const char* kTarget = "conv_fwd";
   const Operand x("x", x_buffer), w("w", w_buffer), scale("scale", scale_buffer),
       bias("bias", bias_buffer), residual("residual", residual_buffer), y("y", y_buffer);
@@ -30,19 +31,21 @@ ffi::Error Forward(Context context, Buffer x_buffer, Buffer w_buffer, Buffer sca
   for (const Operand& operand : {x, w, scale, bias, residual, y}) {
     check.Type(operand, ffi::DataType::F32);
   }
-  for (const Pair& pair : {kernel, strides, dilation, before}) {
+  for (const Pair& pair : {kernel, strides, dilation, before, pool}) {
     check.That(pair.size() == 2, "an attribute must have 2 elements",
                static_cast<int64_t>(pair.size()));
   }
   check.RankAtLeast(x, 3);
+  check.RankAtLeast(y, 3);
   if (check.failed()) return check.error();
 
-  const ConvAxis height = Axis(0, x, y, kernel, strides, dilation, before),
-                 width = Axis(1, x, y, kernel, strides, dilation, before);
+  const ConvAxis height = Axis(0, x, y, kernel, strides, dilation, before, pool),
+                 width = Axis(1, x, y, kernel, strides, dilation, before, pool);
   for (const ConvAxis& axis : {height, width}) {
     check.That(axis.kernel > 0, "kernel must be positive", axis.kernel);
     check.That(axis.stride > 0, "strides must be positive", axis.stride);
     check.That(axis.dilation > 0, "dilation must be positive", axis.dilation);
+    check.That(axis.pool > 0, "pool must be positive", axis.pool);
   }
   const int64_t channels = x.dim(-1), features = bias.dim(-1);
   check.That(channels > 0, "x must have channels", channels);
@@ -51,8 +54,12 @@ ffi::Error Forward(Context context, Buffer x_buffer, Buffer w_buffer, Buffer sca
   check.That(bias.rank() == 1, "bias must have rank 1", bias.rank());
   const bool has_scale = scale.size() != 0, has_residual = residual.size() != 0;
   if (has_scale) check.Same(scale, bias);
-  check.Shape(y, x, x.rank() - 3, {height.out, width.out, features});
-  if (has_residual) check.Same(residual, y);
+  check.Shape(y, x, x.rank() - 3, {y.dim(-3), y.dim(-2), features});
+  if (has_residual) {
+    check.Same(residual, y);
+    check.That(height.pool * width.pool == 1, "with a residual there is no maximum, pool must be 1",
+               height.pool * width.pool);
+  }
   check.That(relu == 0 || relu == 1, "relu must be 0 or 1", relu);
   if (check.failed()) return check.error();
 
@@ -84,6 +91,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, Forward,
                            .Attr<Pair>("strides")
                            .Attr<Pair>("dilation")
                            .Attr<Pair>("before")
+                           .Attr<Pair>("pool")
                            .Attr<int32_t>("relu"),
                        kTraits);
 

@@ -76,8 +76,9 @@ def linear(x, w, bias=0.0, residual=0.0, activation="none", transposed=False):
     return LINEAR_ACTIVATIONS[activation](x @ (w.T if transposed else w) + bias) + residual
 
 
-def conv(x, w, bias=0.0, residual=0.0, scale=1.0, strides=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1), relu=False):
-    """Element of the filter by element; padding is not negative."""
+def conv(x, w, bias=0.0, residual=0.0, scale=1.0, strides=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1), relu=False,
+         pool=(1, 1)):  # fmt: skip
+    """Element of the filter by element; padding is not negative, and windows are full ones."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     reach = [(k - 1) * d for k, d in zip(w.shape, dilation, strict=False)]
     y = 0.0
@@ -86,7 +87,9 @@ def conv(x, w, bias=0.0, residual=0.0, scale=1.0, strides=(1, 1), padding=((0, 0
         bottom, right = x.shape[1] - reach[0] + top, x.shape[2] - reach[1] + left
         y += jnp.einsum("bpqc,cn->bpqn", x[:, top : bottom : strides[0], left : right : strides[1]], w[i, j])
     y = y * scale + bias + residual
-    return LINEAR_ACTIVATIONS["relu" if relu else "none"](y)
+    y = LINEAR_ACTIVATIONS["relu" if relu else "none"](y)
+    b, p, q, n = y.shape
+    return y.reshape(b, p // pool[0], pool[0], q // pool[1], pool[1], n).max((2, 4))
 
 
 def quantized_linear(x, w, scale, bias=0.0, transposed=False):

@@ -226,6 +226,8 @@ def _changed_params(eqn: Eqn) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"axis {axis}", dict(axis=axis)
     if name == "conv_general_dilated":
         yield from _changed_convolution(params)
+    if name == "reduce_window_max":
+        yield from _changed_windows(params)
     if name == "integer_pow":
         for y in (1, 3, 4):
             yield f"y {y}", dict(y=y)
@@ -270,6 +272,17 @@ def _changed_convolution(params: dict[str, Any]) -> Iterator[tuple[str, dict[str
                     f"dimension numbers {i} {other}",
                     dict(dimension_numbers=numbers._replace(**{numbers._fields[i]: other})),
                 )
+
+
+def _changed_windows(params: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in ("window_dimensions", "window_strides", "base_dilation", "window_dilation"):
+        for axis, value in itertools.product(range(len(params[name])), (1, 2, 3)):
+            if value != params[name][axis]:
+                values = tuple(value if i == axis else v for i, v in enumerate(params[name]))
+                yield f"{name} {values}", {name: values}
+    for axis, pair in itertools.product(range(len(params["padding"])), ((0, 1), (1, 0), (0, -1))):
+        padding = tuple(pair if i == axis else p for i, p in enumerate(params["padding"]))
+        yield f"padding {padding}", dict(padding=padding)
 
 
 def _free(eqn: Eqn, side: int) -> list[int]:

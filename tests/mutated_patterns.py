@@ -292,6 +292,12 @@ def conv_channels_first(x, w, bias):
     return jnp.maximum(y + bias[:, None, None], 0.0)
 
 
+def conv_max_pool(x, w, bias):
+    """Of 4 x 5 pixels, the last column of which is in no window."""
+    y = jax.lax.conv_general_dilated(x, w, (1, 1), ((1, 2), (2, 2)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.reduce_window(jnp.maximum(y + bias, 0.0), -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
 def inputs(kinds: str) -> list[np.ndarray]:
     """x: (N, N, N, N) floats; p: (N,) floats; r: (N, N, N) floats; m: a mask with one row that allows nothing;
     n: a mask without such a row; l: (N, N) labels below N; q: (N, N) int8; w: (L, L) floats, of variance 1 / L;
@@ -364,6 +370,7 @@ PATTERNS: dict[Callable[..., Any], str] = {
     batch_norm_of_product: "rrpppp",
     conv_residual: "xxp",
     conv_channels_first: "xxp",
+    conv_max_pool: "xxp",
     softmax_middle: "r",
     softmax_by_hand: "r",
 }

@@ -183,6 +183,7 @@ CASES = [
     linear_case("gelu erf, bias, residual", (24,), (3, 5, 24), activation="gelu_erf"),
     conv_case("", padding=((2, 1), (0, 1)), strides=(2, 1)),
     conv_case("bias, residual, scale, relu", (5,), (2, 2, 3, 5), (5,), dilation=(2, 1), activation="relu"),
+    conv_case("bias, max pool", (5,), padding=((1, 1), (0, 1)), pool=(3, 2)),
     gated_linear_case("silu"),
     gated_linear_case("gelu erf, transposed", w=(24, 16), activation="gelu_erf", transposed=True),
     quantized_case("int8", jnp.int8, (24,)),

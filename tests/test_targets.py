@@ -422,7 +422,7 @@ def conv_case() -> Case:
             y += x[:, i : i + 5 : 2, 2 * j : 2 * j + 5] @ w.reshape(2, 3, c, n)[i, j]
         return (np.maximum(y * scale + bias + residual, 0),)
 
-    pairs = {"kernel": (2, 3), "strides": (2, 1), "dilation": (1, 2), "before": (1, 3)}
+    pairs = {"kernel": (2, 3), "strides": (2, 1), "dilation": (1, 2), "before": (1, 3), "pool": (1, 1)}
     attributes = {name: np.asarray(pair, np.int64) for name, pair in pairs.items()} | {"relu": np.int32(1)}
     operands = {"x": x, "w": w, "scale": scale, "bias": bias, "residual": residual}
     return Case(operands, {"y": ((B, 3, 5, n), F32)}, expected, attributes)
@@ -570,6 +570,8 @@ def test_conv_computes_its_formula_and_refuses_other_operands(name):
         ("kernel", np.asarray([2, 0]), "kernel must be positive, got 0"),
         ("strides", np.asarray([0, 1]), "strides must be positive, got 0"),
         ("dilation", np.asarray([1, -1]), "dilation must be positive, got -1"),
+        ("pool", np.asarray([1, 0]), "pool must be positive, got 0"),
+        ("pool", np.asarray([1, 2]), "with a residual there is no maximum, pool must be 1, got 2"),
         ("before", np.asarray([1]), "an attribute must have 2 elements, got 1"),
         ("relu", np.int32(2), "relu must be 0 or 1, got 2"),
     ):

@@ -15,10 +15,35 @@ struct Case {
 
 const float* Floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data()); }
 
+struct Sum {
+  double value, magnitude;
+};
+
+Sum SumOf(const Case& c, const Tensor& x, const Tensor& filter, int64_t image, int64_t p, int64_t q,
+          int64_t o) {
+  const ConvAxis &h = c.height, &w = c.width;
+  double sum = 0, magnitude = 1;
+  for (int64_t i = 0; i < h.kernel; ++i) {
+    for (int64_t j = 0; j < w.kernel; ++j) {
+      const int64_t row = p * h.stride - h.before + i * h.dilation;
+      const int64_t column = q * w.stride - w.before + j * w.dilation;
+      if (row < 0 || row >= h.size || column < 0 || column >= w.size) continue;
+      for (int64_t k = 0; k < c.channels; ++k) {
+        const double term = x[((image * h.size + row) * w.size + column) * c.channels + k] *
+                            filter[((i * w.kernel + j) * c.channels + k) * c.features + o];
+        sum += term;
+        magnitude += std::fabs(term);
+      }
+    }
+  }
+  return {sum, magnitude};
+}
+
 double TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, Report& report) {
   const ConvAxis &h = c.height, &w = c.width;
   std::mt19937_64 random(7);
-  const int64_t size = c.images * h.out * w.out * c.features;
+  const int64_t rows = h.out / h.pool, columns = w.out / w.pool;
+  const int64_t size = c.images * rows * columns * c.features;
   std::vector<double> values = RandomValues(random, c.images * h.size * w.size * c.channels);
   if (values.size() > 40) values[17] = std::nan("");
   const Tensor x(DType::kF32, values);
@@ -43,25 +68,19 @@ double TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, 
   Error error;
   for (int64_t at = 0; at < size; ++at) {
     const int64_t o = at % c.features, pixel = at / c.features;
-    const int64_t q = pixel % w.out, p = pixel / w.out % h.out, image = pixel / w.out / h.out;
-    double sum = 0, magnitude = 1;
-    for (int64_t i = 0; i < h.kernel; ++i) {
-      for (int64_t j = 0; j < w.kernel; ++j) {
-        const int64_t row = p * h.stride - h.before + i * h.dilation;
-        const int64_t column = q * w.stride - w.before + j * w.dilation;
-        if (row < 0 || row >= h.size || column < 0 || column >= w.size) continue;
-        for (int64_t k = 0; k < c.channels; ++k) {
-          const double term = x[((image * h.size + row) * w.size + column) * c.channels + k] *
-                              filter[((i * w.kernel + j) * c.channels + k) * c.features + o];
-          sum += term;
-          magnitude += std::fabs(term);
-        }
-      }
+    const int64_t q = pixel % columns, p = pixel / columns % rows, image = pixel / columns / rows;
+    double wanted = -INFINITY, magnitude = 1;
+    for (int64_t i = 0; i < h.pool * w.pool; ++i) {
+      const int64_t row = p * h.pool + i / w.pool, column = q * w.pool + i % w.pool;
+      const Sum sum = SumOf(c, x, filter, image, row, column, o);
+      const double factor = c.scale ? scale[o] : 1, more = c.residual ? residual[at] : 0;
+      const double value = sum.value * factor + bias[o] + more;
+      wanted = std::isnan(wanted) || value < wanted ? wanted : value;
+      if (std::isnan(value)) continue;
+      magnitude = std::max(
+          magnitude, sum.magnitude * std::fabs(factor) + std::fabs(bias[o]) + std::fabs(more));
     }
-    const double factor = c.scale ? scale[o] : 1, more = c.residual ? residual[at] : 0;
-    const double wanted = sum * factor + bias[o] + more;
-    magnitude = magnitude * std::fabs(factor) + std::fabs(bias[o]) + std::fabs(more);
-    error.Add(y, at, c.relu && wanted < 0 ? 0 : wanted, std::isnan(sum) ? 1 : magnitude);
+    error.Add(y, at, c.relu && wanted < 0 ? 0 : wanted, magnitude);
   }
   return error.max();
 }
@@ -98,6 +117,18 @@ void TestConv(const CpuKernels& kernels, Report& report) {
       const Case c{1 + number % 3, channels,        features,        height,
                    width,          number % 2 == 0, number % 3 == 0, number % 7 < 4};
       worst = std::max(worst, TestCase(kernels, c, launch, report));
+      // Of two pixels, of all of a column, and of 2 x 2, some of them next to ones in no window.
+      const auto pooled = [&](ConvAxis axis, int64_t pool) {
+        axis.pool = std::max<int64_t>(1, std::min(axis.out, pool));
+        axis.out -= axis.out % axis.pool;
+        return axis;
+      };
+      const std::pair<int64_t, int64_t> pools[] = {{1, 2}, {9, 1}, {2, 2}, {2, 2}};
+      const auto& [down, across] = pools[number % 4];
+      worst = std::max(worst, TestCase(kernels,
+                                       {c.images, channels, features, pooled(height, down),
+                                        pooled(width, across), c.relu, c.scale, false},
+                                       launch, report));
       ++number;
     }
   }

@@ -43,6 +43,17 @@ def channels_first(x, w, b, r, m, v):
     return jax.nn.relu(r.transpose(0, 3, 1, 2) + y)
 
 
+def pooled(y, window, strides=None, padding="VALID", **options):
+    """The maximum of windows along all dimensions of y."""
+    strides = window if strides is None else strides
+    return lax.reduce_window(y, -jnp.inf, lax.max, window, strides, padding, **options)
+
+
+def pooled_channels_first(x, w, b, r, m, v):
+    y = lax.conv_general_dilated(x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1), (1, 1), "SAME")
+    return pooled(jnp.maximum(y + b[:, None, None], 0), (1, 1, 2, 3))
+
+
 SITES = {
     "alone": (lambda x, w, b, r, m, v: conv(x, w), ""),
     "bias": (lambda x, w, b, r, m, v: conv(x, w) + b, "bias"),
@@ -59,6 +70,16 @@ SITES = {
     "cropped": (lambda x, w, b, r, m, v: conv(x, w, padding=((-1, 0), (1, -2))), ""),
     "one pixel": (lambda x, w, b, r, m, v: conv(x[:, :3, :2], w, padding="VALID") * 2.0, "batch norm"),
     "a product": (lambda x, w, b, r, m, v: jax.nn.relu(conv(x, w[:1, :1]) + b + r), "bias, residual, relu"),
+    "max pool": (
+        lambda x, w, b, r, m, v: linen.max_pool(jax.nn.relu(conv(x, w) + b), (2, 2), (2, 2)),
+        "bias, relu, max pool",
+    ),
+    "max pool alone": (lambda x, w, b, r, m, v: nnx.max_pool(conv(x, w), (1, 2), (1, 2)), "max pool"),
+    "max pool with a row left": (
+        lambda x, w, b, r, m, v: linen.max_pool(batch_normed(conv(x, w), b, m, v), (3, 5), (3, 5)),
+        "batch norm, max pool",
+    ),
+    "max pool channels first": (pooled_channels_first, "bias, maximum, max pool"),
 }
 
 
@@ -66,7 +87,7 @@ SITES = {
 def test_site(check_fused, rng, name):
     function, detail = SITES[name]
     # The gradients of a scale and of maximum take the convolution itself, which is computed again.
-    again = name in ("maximum", "batch norm", "channels first")
+    again = name in ("maximum", "batch norm", "channels first") or "max pool" in name
     report = check_fused(
         function, *arguments(rng), counts={"conv": 1}, gradient_counts={"conv": 1 + again}, floor_ulps=64
     )
@@ -112,6 +133,35 @@ LESS = {  # what stands behind the convolution and is not computed with it
     "a vector along another axis": (lambda x, w, b, r: conv(x, w)[:, :, :M] + b[:, None], ""),
     "an inverse": (lambda x, w, b, r: b / conv(x, w), ""),
     "of itself": (lambda x, w, b, r: (lambda y: y + y)(conv(x, w)), ""),
+    "overlapping windows": (lambda x, w, b, r: pooled(conv(x, w) + b, (1, 2, 2, 1), (1, 1, 2, 1)), "bias"),
+    "windows apart": (lambda x, w, b, r: pooled(conv(x, w) + b, (1, 2, 2, 1), (1, 2, 3, 1)), "bias"),
+    "padded windows": (
+        lambda x, w, b, r: pooled(conv(x, w) + b, (1, 2, 2, 1), None, ((0, 0), (0, 0), (1, 1), (0, 0))),
+        "bias",
+    ),
+    "windows with a pixel more": (
+        lambda x, w, b, r: pooled(conv(x, w) + b, (1, 3, 1, 1), None, ((0, 0), (0, 2), (0, 0), (0, 0))),
+        "bias",
+    ),
+    "dilated windows": (
+        lambda x, w, b, r: pooled(conv(x, w) + b, (1, 2, 2, 1), window_dilation=(1, 2, 1, 1)),
+        "bias",
+    ),
+    "spread windows": (lambda x, w, b, r: pooled(conv(x, w) + b, (1, 2, 2, 1), base_dilation=(1, 1, 2, 1)), "bias"),
+    "windows of channels": (lambda x, w, b, r: pooled(conv(x, w) + b, (1, 2, 2, 5)), "bias"),
+    "windows of images": (lambda x, w, b, r: pooled(conv(x, w) + b, (2, 2, 2, 1)), "bias"),
+    "a minimum of windows": (
+        lambda x, w, b, r: -linen.max_pool(-(conv(x, w) + b), (2, 2), (2, 2)),
+        "bias",
+    ),
+    "another minimum of windows": (
+        lambda x, w, b, r: lax.reduce_window(conv(x, w), jnp.inf, lax.min, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+        "",
+    ),
+    "a mean of windows": (lambda x, w, b, r: linen.avg_pool(conv(x, w) + b, (2, 2), (2, 2)), "bias"),
+    "a residual before windows": (lambda x, w, b, r: pooled(conv(x, w) + r, (1, 2, 2, 1)), "residual"),
+    "a residual after windows": (lambda x, w, b, r: pooled(conv(x, w), (1, 2, 2, 1)) + r[:, :2, :3], "max pool"),
+    "used beside windows": (lambda x, w, b, r: (lambda y: (y, pooled(y, (1, 2, 2, 1))))(conv(x, w) + b), "bias"),
     "another shape": (lambda x, w, b, r: jax.nn.relu((conv(x, w) + b).reshape(8, 6, M)), "bias"),
 }
 
@@ -178,11 +228,15 @@ def test_the_rule_takes_it_where_it_was_measured(monkeypatch):
     assert by_rule(layer, X, W) == [(True, "")]
     ((fused, reason),) = by_rule(layer, X[:, :4, :4, :8], W[:, :, :8, :8])
     assert not fused and "XLA's convolution is as fast" in reason
-    pooled = lambda x, w: lax.reduce_window(layer(x, w), -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")  # noqa: E731
+    overlapping = lambda x, w: linen.max_pool(layer(x, w), (3, 3), (2, 2))  # noqa: E731
     images = jnp.ones((64, 32, 32, 64))
-    assert by_rule(layer, images, W) == by_rule(pooled, X, W) == [(True, "")]
-    ((fused, reason),) = by_rule(pooled, images, W)
+    assert by_rule(layer, images, W) == by_rule(overlapping, X, W) == [(True, "")]
+    ((fused, reason),) = by_rule(overlapping, images, W)
     assert not fused and "the window behind it" in reason
+    of = lambda n: lambda x, w: linen.max_pool(layer(x, w), (n, n), (n, n))  # noqa: E731
+    assert by_rule(of(2), images, W) == [(True, "")] and by_rule(of(8), X, W)[0][0]  # without the windows
+    ((fused, reason),) = by_rule(of(8), images, W)
+    assert not fused and "a maximum of 64 pixels" in reason
     (found, *_) = by_rule(jax.grad(lambda x, w: layer(x, w).sum()), X, W)
     assert not found[0] and "gradient" in found[1]
     monkeypatch.setattr(native, "instruction_set", lambda: "avx2")
@@ -237,6 +291,20 @@ def test_infinite_scales_without_a_shift(rng):
         np.testing.assert_allclose(zenith.jit(scaled)(x, w, s), scaled(x, w, s), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_not_finite_stands_where_it_stands_unfused(rng):
+    x, w = _x_and_w(rng)
+    b = jnp.zeros(16).at[1].set(jnp.inf).at[2].set(-jnp.inf).at[3].set(jnp.nan)
+    x = x.at[0, 3, 4, 5].set(jnp.nan).at[0, 9, 9, 1].set(jnp.inf).at[0, 12, 2, 1].set(-jnp.inf)
+    for activation in (jax.nn.relu, lambda y: y):
+        inside = lambda x, w, b, f=activation: f(_convolved(x, w) + b)  # noqa: E731
+        function = lambda x, w, b, f=inside: linen.max_pool(f(x, w, b), (2, 2), (2, 2))  # noqa: E731
+        assert zenith.explain(function)(x, w, b).fused[0].detail.endswith("max pool")
+        # XLA's windows on a CPU drop a NaN beside a number; StableHLO's maximum, NumPy's and torch's keep it.
+        expected = np.asarray(inside(x, w, b)).reshape(1, 8, 2, 8, 2, 16).max((2, 4))
+        assert np.isnan(expected).any() and np.isinf(expected).any()
+        np.testing.assert_allclose(zenith.jit(function)(x, w, b), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_symbolic_batches_are_left_to_xla(rng, caplog):
     (batch,) = jax.export.symbolic_shape("batch")
     shapes = ((batch, 16, 16, 16), (3, 3, 16, 16))
@@ -255,6 +323,8 @@ def test_symbolic_batches_are_left_to_xla(rng, caplog):
         ((3, 3, 4, 8), dict(strides=(1,)), "strides must have one entry for each"),
         ((3, 3, 4, 8), dict(padding="SAME"), "padding must have one entry for each"),
         ((3, 3, 4, 8), dict(dilation=(1, 0)), "must be positive"),
+        ((3, 3, 4, 8), dict(pool=(2, 0)), "pool must be the height and width of a window"),
+        ((3, 3, 4, 8), dict(pool=(2, 2), residual=jnp.zeros((1, 3, 3, 8))), "a residual has no place"),
     ],
 )
 def test_wrong_arguments_of_the_op(w, options, message):

@@ -1,4 +1,5 @@
-"""A convolution of images as one kernel, channels last, for CPUs: activation(scale * conv(x, w) + bias + residual).
+"""A convolution of images as one kernel, channels last, for CPUs: activation(scale * conv(x, w) + bias + residual), or
+without residual the maximum of windows of that which lie side by side.
 
 Letters: *b images, h w height and width of x, c channels, p q height and width of the result, n features. Canonical
 shape: x (*b, h, w, c), the filter (kernel height * kernel width * c * n,) flat, scale and bias (n,), residual
@@ -8,6 +9,7 @@ norm's with stored statistics: weights then need no folding. The convolutions of
 
 from __future__ import annotations
 
+import functools as ft
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,6 +28,10 @@ ACTIVATIONS = {
     "maximum": lambda x: jnp.maximum(x, 0),  # relu with the derivative 1/2 at 0
 }
 NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+Pool = tuple[int, int]  # height and width of the windows whose maximum is taken; NO_POOL for none
+NO_POOL: Pool = (1, 1)
 
 
 class Geometry(NamedTuple):
@@ -64,13 +70,14 @@ def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
     return unsupported(platform, x.dtype)
 
 
-def _attributes(avals: Any, *, geometry: Geometry, p: int, q: int, activation: str) -> dict[str, Any]:
+def _attributes(avals: Any, *, geometry: Geometry, p: int, q: int, activation: str, pool: Pool) -> dict[str, Any]:
     del avals, p, q
     return {
         "kernel": np.asarray(geometry.kernel, np.int64),
         "strides": np.asarray(geometry.strides, np.int64),
         "dilation": np.asarray(geometry.dilation, np.int64),
         "before": np.asarray([low for low, _ in geometry.padding], np.int64),
+        "pool": np.asarray(pool, np.int64),
         "relu": np.int32(activation != "none"),
     }
 
@@ -105,14 +112,26 @@ def _before_activation(y: Any, scale: Any, bias: Any, residual: Any) -> Any:
     return y if is_absent(residual) else y + widened(residual)
 
 
-def _backward(operands, results, cotangents, needed, *, geometry, activation, **_):
+def _maxima(y: Any, pool: Pool) -> Any:
+    """Of y (*b, p, q, n). What fills no window is left out."""
+    if pool == NO_POOL:
+        return y
+    window = (*(1 for _ in y.shape[:-3]), *pool, 1)
+    return lax.reduce_window(y, np.array(-np.inf, y.dtype), lax.max, window, window, "VALID")
+
+
+def _backward(operands, results, cotangents, needed, *, geometry, activation, pool, **_):
     x, w, scale, bias, residual = operands
-    dy = widened(dense(cotangents)[0])
+    dy, y = widened(dense(cotangents)[0]), results[0]
+    convolved = ft.cache(lambda: product(x, w, geometry))  # again, where the result does not say enough
+    pre = ft.cache(lambda: _before_activation(convolved(), scale, bias, residual))
+    if pool != NO_POOL:
+        y = ACTIVATIONS[activation](pre())
+        dy = jax.vjp(lambda y: _maxima(y, pool), y)[1](dy)[0]
     if activation == "relu":  # of which the result says as much as what it came from
-        dy = jnp.where(results[0] > 0, dy, 0)
+        dy = jnp.where(y > 0, dy, 0)
     elif activation != "none":
-        pre = _before_activation(product(x, w, geometry), scale, bias, residual)
-        dy = jax.vjp(ACTIVATIONS[activation], pre)[1](dy)[0]
+        dy = jax.vjp(ACTIVATIONS[activation], pre())[1](dy)[0]
     dproduct = (dy if is_absent(scale) else dy * widened(scale)).astype(x.dtype)
     batch = tuple(range(dy.ndim - 1))
     # Transposed, and not differentiated: what is differentiated inside of a rewriting has its convolutions fused.
@@ -122,7 +141,7 @@ def _backward(operands, results, cotangents, needed, *, geometry, activation, **
     if 1 in needed:
         cotangent[1] = jax.linear_transpose(lambda w: product(x, w, geometry), w)(dproduct)[0]
     if 2 in needed:
-        cotangent[2] = jnp.sum(dy * widened(product(x, w, geometry)), batch).astype(scale.dtype)
+        cotangent[2] = jnp.sum(dy * widened(convolved()), batch).astype(scale.dtype)
     if 3 in needed:
         cotangent[3] = jnp.sum(dy, batch).astype(bias.dtype)
     if 4 in needed:
@@ -140,10 +159,10 @@ def _backward(operands, results, cotangents, needed, *, geometry, activation, **
     adapted=_with_full_residual,
     partitioned=False,  # features, too, may be what is sharded
 )
-def conv_fwd(x, w, scale, bias, residual, *, geometry, p, q, activation):
+def conv_fwd(x, w, scale, bias, residual, *, geometry, p, q, activation, pool):
     del p, q
     pre = _before_activation(product(x, w, geometry), scale, bias, residual)
-    return (ACTIVATIONS[activation](pre).astype(x.dtype),)
+    return (_maxima(ACTIVATIONS[activation](pre).astype(x.dtype), pool),)
 
 
 def conv(
@@ -157,14 +176,16 @@ def conv(
     padding: Sequence[Sequence[int]] = ((0, 0), (0, 0)),
     dilation: Sequence[int] = (1, 1),
     activation: str = "none",
+    pool: Sequence[int] = NO_POOL,
 ):
-    """activation(scale * conv(x, w) + bias + residual).
+    """activation(scale * conv(x, w) + bias + residual), and of that the maximum of windows.
 
     x: (b, h, w, c); w: (kernel height, kernel width, c, n); scale and bias: (n,); residual: as the result,
     (b, p, q, n); all of x's dtype: float32 has a kernel on the CPU, others run as XLA code. padding: (before, after)
     for each axis, negative to crop. dilation: of the filter. activation: "none", "relu", or "maximum", which is relu
-    with the derivative 1/2 at 0. For groups there is `lax.conv_general_dilated`, of which `zenith.jit` takes
-    what it has a faster form for.
+    with the derivative 1/2 at 0. pool: height and width of windows that lie side by side; rows and columns that fill no
+    window are left out, as by flax's max_pool, a NaN is a window's maximum, and there can be no residual. For groups
+    there is `lax.conv_general_dilated`, of which `zenith.jit` takes what it has a faster form for.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"conv: activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
@@ -183,7 +204,11 @@ def conv(
         raise ShapeError(f"conv: strides and dilation must be positive, got {strides} and {dilation}")
     n = w.shape[3]
     geometry = Geometry(w.shape[:2], tuple(strides), tuple((low, high) for low, high in padding), tuple(dilation))
-    p, q = geometry.out(x.shape[1:3])
+    if isinstance(pool, str) or len(pool) != 2 or min(pool) < 1:
+        raise ShapeError(f"conv: pool must be the height and width of a window, got {pool!r}")
+    if residual is not None and tuple(pool) != NO_POOL:
+        raise ShapeError(f"conv: a residual has no place before a maximum of windows, got pool {tuple(pool)}")
+    p, q = (size // window for size, window in zip(geometry.out(x.shape[1:3]), pool, strict=True))
     expected = dict(scale=(n,), bias=(n,), residual=(x.shape[0], p, q, n))
     for name, value in dict(scale=scale, bias=bias, residual=residual).items():
         if value is not None and value.shape != expected[name]:
@@ -195,5 +220,5 @@ def conv(
         jnp.zeros((n,), x.dtype) if bias is None else bias,
         absent(x.dtype) if residual is None else as_batches(residual, 3),
     )
-    y = conv_fwd(*operands, geometry=geometry, p=p, q=q, activation=activation)[0]
+    y = conv_fwd(*operands, geometry=geometry, p=p, q=q, activation=activation, pool=(pool[0], pool[1]))[0]
     return y.reshape(expected["residual"])

@@ -6,6 +6,7 @@ A matched site that a rule refuses stays XLA's, with the rule's reason in the re
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -155,10 +156,14 @@ def _cpu_paged_attention(case: dict[str, Any], differentiated: bool) -> Refusal 
 
 # float32, ms, XLA with channels last / ours, with bias and relu: 1 x 8 x 8, 8 to 8 by 3 x 3 0.037 / 0.012; 28 x 28, 64
 # to 8 by 3 x 3 0.121 / 0.096; 56 x 56, 64 to 3 0.29 / 0.35; 224 x 224, 3 to 32, stride 2, 1.70 / 0.16; 7 x 7, 64 to 128
-# by 1 x 1 0.029 / 0.018; more, ResNet-50's too, in docs/kernels/convolution_cpu.md. With a 2 x 2 maximum, which XLA
-# computes along without an array between: 64 x 28 x 28, 1 to 32, 0.65 / 0.91 (alone 1.12 / 0.47); 64 x 14 x 14, 32 to
-# 64, 2.66 / 2.58, 1024 of them 77 / 95 (AMD EPYC, AVX-512, two cores, jax 0.10.2, 2026-11-26).
-_CPU_CONV_PRODUCTS, _CPU_CONV_DEPTH, _CPU_CONV_FEATURES = 1 << 18, 16, 8
+# by 1 x 1 0.029 / 0.018; 64 x 28 x 28, 1 to 32 by 3 x 3 0.93 / 0.29; more, ResNet-50's too, in
+# docs/kernels/convolution_cpu.md. With a maximum of 2 x 2: 64 x 28 x 28, 1 to 32, 0.93 / 0.37, 1024 of them 10.4 / 6.8;
+# 64 x 14 x 14, 32 to 64, 2.46 / 2.24, 1024 41.1 / 35.8; 28 x 28, 1 to 32, 0.047 / 0.015; 224 x 224, 64 to 64, 22.1 /
+# 17.0; of 4 x 4: 64 x 28 x 28, 1 to 32, 0.49 / 0.35. XLA computes other windows along, too, without an array between:
+# where the kernel does not, 1024 x 14 x 14, 32 to 64, take 77 / 95 (AMD EPYC, AVX-512, two cores, jax 0.10.2,
+# 2026-11-26).
+_CPU_CONV_PRODUCTS, _CPU_CONV_DEPTH, _CPU_CONV_FEATURES = 1 << 18, 9, 8
+_CPU_CONV_POOL = 16  # pixels of a window
 _CPU_CONV_WINDOW_RESULTS = 1 << 21  # 8 MiB
 
 
@@ -180,6 +185,9 @@ def _cpu_conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     results = case["pixels"] * case["n"]
     if case["in_window"] and results > _CPU_CONV_WINDOW_RESULTS:
         return refuse("XLA computes the window behind it along, and never writes these {n} numbers", n=results)
+    window = math.prod(case["pool"])
+    if window > _CPU_CONV_POOL:
+        return refuse("a maximum of {n} pixels is not measured", n=window)
     products = case["pixels"] * case["k"] * case["n"]
     if products < _CPU_CONV_PRODUCTS:
         return refuse("XLA's convolution is as fast for {n} products on the CPU", n=products)

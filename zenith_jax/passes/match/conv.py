@@ -1,4 +1,5 @@
-"""activation(scale * conv(x, w) + bias + residual), read upwards from the convolution of images.
+"""activation(scale * conv(x, w) + bias + residual), or of that without residual the maximum of windows that lie side
+by side, read upwards from the convolution of images.
 
   y[n, *s, o] = act(scale[o] * sum over i, *k of x[n, *s + *k, i] * w[*k, i, o]  + bias[o] + residual[n, *s, o])
 
@@ -11,6 +12,7 @@ takes is told of where relu follows, which is what people look for.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import Atom, Graph
 from zenith_jax.ir.term import is_float
-from zenith_jax.ops.conv import Geometry, conv
+from zenith_jax.ops.conv import NO_POOL, Geometry, Pool, conv
 from zenith_jax.passes.match import batch_norm
 from zenith_jax.passes.match._match import Match
 from zenith_jax.passes.match.batch_norm import Scaled
@@ -40,6 +42,7 @@ class Layer:
     inner: tuple[JaxprEqn, ...]
     residual: Atom | None = None
     activation: str = "none"
+    pool: Pool = NO_POOL
 
     def above(self, eqn: JaxprEqn, **found: Any) -> Layer:
         return dataclasses.replace(self, top=eqn.outvars[0], inner=(*self.inner, eqn), **found)
@@ -47,7 +50,8 @@ class Layer:
     @property
     def parts(self) -> str:
         affine = "batch norm" if self.scaled.is_scaled() else "bias"
-        names = (affine * bool(self.scaled.steps), "residual" * (self.residual is not None), self.activation)
+        residual, pool = "residual" * (self.residual is not None), "max pool" * (self.pool != NO_POOL)
+        names = (affine * bool(self.scaled.steps), residual, self.activation, pool)
         return ", ".join(n for n in names if n and n != "none")
 
 
@@ -62,12 +66,12 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
     if refusal is not None:
         is_told = layers[-1].activation != "none" and batch_norm.match(graph, eqn) is None
         return refusal if is_told else None
-    user = graph.only_user(layers[-1].top)
+    user = graph.only_user([layer for layer in layers if layer.pool == NO_POOL][-1].top)
     in_window = user is not None and user.primitive.name.startswith("reduce_window")
     found: Match | None = None
     for layer in layers:
         if graph.escapes(layer.inner, [layer.top]) is None:
-            found = _build(eqn, layer, found, in_window)
+            found = _build(eqn, layer, found, in_window and layer.pool == NO_POOL)
     return found
 
 
@@ -109,7 +113,24 @@ def _layers(graph: Graph, eqn: JaxprEqn) -> list[Layer]:
     if (user := _user(graph, layers[-1].top, dtype)) is not None and (is_relu(user) or is_maximum(graph, user)):
         # They differ in their derivative at 0: that of maximum is 1/2.
         layers.append(layers[-1].above(user, activation="relu" if is_relu(user) else "maximum"))
+    pool = _pool(graph, layers[-1].top, eqn.params["dimension_numbers"].out_spec)
+    if pool is not None and layers[-1].residual is None:
+        layers.append(layers[-1].above(graph.users_of(layers[-1].top)[0], pool=pool))
     return layers
+
+
+def _pool(graph: Graph, var: Var, spec: Sequence[int]) -> Pool | None:
+    """The windows of an image whose maximum alone uses the value, if they lie side by side from its first pixel on."""
+    user = graph.only_user(var)
+    if user is None or user.primitive.name != "reduce_window_max":
+        return None
+    params, size = user.params, tuple(user.params["window_dimensions"])
+    is_dilated = any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"]))
+    is_padded = any(low or high for low, high in params["padding"])
+    if is_dilated or is_padded or size != tuple(params["window_strides"]):
+        return None
+    batch, channel, *pool = (size[d] for d in spec)
+    return (pool[0], pool[1]) if batch == channel == 1 else None
 
 
 def _is_readable(graph: Graph, scaled: Scaled, of_conv: Var) -> bool:
@@ -163,6 +184,7 @@ def _build(eqn: JaxprEqn, layer: Layer, simpler: Match | None, in_window: bool) 
             ("is_scaled", layer.scaled.is_scaled()),
             ("has_residual", layer.residual is not None),
             ("activation", layer.activation),
+            ("pool", layer.pool),
         ),
         detail=layer.parts,
         case=(
@@ -172,6 +194,7 @@ def _build(eqn: JaxprEqn, layer: Layer, simpler: Match | None, in_window: bool) 
             ("n", w.shape[w_spec[0]]),
             ("parts", layer.parts),
             ("in_window", in_window),
+            ("pool", layer.pool),
         ),
         simpler=simpler,
         yields=True,
@@ -185,7 +208,7 @@ def _last(spec: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def emit(x, w, *more, specs: tuple, geometry: Geometry, steps: tuple, is_scaled: bool, has_residual: bool,
-         activation: str):  # fmt: skip
+         activation: str, pool: Pool):  # fmt: skip
     x_spec, w_spec, y_spec = specs
     vectors, residual = (more[:-1], more[-1]) if has_residual else (more, None)
     scale = bias = None
@@ -202,5 +225,6 @@ def emit(x, w, *more, specs: tuple, geometry: Geometry, steps: tuple, is_scaled:
         padding=geometry.padding,
         dilation=geometry.dilation,
         activation=activation,
+        pool=pool,
     )
     return (jnp.transpose(y, [order.index(d) for d in range(y.ndim)]),)
