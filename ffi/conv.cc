@@ -5,6 +5,7 @@
 
 #include "ffi/core/backend.h"
 #include "ffi/core/check.h"
+#include "ffi/core/large_pages.h"
 #include "ffi/core/target.h"
 
 namespace zenith {
@@ -36,7 +37,6 @@ ffi::Error Forward(Context context, Buffer x_buffer, Buffer w_buffer, Buffer sca
                static_cast<int64_t>(pair.size()));
   }
   check.RankAtLeast(x, 3);
-  check.RankAtLeast(y, 3);
   if (check.failed()) return check.error();
 
   const ConvAxis height = Axis(0, x, y, kernel, strides, dilation, before, pool),
@@ -75,6 +75,7 @@ ffi::Error Forward(Context context, Buffer x_buffer, Buffer w_buffer, Buffer sca
                              .bias = bias.data<float>(),
                              .residual = has_residual ? residual.data<float>() : nullptr,
                              .y = y.data<float>()};
+  UseLargePages(args.y, y.size() * static_cast<int64_t>(sizeof(float)));
   return Run(kTarget, context, [&](const Launch& launch) { return ConvForward(args, launch); });
 }
 

@@ -284,6 +284,11 @@ def test_the_transpose_of_a_linear_program(rng, operand):
     np.testing.assert_allclose(of(zenith.jit(_convolved)), of(_convolved), rtol=1e-3, atol=1e-2)
 
 
+def test_a_result_in_large_pages(rng):
+    x, w = normal(rng, 1, 300, 300, 1), normal(rng, 3, 3, 1, 32)  # 11.5 MB, from 4 MiB on they are asked for
+    np.testing.assert_allclose(zenith.jit(_convolved)(x, w), _convolved(x, w), rtol=1e-4, atol=1e-4)
+
+
 def test_infinite_scales_without_a_shift(rng):
     x, w = _x_and_w(rng)
     s = jnp.ones(16).at[1].set(jnp.inf).at[2].set(0)
