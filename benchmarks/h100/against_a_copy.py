@@ -1,5 +1,5 @@
 """Memory-bound work on a GPU, under jax.jit and by zenith.ops, against the speed of a copy: what rules in
-zenith_jax/passes/choose.py and lines of docs/matching.md say of gated activations, rotations, group norm, and batch
+zenith_jax/passes/choose/ and lines of docs/matching.md say of gated activations, rotations, group norm, and batch
 norm after a convolution.
 
     python benchmarks/h100/against_a_copy.py --json FILE [--only "group norm"]

@@ -1,4 +1,4 @@
-"""Attention at sizes where XLA's plain code may be as fast, on a GPU: what passes/choose.py's limits come from.
+"""Attention at sizes where XLA's plain code may be as fast, on a GPU: what passes/choose/'s limits come from.
 
     python benchmarks/h100/attention_crossover.py --json FILE
 

@@ -6,7 +6,7 @@ Each function is compiled alone; calls are queued, contenders take turns, median
 same process, by CUDA events. The bar of an epilogue is the product alone, XLA's (cuBLAS), of the same run.
 
 Few rows take less time than the host needs for a call: there CHAIN layers of square weights, one behind another, are
-one program, also under zenith.jit, which chooses (zenith_jax/passes/choose.py); times are those of a layer.
+one program, also under zenith.jit, which chooses (zenith_jax/passes/choose/); times are those of a layer.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from numerics import assert_error_ratio, in_float64
 import zenith_jax as zenith
 from zenith_jax import ops
 from zenith_jax.ops.linear import LEAST_WEIGHTS, in_panels, linear_fwd
-from zenith_jax.passes.choose import CPU_LINEAR_ROWS
+from zenith_jax.passes.choose.cpu import LINEAR_ROWS
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX's default is a GPU")
 
@@ -93,7 +93,7 @@ def test_a_layer_of_few_rows_is_fused():
     [
         ("few weights", (X, W[:, : LEAST_WEIGHTS // 256 - 1], B[: LEAST_WEIGHTS // 256 - 1])),
         ("one row", (X[:1, :1], W, B)),
-        ("many rows", (jnp.zeros((CPU_LINEAR_ROWS + 1, 256)), W, B)),
+        ("many rows", (jnp.zeros((LINEAR_ROWS + 1, 256)), W, B)),
     ],
 )
 def test_a_layer_as_good_in_xla_is_no_site_and_its_activation_is_one(case, args):

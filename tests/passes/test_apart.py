@@ -68,7 +68,7 @@ def test_the_function_is_the_same(monkeypatch):
     args = jax.tree.map(
         lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.1, jnp.float32), arguments(1, 16, jnp.float32)
     )
-    monkeypatch.setattr("zenith_jax.passes.choose._CUDA_LOGITS", 1)
+    monkeypatch.setattr("zenith_jax.passes.choose.cuda._LOGITS", 1)
     expected = attention_of(*args)
     with zenith.configured(platform="cuda", use_cost=True), jax.default_matmul_precision("highest"):
         jaxpr = jax.make_jaxpr(zenith.fuse(attention_of))(*args)

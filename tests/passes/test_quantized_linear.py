@@ -272,6 +272,6 @@ def test_the_rule_of_a_gpu(rows, k, w_dtype, groups, taken):
     [(1, 4096, "9.0", False), (8, 4096, "9.0", True), (1, 14336, "9.0", True), (8, 4096, "8.0", False)],
 )
 def test_on_a_gpu_int8_of_n_by_k_is_taken_where_it_was_faster(rows, k, capability, taken, monkeypatch):
-    monkeypatch.setattr("zenith_jax.passes.choose.compute_capability", lambda: capability)
+    monkeypatch.setattr("zenith_jax.passes.choose.cuda.compute_capability", lambda: capability)
     shapes = ((rows, k), jnp.bfloat16), ((4096, k), jnp.int8), ((4096,), jnp.bfloat16)
     assert _on_a_gpu(*shapes, True, transposed=True) == (["quantized_linear"] if taken else [])

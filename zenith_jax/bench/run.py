@@ -23,7 +23,7 @@ from zenith_jax.bench.machine import Machine, kernels_missing, machine
 from zenith_jax.bench.timing import interleaved
 from zenith_jax.config import configured
 
-SLOWEST = 0.97  # of jax.jit's speed: anything rewritten that is slower is a bug of passes/choose.py
+SLOWEST = 0.97  # of jax.jit's speed: anything rewritten that is slower is a bug of passes/choose/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"exit code 1 if a rewritten case is slower than {SLOWEST} x jax.jit, also in a second try",
     )
     parser.add_argument(
-        "--always", action="store_true", help="use kernels also where passes/choose.py would leave the case to XLA"
+        "--always", action="store_true", help="use kernels also where passes/choose/ would leave the case to XLA"
     )
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of CPU attention instead")
 

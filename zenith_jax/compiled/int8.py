@@ -7,7 +7,7 @@ a result of the layer changes by at most
 
   |y' - y|[n]  <=  sum over k of |x[k]| * s[n] / 2
 
-besides rounding. Where rows are few, ops/quantized_linear.py reads the integers themselves (passes/choose.py).
+besides rounding. Where rows are few, ops/quantized_linear.py reads the integers themselves (passes/choose/).
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def _choice(match: Match, context: Context) -> str:
     if context.choices is not None:
         return f"Zenith's {context.platform} kernel, measured on this device"
     rule = "by the measured rule of this platform" if context.use_cost else "by request: the cost rule is switched off"
-    known = (context.platform, match.op) in RULES
+    known = match.op in RULES.get(context.platform, ())
     return f"Zenith's {context.platform} kernel, " + (rule if known else "always: no rule is against it")
 
 

@@ -30,7 +30,7 @@ class Match:
     emit: Callable[..., Sequence[Any]]
     static: tuple[tuple[str, Any], ...]
     detail: str = ""
-    # The cases the cost model chooses by: shapes, dtype, flags. See passes/choose.py.
+    # The cases the cost model chooses by: shapes, dtype, flags. See passes/choose/.
     case: tuple[tuple[str, Any], ...] = ()
     # What to fuse instead where another match has taken some of `inner`: the norm without the sum before it.
     simpler: Match | None = None
