@@ -5,7 +5,6 @@
 
 #include "ffi/core/backend.h"
 #include "ffi/core/check.h"
-#include "ffi/core/large_pages.h"
 #include "ffi/core/target.h"
 
 namespace zenith {
@@ -75,7 +74,6 @@ ffi::Error Forward(Context context, Buffer x_buffer, Buffer w_buffer, Buffer sca
                              .bias = bias.data<float>(),
                              .residual = has_residual ? residual.data<float>() : nullptr,
                              .y = y.data<float>()};
-  UseLargePages(args.y, y.size() * static_cast<int64_t>(sizeof(float)));
   return Run(kTarget, context, [&](const Launch& launch) { return ConvForward(args, launch); });
 }
 

@@ -3,6 +3,7 @@
 // which.
 #pragma once
 
+#include <cstdint>
 #include <exception>
 #include <initializer_list>
 #include <string>
@@ -14,6 +15,7 @@
 #ifdef ZENITH_BACKEND_CUDA
 #include "cuda/core/launch.h"
 #else
+#include "ffi/core/large_pages.h"
 #include "ffi/core/thread_pool.h"
 #include "ffi/cpu/launch.h"
 #endif
@@ -33,6 +35,8 @@ inline constexpr std::initializer_list<ffi::Traits> kTraits = {ffi::Traits::kCmd
 
 inline Launch MakeLaunch(Context& stream) { return Launch{stream}; }
 
+inline void BeforeWrites(void*, int64_t) {}
+
 #else
 
 using Place = ffi::ThreadPool;
@@ -42,6 +46,9 @@ inline constexpr std::initializer_list<ffi::Traits> kTraits = {};
 
 /// `pool` must outlive the launch.
 inline Launch MakeLaunch(Context& pool) { return LaunchOn(pool); }
+
+/// Of each result of a call.
+inline void BeforeWrites(void* data, int64_t bytes) { UseLargePages(data, bytes); }
 
 #endif
 

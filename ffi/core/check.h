@@ -8,12 +8,11 @@
 #include <span>
 #include <string>
 
+#include "ffi/core/backend.h"
 #include "ffi/kernels/types.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace zenith {
-
-namespace ffi = ::xla::ffi;
 
 /// An operand or result, with the name it has in its target's signature.
 struct Operand {
@@ -24,7 +23,9 @@ struct Operand {
   std::span<const int8_t> order = {};
 
   Operand(const char* name, const ffi::AnyBuffer& buffer) : name(name), buffer(buffer) {}
-  Operand(const char* name, ffi::Result<ffi::AnyBuffer>& result) : name(name), buffer(*result) {}
+  Operand(const char* name, ffi::Result<ffi::AnyBuffer>& result) : name(name), buffer(*result) {
+    BeforeWrites(buffer.untyped_data(), static_cast<int64_t>(buffer.size_bytes()));
+  }
 
   ffi::DataType type() const { return buffer.element_type(); }
   int64_t rank() const { return static_cast<int64_t>(buffer.dimensions().size()); }
