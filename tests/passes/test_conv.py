@@ -228,11 +228,12 @@ def test_the_rule_takes_it_where_it_was_measured(monkeypatch):
     assert by_rule(layer, X, W) == [(True, "")]
     ((fused, reason),) = by_rule(layer, X[:, :4, :4, :8], W[:, :, :8, :8])
     assert not fused and "XLA's convolution is as fast" in reason
+    means = lambda x, w: linen.avg_pool(layer(x, w), (2, 2), (2, 2))  # noqa: E731
     overlapping = lambda x, w: linen.max_pool(layer(x, w), (3, 3), (2, 2))  # noqa: E731
     images = jnp.ones((64, 32, 32, 64))
-    assert by_rule(layer, images, W) == by_rule(overlapping, X, W) == [(True, "")]
-    ((fused, reason),) = by_rule(overlapping, images, W)
-    assert not fused and "the window behind it" in reason
+    assert by_rule(layer, images, W) == by_rule(overlapping, images, W) == by_rule(means, X, W) == [(True, "")]
+    ((fused, reason),) = by_rule(means, images, W)
+    assert not fused and "the windows behind it" in reason
     of = lambda n: lambda x, w: linen.max_pool(layer(x, w), (n, n), (n, n))  # noqa: E731
     assert by_rule(of(2), images, W) == [(True, "")] and by_rule(of(8), X, W)[0][0]  # without the windows
     ((fused, reason),) = by_rule(of(8), images, W)

@@ -111,9 +111,11 @@ def _quantized_linear(case: dict[str, Any], differentiated: bool) -> Refusal | N
 # by 1 x 1 0.029 / 0.018; 64 x 28 x 28, 1 to 32 by 3 x 3 0.93 / 0.29; more, ResNet-50's too, in
 # docs/kernels/convolution_cpu.md. With a maximum of 2 x 2: 64 x 28 x 28, 1 to 32, 0.93 / 0.37, 1024 of them 10.4 / 6.8;
 # 64 x 14 x 14, 32 to 64, 2.46 / 2.24, 1024 41.1 / 35.8; 28 x 28, 1 to 32, 0.047 / 0.015; 224 x 224, 64 to 64, 22.1 /
-# 17.0; of 4 x 4: 64 x 28 x 28, 1 to 32, 0.49 / 0.35. XLA computes other windows along, too, without an array between:
-# where the kernel does not, 1024 x 14 x 14, 32 to 64, take 77 / 95 (AMD EPYC, AVX-512, two cores, jax 0.10.2,
-# 2026-11-26).
+# 17.0; of 4 x 4: 64 x 28 x 28, 1 to 32, 0.49 / 0.35. XLA computes means of windows side by
+# side along, too, without an array between, and the kernel does not: 1024 x 14 x 14, 32 to 64, 39 / 45, 256 x 28 x 28,
+# 1 to 32, 2.4 / 3.0, 8 x 224 x 224, 3 to 64 by 7 x 7, stride 2, 11.2 / 11.7. Of windows that overlap XLA computes
+# the convolution again: a maximum of 3 x 3 with stride 2 139 / 49, 8.3 / 5.9 and 29 / 14 (AMD EPYC, AVX-512, two
+# cores, jax 0.10.2, 2026-11-26).
 _CONV_PRODUCTS, _CONV_DEPTH, _CONV_FEATURES = 1 << 18, 9, 8
 _CONV_POOL = 16  # pixels of a window
 _CONV_WINDOW_RESULTS = 1 << 21  # 8 MiB
@@ -128,7 +130,7 @@ def _conv(case: dict[str, Any], differentiated: bool) -> Refusal | None:
         return refuse("XLA's convolution is as fast for sums of {k} terms to {n} features", k=case["k"], n=case["n"])
     results = case["pixels"] * case["n"]
     if case["in_window"] and results > _CONV_WINDOW_RESULTS:
-        return refuse("XLA computes the window behind it along, and never writes these {n} numbers", n=results)
+        return refuse("XLA computes the windows behind it along, and never writes these {n} numbers", n=results)
     window = math.prod(case["pool"])
     if window > _CONV_POOL:
         return refuse("a maximum of {n} pixels is not measured", n=window)

@@ -67,7 +67,7 @@ def match(graph: Graph, eqn: JaxprEqn) -> Match | Refusal | None:
         is_told = layers[-1].activation != "none" and batch_norm.match(graph, eqn) is None
         return refusal if is_told else None
     user = graph.only_user([layer for layer in layers if layer.pool == NO_POOL][-1].top)
-    in_window = user is not None and user.primitive.name.startswith("reduce_window")
+    in_window = user is not None and _is_tiled(user)
     found: Match | None = None
     for layer in layers:
         if graph.escapes(layer.inner, [layer.top]) is None:
@@ -119,15 +119,23 @@ def _layers(graph: Graph, eqn: JaxprEqn) -> list[Layer]:
     return layers
 
 
+def _is_tiled(eqn: JaxprEqn) -> bool:
+    """Whether it reduces windows that lie side by side."""
+    params = eqn.params
+    return eqn.primitive.name.startswith("reduce_window") and tuple(params["window_dimensions"]) == tuple(
+        params["window_strides"]
+    )
+
+
 def _pool(graph: Graph, var: Var, spec: Sequence[int]) -> Pool | None:
     """The windows of an image whose maximum alone uses the value, if they lie side by side from its first pixel on."""
     user = graph.only_user(var)
-    if user is None or user.primitive.name != "reduce_window_max":
+    if user is None or user.primitive.name != "reduce_window_max" or not _is_tiled(user):
         return None
-    params, size = user.params, tuple(user.params["window_dimensions"])
+    params, size = user.params, user.params["window_dimensions"]
     is_dilated = any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"]))
     is_padded = any(low or high for low, high in params["padding"])
-    if is_dilated or is_padded or size != tuple(params["window_strides"]):
+    if is_dilated or is_padded:
         return None
     batch, channel, *pool = (size[d] for d in spec)
     return (pool[0], pool[1]) if batch == channel == 1 else None
