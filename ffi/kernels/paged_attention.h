@@ -15,9 +15,9 @@ namespace zenith {
 
 /// key and value: of page 0; of their strides `batch` goes from pool to pool and `length` from
 /// token to token of a page. No mask, bias or segments: band and interval say which keys a query
-/// may see. What lies in the pages of other keys comes to nothing, NaN too; a few of the first keys'
-/// may be read all the same, before the intervals are known. The exception is masked_row kMean, the
-/// mean over all kv_len keys.
+/// may see. What lies in the pages of other keys comes to nothing, NaN too; a few of the first
+/// keys' may be read all the same, before the intervals are known. The exception is masked_row
+/// kMean, the mean over all kv_len keys.
 struct PagedAttentionArgs : AttentionForwardArgs {
   int64_t pages;      // of a pool, at least 1 if kv_len is not 0
   int64_t page_size;  // tokens
