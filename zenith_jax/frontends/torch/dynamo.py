@@ -16,7 +16,7 @@ import torch
 
 from zenith_jax.frontends.torch import require
 from zenith_jax.frontends.torch.errors import TorchError, warn_fallback
-from zenith_jax.frontends.torch.module import Engine
+from zenith_jax.frontends.torch.module import Engine, runs_in_torch
 from zenith_jax.frontends.torch.program import Executable
 from zenith_jax.frontends.torch.repeated import MISSED, Repeated, after
 from zenith_jax.frontends.torch.weights import Changed
@@ -78,6 +78,9 @@ class _Graph:
         self.lock = threading.RLock()  # modules of one class share a graph: a call binds its own weights, then runs
 
     def __call__(self, *args: Any) -> Any:
+        if reason := runs_in_torch():
+            warn_fallback("a graph of torch.compile", reason)
+            return self.graph_module(*args)
         if (repeated := self.repeated) is not None:
             result = repeated(args)
             if result is not MISSED:

@@ -21,12 +21,12 @@ class FallbackWarning(UserWarning):
     """A module, or a part of it, runs in torch and not in Zenith."""
 
 
-def warn_fallback(what: str, reason: str) -> None:
-    """Once for each text."""
+def warn_fallback(what: str, reason: str, stacklevel: int = 4) -> None:
+    """Once for each text. stacklevel: of who called the module, seen from here."""
     text = f"{what} runs in torch: {reason}"
     with _lock:
         if text in _said:
             return
         _said.add(text)
     logger.info(text)
-    warnings.warn(text, FallbackWarning, stacklevel=4)
+    warnings.warn(text, FallbackWarning, stacklevel=stacklevel)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from zenith_jax.frontends.torch.capture import capture
@@ -18,6 +19,8 @@ from zenith_jax.frontends.torch.weights import Changed, finder
 from zenith_jax.report import Report
 
 _exporting = threading.RLock()  # torch.export patches globals
+# What torch.func.vmap and others are doing, or None.
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -205,7 +208,7 @@ class CompiledModule(torch.nn.Module):
         own = vars(self)
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             own[shared] = vars(module)[shared]
-        own.update(training=module.training, _module=module, _strict=strict)
+        own.update(training=module.training, _module=module, _dynamic=dynamic, _strict=strict, _frozen=frozen)
         own["_engine"] = Engine(module, module, dynamic=no_axes if dynamic is False else all_axes, frozen=frozen)
 
     @property
@@ -233,12 +236,26 @@ class CompiledModule(torch.nn.Module):
         return sorted({n.removeprefix("module.") for p in programs for n in p.weights.copied_names})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return _between_graphs(self, args, kwargs)  # pyright: ignore[reportCallIssue]
+        return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
         if torch.is_grad_enabled() and (reason := _needs_gradients(self.module, args, kwargs)):
+            return self._fallback(reason, args, kwargs)
+        if reason := runs_in_torch():
             return self._fallback(reason, args, kwargs)
         try:
             return self._engine(args, kwargs)
         except TorchError as error:
             return self._fallback(str(error), args, kwargs, error)
+
+    def __reduce__(self) -> Any:
+        """A copy, or one that was pickled, compiles at its first call."""
+        own = vars(self)
+        made_again = {"_engine", "_module", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+        state = {key: value for key, value in own.items() if key not in made_again}
+        return _compiled, (self.module, own["_dynamic"], own["_strict"], own["_frozen"]), state
 
     def train(self, mode: bool = True) -> CompiledModule:
         self.module.train(mode)
@@ -248,7 +265,7 @@ class CompiledModule(torch.nn.Module):
     def _fallback(self, reason: str, args: Any, kwargs: Any, cause: TorchError | None = None) -> Any:
         if vars(self)["_strict"]:
             raise TorchError(f"{type(self.module).__name__}: {reason}") from cause
-        warn_fallback(type(self.module).__name__, reason)
+        warn_fallback(type(self.module).__name__, reason, 7)  # torch's own calls are two of them
         return self.module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -256,6 +273,33 @@ class CompiledModule(torch.nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.module, name)
+
+
+@torch.compiler.disable
+def _between_graphs(compiled: CompiledModule, args: Any, kwargs: Any) -> Any:
+    """The call, which an outer torch.compile leaves out of its graphs."""
+    return compiled._run(args, kwargs)
+
+
+def _compiled(module: torch.nn.Module, dynamic: bool | None, strict: bool, frozen: bool) -> CompiledModule:
+    return CompiledModule(module, dynamic=dynamic, strict=strict, frozen=frozen)
+
+
+def runs_in_torch() -> str:
+    """Why a call at this time has to run torch's operators, whatever its arguments; empty where it has not."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are being computed, of which JAX's results would know nothing"
+    if _transforms() is not None:
+        return "a transform of torch.func is at work, whose tensors have no memory of their own"
+    if torch.jit.is_tracing() or (torch.compiler.is_exporting() and _is_exported()):
+        return "its operators are being recorded, by torch.export or torch.jit.trace"
+    return ""
+
+
+def _is_exported() -> bool:
+    """Whether this call is: torch knows of the process only, in which another thread may export a module of ours."""
+    with _exporting:
+        return torch.compiler.is_exporting()
 
 
 def _needs_gradients(module: torch.nn.Module, args: Any, kwargs: Any) -> str:
