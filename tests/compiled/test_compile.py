@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools as ft
+import pickle
 
 import equinox as eqx
 import jax
@@ -137,6 +139,23 @@ def test_python_values_among_the_inputs_are_bound():
     np.testing.assert_allclose(compiled(X, 2.0, True), X * 2)
     with pytest.raises(InputError, match=r"the value 2.0 was bound .*, got 3.0: compile for that value"):
         compiled(X, 3.0, True)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_is_called_and_saved_and_nothing_else(mode):
+    compiled = zenith.compile((apply, PARAMS), X, mode=mode)
+    for transformed in (
+        jax.jit(lambda x: compiled(x)["p"]),
+        jax.vmap(lambda x: compiled(x)["p"]),
+        jax.grad(lambda x: compiled(x)["p"].sum()),
+    ):
+        with pytest.raises(InputError, match="call the function that it was compiled from"):
+            transformed(X)
+    with pytest.raises(InputError, match="got 1 arguments with 0 JAX or NumPy arrays"):
+        compiled([[1.0]])
+    with pytest.raises(TypeError, match=r"model.save\(path\)"):
+        pickle.dumps(compiled)
+    assert copy.deepcopy(compiled) is compiled
 
 
 def test_benchmark_times_calls():

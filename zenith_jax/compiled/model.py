@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 from zenith_jax.compiled import buckets
@@ -145,8 +146,13 @@ class CompiledModel:
         odd = next((x for x in given.leaves if not is_array(x) and hasattr(x, "shape")), None)
         if odd is not None:
             return InputError(f"{expected}; a {type(odd).__module__}.{type(odd).__name__} is no JAX or NumPy array")
+        if any(isinstance(x, jax.core.Tracer) for x in arrays):
+            return InputError(
+                f"{expected}, and is a program of its own, which jit, grad and vmap cannot look into: call the "
+                "function that it was compiled from, under zenith.jit"
+            )
         if len(arrays) != len(self.inputs):
-            return InputError(f"{expected}; got {len(args)} arguments")
+            return InputError(f"{expected}; got {len(args)} arguments with {len(arrays)} JAX or NumPy arrays in them")
         if given.tree != self.interface.input_structure.tree:
             tree = self.interface.input_structure.tree
             return InputError(f"{expected}; the inputs must have the structure {tree}, got {given.tree}")
@@ -162,6 +168,12 @@ class CompiledModel:
             if dtype_name(x) != spec.dtype:
                 return InputError(f"{expected}; {spec.name} is {x.dtype}, convert it first")
         return InputError(f"{expected}; {error}") if isinstance(error, InputError) else error
+
+    def __deepcopy__(self, memo: Any) -> CompiledModel:
+        return self  # nothing of it changes
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self.name} is not pickled: model.save(path) writes it, zenith.load(path) reads it")
 
     def warm_up(self) -> None:
         """Compiles and runs every program once, on zeros, so that no call has to wait for a compiler."""
