@@ -171,10 +171,6 @@ def test_no_tensor_over_queries_and_keys_is_left(rng):
         assert f"{T},{S}]" not in str(jax.make_jaxpr(zenith.fuse(function))(*args))
 
 
-@pytest.mark.xfail(
-    jax.__version_info__ >= (0, 12),
-    reason="XLA of jaxlib 0.12 copies by a loop on the CPU what earlier ones see is a bitcast in the layouts asked for",
-)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_cache_is_read_where_it_lies(rng, groups):
     """(batch, length, heads, features), as caches are: nothing of its size is copied for one query."""
