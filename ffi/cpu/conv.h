@@ -333,8 +333,7 @@ ZENITH_NOINLINE void ConvBlock(const ConvChunk& chunk, int64_t first, int64_t la
   int tiles = 0;  // that the packed copy served
   bool packed = false;
   for (int64_t pixel = first, rows; pixel < last; pixel += rows) {
-    rows = last - pixel;
-    rows = rows >= kTileRows ? kTileRows : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    rows = TileRows(last - pixel);
     ConvPixel pixels[kTileRows];
     for (int64_t i = 0; i < rows; ++i) pixels[i] = all.Next();
     float* const values = chunk.values + (pixel - first) * kVectors * kLanes;
@@ -350,26 +349,9 @@ ZENITH_NOINLINE void ConvBlock(const ConvChunk& chunk, int64_t first, int64_t la
   if (chunk.is_last && WindowOf(chunk.args) > 1) ConvMaxima<kVectors>(chunk, first, last);
 }
 
-template <int kVectors>
-ZENITH_INLINE void ConvBlock(const ConvChunk& chunk, int64_t first, int64_t last) {
-  if (chunk.columns == kVectors * kLanes) {
-    ConvBlock<kVectors, true>(chunk, first, last);
-  } else {
-    ConvBlock<kVectors, false>(chunk, first, last);
-  }
-}
-
 inline void ConvBlock(const ConvChunk& chunk, int64_t first, int64_t last) {
-  const int64_t vectors = CeilDiv(chunk.columns, kLanes);
-  if (vectors == kTileVectors) {
-    ConvBlock<kTileVectors>(chunk, first, last);
-  } else if constexpr (kTileVectors > 2) {
-    if (vectors == 3) ConvBlock<3>(chunk, first, last);
-    if (vectors == 2) ConvBlock<2>(chunk, first, last);
-    if (vectors == 1) ConvBlock<1>(chunk, first, last);
-  } else {
-    ConvBlock<1>(chunk, first, last);
-  }
+  WithPanel(chunk.columns,
+            [&]<int kVectors, bool kWhole>() { ConvBlock<kVectors, kWhole>(chunk, first, last); });
 }
 
 /// The part of x that some pixels' filters see, zeros included: rows of all images as if they were

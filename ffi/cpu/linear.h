@@ -52,6 +52,34 @@ struct LinearChunk {
   int64_t next_depth = 0;         // rows of it that are fetched
 };
 
+/// Rows of the tile that starts where `left` of a block's are left.
+inline int64_t TileRows(int64_t left) {
+  return left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+/// Calls body.operator()<kVectors, kWhole>() for a panel of so many columns: in registers, and
+/// whether they are full.
+template <typename Body>
+void WithPanel(int64_t columns, Body body) {
+  const auto of_size = [&]<int kVectors>() {
+    if (columns == kVectors * kLanes) {
+      body.template operator()<kVectors, true>();
+    } else {
+      body.template operator()<kVectors, false>();
+    }
+  };
+  const int64_t vectors = CeilDiv(columns, kLanes);
+  if (vectors == kTileVectors) {
+    of_size.template operator()<kTileVectors>();
+  } else if constexpr (kTileVectors > 2) {
+    if (vectors == 3) of_size.template operator()<3>();
+    if (vectors == 2) of_size.template operator()<2>();
+    if (vectors == 1) of_size.template operator()<1>();
+  } else {
+    of_size.template operator()<1>();
+  }
+}
+
 enum class Source {
   kWeights,        // reads w, leaves nothing
   kWeightsToPack,  // reads w, leaves the packed copy
@@ -211,8 +239,7 @@ ZENITH_NOINLINE void LinearBlock(LinearChunk chunk, int64_t first, int64_t last)
   const int64_t width = kVectors * kLanes;
   int tiles = 0;  // that the packed copy served
   for (int64_t row = first, rows; row < last; row += rows) {
-    rows = last - row;
-    rows = rows >= kTileRows ? kTileRows : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+    rows = TileRows(last - row);
     const float* const x = chunk.args.x + row * chunk.args.k + chunk.first_k;
     float* const values = chunk.values + (row - first) * width;
     if (chunk.first_k == 0) {
@@ -235,26 +262,10 @@ ZENITH_NOINLINE void LinearBlock(LinearChunk chunk, int64_t first, int64_t last)
   }
 }
 
-template <int kVectors>
-ZENITH_INLINE void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t last) {
-  if (chunk.columns == kVectors * kLanes) {
-    LinearBlock<kVectors, true>(chunk, first, last);
-  } else {
-    LinearBlock<kVectors, false>(chunk, first, last);
-  }
-}
-
 inline void LinearBlock(const LinearChunk& chunk, int64_t first, int64_t last) {
-  const int64_t vectors = CeilDiv(chunk.columns, kLanes);
-  if (vectors == kTileVectors) {
-    LinearBlock<kTileVectors>(chunk, first, last);
-  } else if constexpr (kTileVectors > 2) {
-    if (vectors == 3) LinearBlock<3>(chunk, first, last);
-    if (vectors == 2) LinearBlock<2>(chunk, first, last);
-    if (vectors == 1) LinearBlock<1>(chunk, first, last);
-  } else {
-    LinearBlock<1>(chunk, first, last);
-  }
+  WithPanel(chunk.columns, [&]<int kVectors, bool kWhole>() {
+    LinearBlock<kVectors, kWhole>(chunk, first, last);
+  });
 }
 
 /// panel(column, the column that this thread takes next, first row, last row, scratch as in
