@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 import zenith_jax as zenith
 from zenith_jax.frontends.torch import dynamo
-from zenith_jax.frontends.torch.errors import FallbackWarning
+from zenith_jax.frontends.torch.errors import FallbackWarning, TorchError
 
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 
@@ -37,10 +37,12 @@ def fast(module):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch's own, of its jvp
 def test_tangents_of_forward_mode_are_not_lost(module, fast):
     backend = torch.compile(module, backend=dynamo.zenith)
+    strict = torch.compile(module, backend=dynamo.zenith, options={"strict": True})
     x, t = torch.randn(2, 4), torch.randn(2, 4)
     for _ in range(2):
         fast(x)
         backend(x)
+        strict(x)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, t)
         wanted = forward_ad.unpack_dual(module(dual)).tangent
@@ -49,6 +51,8 @@ def test_tangents_of_forward_mode_are_not_lost(module, fast):
         with warnings.catch_warnings():  # said once for each graph's name, in whichever test comes first
             warnings.simplefilter("ignore")
             of_backend = forward_ad.unpack_dual(backend(dual)).tangent
+            with pytest.raises(TorchError, match="forward-mode derivatives"):
+                strict(dual)
     torch.testing.assert_close(actual, wanted)
     torch.testing.assert_close(of_backend, wanted)
 

@@ -78,14 +78,13 @@ class _Graph:
         self.lock = threading.RLock()  # modules of one class share a graph: a call binds its own weights, then runs
 
     def __call__(self, *args: Any) -> Any:
-        if reason := runs_in_torch():
-            warn_fallback("a graph of torch.compile", reason)
-            return self.graph_module(*args)
-        if (repeated := self.repeated) is not None:
-            result = repeated(args)
-            if result is not MISSED:
-                return result
         try:
+            if reason := runs_in_torch():
+                raise TorchError(reason)
+            if (repeated := self.repeated) is not None:
+                result = repeated(args)
+                if result is not MISSED:
+                    return result
             with self.lock:
                 return self._usual(args)
         except TorchError as error:
