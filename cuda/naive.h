@@ -22,8 +22,6 @@ Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch);
 Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch);
 Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch);
 Status CrossEntropyBackward(const CrossEntropyBackwardArgs& args, const Launch& launch);
-Status CrossEntropyForward(const CrossEntropyForwardArgs& args, const Launch& launch);
-Status CrossEntropyBackward(const CrossEntropyBackwardArgs& args, const Launch& launch);
 Status ActivationForward(const ActivationForwardArgs& args, const Launch& launch);
 Status ActivationBackward(const ActivationBackwardArgs& args, const Launch& launch);
 Status GatedForward(const GatedForwardArgs& args, const Launch& launch);

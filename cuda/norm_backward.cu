@@ -5,30 +5,19 @@
 // and mean(g * xhat) = rstd * sum(g * (x - mean)) / cols, which needs no rstd while summing: two
 // reductions of two sums each give all statistics (kRms: one).
 #include "cuda/core/convert.cuh"
+#include "cuda/core/device.h"
 #include "cuda/core/launch.h"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/rows.cuh"
 #include "cuda/core/vector.cuh"
-#include "ffi/kernels/norm.h"
+#include "cuda/norm/kernels.h"
+#include "cuda/norm/statistics.cuh"
 
 namespace zenith {
 namespace {
 
-/// What one row's dx and its share of dscale need.
-struct RowStatistics {
-  float mean, rstd, mean_g, mean_g_xhat;
-
-  /// `sums` holds sum((x - mean)^2) and sum(g * (x - mean)).
-  __device__ __forceinline__ void Finish(const float (&sums)[2], float cols, float eps) {
-    rstd = rsqrtf(sums[0] / cols + eps);
-    mean_g_xhat = rstd * sums[1] / cols;
-  }
-
-  __device__ __forceinline__ float xhat(float x) const { return (x - mean) * rstd; }
-  __device__ __forceinline__ float dx(float x, float g) const {
-    return rstd * (g - mean_g - xhat(x) * mean_g_xhat);
-  }
-};
+using norm::G;
+using norm::RowStatistics;
 
 /// Writes the block's total of `sums` (one row of partials per team) for the slice's columns.
 /// sPartials: (teams, cols); unused where the block is one team. Teams are added in their order.
@@ -60,10 +49,6 @@ inline constexpr int kMaxThreads = kVectors * kSize <= 8 ? kMaxBlockThreads : kM
 /// 256 groups of 128 rows took 87 us, with 5 it was 68 (H100, 11/2026).
 constexpr int kNarrowTeamThreads = 384;
 
-/// dy * scale, rounded. A product fused into g - mean(g) would leave its own rounding error there,
-/// times rstd, where all g are equal.
-__device__ __forceinline__ float G(float dy, float scale) { return __fmul_rn(dy, scale); }
-
 /// One block per group, its teams take the group's rows in turn: x, dy (and dsum) are read once, dx
 /// is written once, dscale and dbias stay in registers until the group is done.
 template <typename T, typename P, int kSize, int kVectors>
@@ -78,7 +63,8 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
   Team team(width);
   const RowSlice<kSize> slice{static_cast<int>(args.cols), width, team.rank()};
   const float cols = static_cast<float>(args.cols);
-  const int64_t group_offset = int64_t{blockIdx.x} * args.rows_per_group * args.cols;
+  const NormRows rows = RowsOfGroup(args, blockIdx.x);
+  const int64_t count = rows.end - rows.first, group_offset = rows.first * args.cols;
   const T* gX = static_cast<const T*>(args.x) + group_offset;
   const T* gDy = static_cast<const T*>(args.dy) + group_offset;
   const T* gDsum = args.dsum == nullptr ? nullptr : static_cast<const T*>(args.dsum) + group_offset;
@@ -88,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
   const auto load = [&](Row& vectors, const T* gRows, int64_t row) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (row < args.rows_per_group && slice.has(i)) {
+      if (row < count && slice.has(i)) {
         vectors[i] = LoadVector<kSize>(gRows + row * args.cols + slice.col(i));
       }
     }
@@ -112,9 +98,9 @@ __global__ void __launch_bounds__(kMaxThreads<kSize, kVectors>)
     load(dy, gDy, team.index());
   }
   // All teams make the same number of turns: those that share a warp reduce together.
-  for (int64_t turn = 0; turn < args.rows_per_group; turn += team.count()) {
+  for (int64_t turn = 0; turn < count; turn += team.count()) {
     const int64_t row = turn + team.index();
-    const bool active = row < args.rows_per_group;
+    const bool active = row < count;
     Row next_x, next_dy;
     if constexpr (kPrefetch) {
       load(next_x, gX, row + team.count());
@@ -233,8 +219,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
     if (gDbias != nullptr) StoreVector(gDbias + col, FromFloat<float>(zeros));
   }
 
-  for (int64_t row = 0; row < args.rows_per_group; ++row) {
-    const int64_t offset = (int64_t{blockIdx.x} * args.rows_per_group + row) * args.cols;
+  const NormRows rows = RowsOfGroup(args, blockIdx.x);
+  for (int64_t row = rows.first; row < rows.end; ++row) {
+    const int64_t offset = row * args.cols;
     const T* gX = static_cast<const T*>(args.x) + offset;
     const T* gDy = static_cast<const T*>(args.dy) + offset;
     const auto load = [&](int64_t col, float (&x)[kSize], float (&dy)[kSize],
@@ -302,15 +289,16 @@ Status LaunchRegisters(const NormBackwardArgs& args, const Launch& launch) {
   const size_t partials_bytes =
       shape.teams == 1 ? 0 : static_cast<size_t>(shape.teams * args.cols) * sizeof(float);
   norm_backward_kernel<T, P, kSize, kVectors>
-      <<<static_cast<unsigned>(args.groups), shape.threads(), partials_bytes, launch.stream>>>(
-          args, shape.width);
+      <<<static_cast<unsigned>(args.batch * args.groups), shape.threads(), partials_bytes,
+         launch.stream>>>(args, shape.width);
   return LastLaunch();
 }
 
 template <typename T, typename P, int kSize>
 Status LaunchLooped(const NormBackwardArgs& args, const Launch& launch) {
   norm_backward_looped_kernel<T, P, kSize>
-      <<<static_cast<unsigned>(args.groups), kMaxBlockThreads, 0, launch.stream>>>(args);
+      <<<static_cast<unsigned>(args.batch * args.groups), kMaxBlockThreads, 0, launch.stream>>>(
+          args);
   return LastLaunch();
 }
 
@@ -322,6 +310,10 @@ template <typename T, typename P>
 Status LaunchAligned(const NormBackwardArgs& args, const Launch& launch) {
   constexpr int kSize = kVectorSize<T>;
   if (args.cols <= kLongestRow<kSize, 1>) return LaunchRegisters<T, P, kSize, 1>(args, launch);
+#ifdef ZENITH_HOPPER
+  if (norm::HopperTakes(args.cols / kSize) && ChoosesHopper())
+    return norm::HopperBackward(args, launch);
+#endif
   if (args.cols <= kLongestRow<kSize, 4>) return LaunchRegisters<T, P, kSize, 4>(args, launch);
   return LaunchLooped<T, P, kSize>(args, launch);
 }
@@ -335,7 +327,7 @@ Status LaunchUnaligned(const NormBackwardArgs& args, const Launch& launch) {
 }  // namespace
 
 Status NormBackward(const NormBackwardArgs& args, const Launch& launch) {
-  if (args.groups == 0 || args.cols == 0) return {};  // no rows still means dscale = dbias = 0
+  if (args.batch == 0 || args.cols == 0) return {};  // no rows still means dscale = dbias = 0
   const bool aligned =
       AreAligned(args.x, args.scale, args.dy, args.dsum, args.dx, args.dscale, args.dbias);
   return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() {

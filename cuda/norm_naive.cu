@@ -56,7 +56,7 @@ __global__ void norm_forward_kernel(NormForwardArgs args) {
 template <typename T, typename P>
 __global__ void norm_backward_kernel(NormBackwardArgs args) {
   const int64_t group = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (group >= args.groups) return;
+  if (group >= args.batch * args.groups) return;
   const P* gScale = static_cast<const P*>(args.scale);
   float* gDscale = args.dscale + group * args.cols;
   float* gDbias = args.dbias == nullptr ? nullptr : args.dbias + group * args.cols;
@@ -64,8 +64,9 @@ __global__ void norm_backward_kernel(NormBackwardArgs args) {
     gDscale[c] = 0;
     if (gDbias != nullptr) gDbias[c] = 0;
   }
-  for (int64_t row = 0; row < args.rows_per_group; ++row) {
-    const int64_t offset = (group * args.rows_per_group + row) * args.cols;
+  const NormRows rows = RowsOfGroup(args, group);
+  for (int64_t row = rows.first; row < rows.end; ++row) {
+    const int64_t offset = row * args.cols;
     const T* gX = static_cast<const T*>(args.x) + offset;
     const T* gDy = static_cast<const T*>(args.dy) + offset;
     const T* gDsum = args.dsum == nullptr ? nullptr : static_cast<const T*>(args.dsum) + offset;
@@ -103,9 +104,10 @@ Status NormForward(const NormForwardArgs& args, const Launch& launch) {
 }
 
 Status NormBackward(const NormBackwardArgs& args, const Launch& launch) {
-  if (args.groups == 0 || args.cols == 0) return {};
+  if (args.batch == 0 || args.cols == 0) return {};
   return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() {
-    norm_backward_kernel<T, P><<<Blocks(args.groups), kThreads, 0, launch.stream>>>(args);
+    norm_backward_kernel<T, P>
+        <<<Blocks(args.batch * args.groups), kThreads, 0, launch.stream>>>(args);
     return LastLaunch();
   });
 }

@@ -1,11 +1,12 @@
 // Softmax by rows, forward and backward; the contract is ffi/kernels/softmax.h.
 #include "cuda/core/convert.cuh"
+#include "cuda/core/device.h"
 #include "cuda/core/launch.h"
 #include "cuda/core/math.cuh"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/rows.cuh"
 #include "cuda/core/vector.cuh"
-#include "ffi/kernels/softmax.h"
+#include "cuda/softmax/kernels.h"
 
 namespace zenith {
 namespace {
@@ -219,6 +220,11 @@ Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch) {
         args.cols, AreAligned(args.y, args.dy, args.dx),
         [&]<int kSize, int kVectors>(RowShape shape) {
           if constexpr (kVectors == kLooped) {
+#ifdef ZENITH_HOPPER
+            if (kSize > 1 && softmax::HopperTakes(args.cols / kSize) && ChoosesHopper()) {
+              return softmax::HopperBackward(args, launch);
+            }
+#endif
             softmax_backward_looped_kernel<T, kSize>
                 <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
           } else {

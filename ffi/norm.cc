@@ -1,7 +1,7 @@
 // Custom-call targets of the normalisations: layer_norm and rms_norm, with or without a residual
 // added first, and their cotangents. Contract: ffi/kernels/norm.h.
 //
-// Axes: *b batch, r rows, d features. Attribute eps: float32.
+// Axes: *b batch, r rows, g groups of rows, d features. Attribute eps: float32.
 #include "ffi/kernels/norm.h"
 
 #include <optional>
@@ -72,7 +72,7 @@ struct BackwardCall {
 
 ffi::Error Backward(Context& context, const BackwardCall& call) {
   const int64_t cols = call.x.dim(-1);
-  const int64_t batch_rank = call.x.rank() - 2;
+  const int64_t batch_rank = call.x.rank() - 2, groups = call.dscale.dim(-2);
   Check check(call.target);
   check.Float(call.x);
   check.RankAtLeast(call.x, 2);
@@ -82,7 +82,9 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
   if (call.dsum) check.Same(*call.dsum, call.x);
   check.Same(call.dx, call.x);
   check.Type(call.dscale, ffi::DataType::F32);
-  check.Shape(call.dscale, call.x, batch_rank, {cols});
+  check.RankAtLeast(call.dscale, 2);
+  check.Shape(call.dscale, call.x, batch_rank, {groups, cols});
+  check.That(groups > 0, "dscale must have a group of rows", groups);
   if (call.dbias) check.Same(*call.dbias, call.dscale);
   if (check.failed()) return check.error();
 
@@ -90,8 +92,9 @@ ffi::Error Backward(Context& context, const BackwardCall& call) {
       .kind = call.kind,
       .dtype = DTypeOf(call.x),
       .param_dtype = DTypeOf(call.scale),
-      .groups = call.x.leading_size(2),
-      .rows_per_group = call.x.dim(-2),
+      .batch = call.x.leading_size(2),
+      .rows = call.x.dim(-2),
+      .groups = groups,
       .cols = cols,
       .eps = call.eps,
       .x = call.x.data(),
@@ -215,8 +218,8 @@ XLA_FFI_DEFINE_HANDLER(kLayerNormBackward, LayerNormBackward,
                            .Arg<Buffer>()  // scale [d]
                            .Arg<Buffer>()  // dy [*b r d]
                            .Ret<Buffer>()  // dx [*b r d]
-                           .Ret<Buffer>()  // dscale [*b d], float32
-                           .Ret<Buffer>()  // dbias [*b d], float32
+                           .Ret<Buffer>()  // dscale [*b g d], float32
+                           .Ret<Buffer>()  // dbias [*b g d], float32
                            .Attr<float>("eps"),
                        kTraits);
 
@@ -239,7 +242,7 @@ XLA_FFI_DEFINE_HANDLER(kRmsNormBackward, RmsNormBackward,
                            .Arg<Buffer>()  // scale [d]
                            .Arg<Buffer>()  // dy [*b r d]
                            .Ret<Buffer>()  // dx [*b r d]
-                           .Ret<Buffer>()  // dscale [*b d], float32
+                           .Ret<Buffer>()  // dscale [*b g d], float32
                            .Attr<float>("eps"),
                        kTraits);
 
@@ -265,8 +268,8 @@ XLA_FFI_DEFINE_HANDLER(kAddLayerNormBackward, AddLayerNormBackward,
                            .Arg<Buffer>()  // dy [*b r d]
                            .Arg<Buffer>()  // dsum [*b r d]
                            .Ret<Buffer>()  // dx [*b r d], of x and of residual alike
-                           .Ret<Buffer>()  // dscale [*b d], float32
-                           .Ret<Buffer>()  // dbias [*b d], float32
+                           .Ret<Buffer>()  // dscale [*b g d], float32
+                           .Ret<Buffer>()  // dbias [*b g d], float32
                            .Attr<float>("eps"),
                        kTraits);
 
@@ -291,7 +294,7 @@ XLA_FFI_DEFINE_HANDLER(kAddRmsNormBackward, AddRmsNormBackward,
                            .Arg<Buffer>()  // dy [*b r d]
                            .Arg<Buffer>()  // dsum [*b r d]
                            .Ret<Buffer>()  // dx [*b r d], of x and of residual alike
-                           .Ret<Buffer>()  // dscale [*b d], float32
+                           .Ret<Buffer>()  // dscale [*b g d], float32
                            .Attr<float>("eps"),
                        kTraits);
 

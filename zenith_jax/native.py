@@ -22,7 +22,7 @@ from zenith_jax.errors import NativeError
 # Part of every target's name. XLA's persistent compilation cache keys on the name and does not know
 # the shared object behind it: raise this when a target's operands, attributes or meaning change.
 # CMakeLists.txt reads it from here for the C++ side.
-KERNEL_VERSION = 5
+KERNEL_VERSION = 6
 
 # platform as jax lowers for it -> platform as jax.ffi registers for it
 PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}

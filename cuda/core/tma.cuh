@@ -74,6 +74,16 @@ __device__ __forceinline__ void TmaLoad(uint32_t shared, const CUtensorMap& map,
       : "memory");
 }
 
+/// Copies `bytes` from global to shared memory, all multiples of 16. One thread.
+__device__ __forceinline__ void BulkLoad(uint32_t shared, const void* gFrom, uint32_t bytes,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::
+          "r"(shared),
+      "l"(gFrom), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 /// Brings a box to the L2 cache. One thread.
 __device__ __forceinline__ void TmaPrefetchBox(const CUtensorMap& map, int feature, int length,
                                                int head, int batch) {

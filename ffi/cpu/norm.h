@@ -133,16 +133,16 @@ ZENITH_NOINLINE void NormBackwardRow(const NormBackwardArgs& args, int64_t row, 
 }
 
 /// How a group's rows are cut for dscale and dbias: by sizes only, so that their sums do not depend
-/// on the number of threads, and by no other group's size, so that they do not on sharding.
+/// on the number of threads. `longest`: rows of the longest group.
 struct NormChunks {
   int64_t count, rows;
   explicit NormChunks(const NormBackwardArgs& args) {
+    const int64_t longest = Max<int64_t>(1, CeilDiv(args.rows, args.groups));
     constexpr int64_t kMaxCount = 64;
     constexpr int64_t kMinRows = 16;  // adding a chunk's sums costs about what a row costs
-    const int64_t wanted =
-        Min(args.rows_per_group * args.cols / (2 * kTaskElements), args.rows_per_group / kMinRows);
-    rows = CeilDiv(Max<int64_t>(1, args.rows_per_group), Max<int64_t>(1, Min(wanted, kMaxCount)));
-    count = CeilDiv(Max<int64_t>(1, args.rows_per_group), rows);
+    const int64_t wanted = Min(longest * args.cols / (2 * kTaskElements), longest / kMinRows);
+    rows = CeilDiv(longest, Max<int64_t>(1, Min(wanted, kMaxCount)));
+    count = CeilDiv(longest, rows);
   }
 };
 
@@ -152,26 +152,28 @@ inline void AddChunks(const Launch& launch, const NormBackwardArgs& args, int64_
   const int64_t cols = args.cols;
   constexpr int64_t kBlock = 1024;
   const int64_t blocks = CeilDiv(cols, kBlock);
-  ForRows(launch, args.groups * blocks, kBlock * chunks, [=](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t group = task / blocks, start = task % blocks * kBlock;
-      const float* const source = partial + group * chunks * cols + start;
-      ForVectors(Min(kBlock, cols - start), [&](int64_t i, auto part) {
-        F32 sum{};
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          sum += Load(source + chunk * cols + i, part);
-        }
-        Store(out + group * cols + start + i, sum, part);
-      });
-    }
-  });
+  ForRows(launch, args.batch * args.groups * blocks, kBlock * chunks,
+          [=](int64_t first, int64_t last) {
+            for (int64_t task = first; task < last; ++task) {
+              const int64_t group = task / blocks, start = task % blocks * kBlock;
+              const float* const source = partial + group * chunks * cols + start;
+              ForVectors(Min(kBlock, cols - start), [&](int64_t i, auto part) {
+                F32 sum{};
+                for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                  sum += Load(source + chunk * cols + i, part);
+                }
+                Store(out + group * cols + start + i, sum, part);
+              });
+            }
+          });
 }
 
 inline Status NormBackward(const NormBackwardArgs& args, const Launch& launch) {
   const int64_t cols = args.cols;
-  if (args.groups == 0 || cols == 0) return {};
+  if (args.batch == 0 || cols == 0) return {};
   const NormChunks chunks(args);
-  const int64_t partial_size = args.groups * chunks.count * cols;
+  const int64_t all_chunks = args.batch * args.groups * chunks.count;
+  const int64_t partial_size = all_chunks * cols;
   float *dscale = args.dscale, *dbias = args.dbias;
   Scratch scratch(chunks.count == 1 ? 0 : 2 * Scratch::Size(partial_size));
   if (!scratch.ok()) return kOutOfMemory;
@@ -180,23 +182,23 @@ inline Status NormBackward(const NormBackwardArgs& args, const Launch& launch) {
     dbias = scratch.Take(partial_size);
   }
   WithNorm(args, [&]<typename T, typename P, typename Kind>(T, P, Kind) {
-    ForRows(launch, args.groups * chunks.count, chunks.rows * cols,
-            [&](int64_t first, int64_t last) {
-              for (int64_t task = first; task < last; ++task) {
-                float* const dscale_row = dscale + task * cols;
-                float* const dbias_row = dbias == nullptr ? nullptr : dbias + task * cols;
-                ForVectors(cols, [&](int64_t i, auto part) {
-                  Store(dscale_row + i, F32{}, part);
-                  if (Kind::kValue == NormKind::kLayer) Store(dbias_row + i, F32{}, part);
-                });
-                const int64_t group = task / chunks.count, chunk = task % chunks.count;
-                const int64_t end = Min((chunk + 1) * chunks.rows, args.rows_per_group);
-                for (int64_t row = chunk * chunks.rows; row < end; ++row) {
-                  NormBackwardRow<Kind::kValue, T, P>(args, group * args.rows_per_group + row,
-                                                      dscale_row, dbias_row);
-                }
-              }
-            });
+    ForRows(launch, all_chunks, chunks.rows * cols, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        float* const dscale_row = dscale + task * cols;
+        float* const dbias_row = dbias == nullptr ? nullptr : dbias + task * cols;
+        ForVectors(cols, [&](int64_t i, auto part) {
+          Store(dscale_row + i, F32{}, part);
+          if (Kind::kValue == NormKind::kLayer) Store(dbias_row + i, F32{}, part);
+        });
+        const int64_t group = task / chunks.count, chunk = task % chunks.count;
+        const NormRows rows = RowsOfGroup(args, group);
+        const int64_t start = rows.first + chunk * chunks.rows;
+        const int64_t end = Min(start + chunks.rows, rows.end);
+        for (int64_t row = start; row < end; ++row) {
+          NormBackwardRow<Kind::kValue, T, P>(args, row, dscale_row, dbias_row);
+        }
+      }
+    });
   });
   if (chunks.count > 1) {
     AddChunks(launch, args, chunks.count, dscale, args.dscale);

@@ -37,18 +37,27 @@ Status NormForward(const NormForwardArgs& args, const Launch& launch);
 ///   layer: dx = rstd * (g - mean(g) - xhat * mean(g * xhat));   rms: dx = rrms * (g - xhat *
 ///   mean(g * xhat)) dx += dsum where dsum is given (the cotangent that reached `sum` directly)
 ///   dscale[group] = sum over the group's rows of dy * xhat;  dbias[group] = sum of dy
-/// x, dy, dsum, dx: (groups, rows_per_group, cols), `dtype`. dscale, dbias: (groups, cols),
-/// float32; the caller sums over groups, which keeps this deterministic and lets a sharded batch
-/// stay sharded. dbias is null for kRms.
+/// x, dy, dsum, dx: (batch, rows, cols), `dtype`. dscale, dbias: (batch, groups, cols), float32;
+/// the caller sums over groups, which keeps this deterministic and lets a sharded batch stay
+/// sharded. Groups are runs of rows, as long as each other or one row longer. groups > 0. dbias is
+/// null for kRms.
 struct NormBackwardArgs {
   NormKind kind;
   DType dtype, param_dtype;
-  int64_t groups, rows_per_group, cols;
+  int64_t batch, rows, groups, cols;
   float eps;
   const void *x, *scale, *dy, *dsum;
   void* dx;
   float *dscale, *dbias;
 };
+struct NormRows {  // first <= row < end, counted through the whole batch
+  int64_t first, end;
+};
+/// Of the group `index` of all batch * groups.
+constexpr NormRows RowsOfGroup(const NormBackwardArgs& args, int64_t index) {
+  const int64_t before = index / args.groups * args.rows, group = index % args.groups;
+  return {before + args.rows * group / args.groups, before + args.rows * (group + 1) / args.groups};
+}
 Status NormBackward(const NormBackwardArgs& args, const Launch& launch);
 
 }  // namespace zenith

@@ -1,3 +1,4 @@
+#include <array>
 #include <cmath>
 
 #include "tests/cpp/harness.h"
@@ -9,7 +10,7 @@ struct Case {
   NormKind kind;
   DType dtype, param_dtype;
   bool residual;
-  int64_t groups, rows_per_group, cols;
+  int64_t batch, batch_rows, groups, cols;
 };
 
 struct Statistics {
@@ -34,7 +35,7 @@ Statistics RowStatistics(const Case& c, double eps, const Tensor& x, int64_t row
 void TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, Report& report,
               Error& forward, Error& backward, Error& parameters) {
   std::mt19937_64 random(3);
-  const int64_t rows = c.groups * c.rows_per_group, size = rows * c.cols;
+  const int64_t rows = c.batch * c.batch_rows, size = rows * c.cols;
   const float eps = 1e-5f;
   std::vector<double> values = RandomValues(random, size, 50.0);
   for (size_t i = 0; i < values.size(); ++i) values[i] += i % 3 == 0 ? 0.0 : 4.0;
@@ -60,12 +61,12 @@ void TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, Re
   }
   const Tensor& input = c.residual ? sum : x;
 
-  const int64_t params = c.groups * c.cols;
+  const int64_t groups = c.batch * c.groups, params = groups * c.cols;
   Tensor dx(c.dtype, size), dscale(DType::kF32, params), dbias(DType::kF32, params);
   const auto run_backward = [&](const Launch& on, Tensor& dx_out, Tensor& dscale_out,
                                 Tensor& dbias_out) {
     const Status backward_status = kernels.norm_backward(
-        {c.kind, c.dtype, c.param_dtype, c.groups, c.rows_per_group, c.cols, eps, input.data(),
+        {c.kind, c.dtype, c.param_dtype, c.batch, c.batch_rows, c.groups, c.cols, eps, input.data(),
          scale.data(), dy.data(), c.residual ? dsum.data() : nullptr, dx_out.data(),
          static_cast<float*>(dscale_out.data()),
          layer ? static_cast<float*>(dbias_out.data()) : nullptr},
@@ -81,7 +82,14 @@ void TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, Re
   std::vector<double> want_dscale(static_cast<size_t>(params)), want_dbias(want_dscale);
   std::vector<double> dscale_size(want_dscale), dbias_size(want_dscale);
   const double count = static_cast<double>(c.cols);
+  // Group g has the rows from batch_rows * g / groups on.
+  const auto group_of = [&](int64_t row) {
+    int64_t group = 0;
+    while (row % c.batch_rows >= c.batch_rows * (group + 1) / c.groups) ++group;
+    return row / c.batch_rows * c.groups + group;
+  };
   for (int64_t row = 0; row < rows; ++row) {
+    const int64_t group = group_of(row);
     const Statistics s = RowStatistics(c, eps, input, row);
     double mean_g = 0, mean_gx = 0, size_g = 0, size_gx = 0;
     for (int64_t i = 0; i < c.cols; ++i) {
@@ -103,7 +111,7 @@ void TestCase(const CpuKernels& kernels, const Case& c, const Launch& launch, Re
       backward.Add(dx, at, s.scale * (g - mean_g - xhat * mean_gx) + add,
                    s.scale * (std::fabs(g) + size_g + size_xhat * size_gx * s.cancellation) +
                        std::fabs(add));
-      const size_t p = static_cast<size_t>(row / c.rows_per_group * c.cols + i);
+      const size_t p = static_cast<size_t>(group * c.cols + i);
       want_dscale[p] += dy[at] * xhat;
       want_dbias[p] += dy[at];
       dscale_size[p] += std::fabs(dy[at]) * size_xhat;
@@ -128,10 +136,16 @@ void TestNorm(const CpuKernels& kernels, Report& report) {
       for (const DType param_dtype : {dtype, DType::kF32}) {
         for (const bool residual : {false, true}) {
           for (const int64_t cols : {0, 1, 5, 16, 17, 31, 64, 100, 768}) {
-            for (const auto& [groups, rows] :
-                 {std::pair<int64_t, int64_t>{1, 1}, {1, 0}, {0, 3}, {3, 5}, {1, 300}}) {
-              TestCase(kernels, {kind, dtype, param_dtype, residual, groups, rows, cols}, launch,
-                       report, forward, backward, parameters);
+            for (const auto& [batch, rows, groups] : {std::array<int64_t, 3>{1, 1, 1},
+                                                      {1, 0, 2},
+                                                      {0, 3, 1},
+                                                      {3, 5, 1},
+                                                      {2, 7, 3},
+                                                      {1, 2, 3},
+                                                      {1, 300, 1},
+                                                      {1, 301, 4}}) {
+              TestCase(kernels, {kind, dtype, param_dtype, residual, batch, rows, groups, cols},
+                       launch, report, forward, backward, parameters);
             }
           }
         }
@@ -161,8 +175,8 @@ void TimeNorm(const CpuKernels& kernels, const Launch& launch, Report& report) {
     report.Time("layer_norm 4096x1024", kernels, dtype, forward, 2 * gb / forward, "GB/s");
     const double backward = BestTime([&] {
       (void)kernels.norm_backward(
-          {NormKind::kLayer, dtype, dtype, 1, rows, cols, 1e-5f, x.data(), scale.data(), dy.data(),
-           nullptr, y.data(), static_cast<float*>(dscale.data()),
+          {NormKind::kLayer, dtype, dtype, 1, rows, 1, cols, 1e-5f, x.data(), scale.data(),
+           dy.data(), nullptr, y.data(), static_cast<float*>(dscale.data()),
            static_cast<float*>(dbias.data())},
           launch);
     });

@@ -27,13 +27,15 @@ double Rounding(DType dtype, double value) {
 }
 
 struct Shape {
-  int64_t groups, rows, cols;  // rows of a group; the forward and softmax see groups * rows
-  int64_t offset = 0;          // in elements, of every array
+  int64_t batch, rows, cols;  // the forward and softmax see batch * rows
+  int64_t offset = 0;         // in elements, of every array
+  int64_t groups = 1;         // of rows
 
-  int64_t all_rows() const { return groups * rows; }
-  int64_t size() const { return groups * rows * cols; }
+  int64_t all_rows() const { return batch * rows; }
+  int64_t size() const { return all_rows() * cols; }
   std::string text() const {
-    return std::to_string(groups) + "x" + std::to_string(rows) + "x" + std::to_string(cols) +
+    return std::to_string(batch) + "x" + std::to_string(rows) + "x" + std::to_string(cols) +
+           (groups > 1 ? ", " + std::to_string(groups) + " groups" : "") +
            (offset ? ", unaligned" : "");
   }
 };
@@ -139,7 +141,7 @@ void TestNormBackward(Report& report, NormKind kind, DType dtype, DType param_dt
   const Array dy(dtype, random.Normals(size, 1, 10), shape.offset);
   Array dsum;
   if (with_dsum) dsum = Array(dtype, random.Normals(size), shape.offset);
-  const int64_t partials = shape.groups * cols;
+  const int64_t partials = shape.batch * shape.groups * cols;
   Array dx(dtype, size, shape.offset), want_dx(dtype, size, shape.offset);
   Array dscale(DType::kF32, partials, shape.offset), want_dscale(DType::kF32, partials);
   Array dbias, want_dbias;
@@ -151,8 +153,9 @@ void TestNormBackward(Report& report, NormKind kind, DType dtype, DType param_dt
   const NormBackwardArgs args{kind,
                               dtype,
                               param_dtype,
-                              shape.groups,
+                              shape.batch,
                               shape.rows,
+                              shape.groups,
                               cols,
                               kEps,
                               x.data(),
@@ -177,7 +180,8 @@ void TestNormBackward(Report& report, NormKind kind, DType dtype, DType param_dt
   std::vector<double> dx_tolerances;
   std::vector<double> dscale_tolerances(static_cast<size_t>(partials));
   std::vector<double> dbias_tolerances(static_cast<size_t>(partials));
-  for (int64_t row = 0; row < shape.all_rows() && cols > 0; ++row) {
+  for (int64_t row = 0, group = 0; row < shape.all_rows() && cols > 0; ++row) {
+    while (row >= RowsOfGroup(args, group).end) ++group;
     const float* row_x = xs.data() + row * cols;
     const float* row_dy = dys.data() + row * cols;
     const RowSizes s(kind, row_x, row_dy, scales);
@@ -185,7 +189,7 @@ void TestNormBackward(Report& report, NormKind kind, DType dtype, DType param_dt
     dx_tolerances.push_back(Sum(cols) * s.rstd * (s.g + s.amplification * (1 + s.xhat) * s.g_rms));
     // dscale sums dy * xhat over the rows, in both kernels in float32; dbias sums dy.
     for (int64_t c = 0; c < cols; ++c) {
-      const size_t i = static_cast<size_t>(row / shape.rows * cols + c);
+      const size_t i = static_cast<size_t>(group * cols + c);
       const double magnitude = std::fabs(row_dy[c]);
       dscale_tolerances[i] += (Sum(cols) * (s.amplification + s.xhat) +
                                2 * Sum(shape.rows) * std::fabs(row_x[c] - s.mean) * s.rstd) *
@@ -346,15 +350,55 @@ void TestCrossEntropy(Report& report, DType dtype, const Shape& shape) {
 }
 
 // Rows of one thread, of part of a warp, of a warp, of a block; with tails; longer than what a
-// block holds in registers (4 or 8 vectors of each of 1024 threads). Groups of one row and of many.
-constexpr Shape kShapes[] = {
-    {0, 1, 8},      {1, 0, 8},      {2, 0, 5},     {1, 3, 0},      {1, 1, 1},     {1, 130, 1},
-    {1, 7, 2},      {3, 5, 3},      {7, 143, 8},   {3, 11, 64},    {2, 7, 33},    {1, 17, 111},
-    {3, 3, 128},    {1, 9, 129},    {4, 16, 256},  {1, 37, 264},   {8, 5, 768},   {1, 13, 1000},
-    {1, 6, 1023},   {2, 9, 1280},   {1, 6, 2048},  {2, 3, 4096},   {1, 3, 4100},  {2, 3, 4104},
-    {1, 6, 5001},   {1, 3, 8192},   {1, 3, 12288}, {2, 1, 16384},  {1, 3, 20000}, {1, 2, 32768},
-    {1, 2, 32776},  {6, 1, 65544},  {2, 1, 65536}, {1, 1, 100003}, {2, 6, 64, 1}, {3, 3, 768, 1},
-    {1, 3, 264, 2}, {1, 3, 5000, 1}};
+// block holds in registers (4 or 8 vectors of each of 1024 threads), of clusters of 2 to 8 blocks,
+// and longer than those. Groups of no row, of one and of many, as long as each other and not.
+constexpr Shape kShapes[] = {{0, 1, 8},
+                             {1, 0, 8},
+                             {2, 0, 5},
+                             {1, 3, 0},
+                             {1, 1, 1},
+                             {1, 130, 1},
+                             {1, 7, 2},
+                             {3, 5, 3},
+                             {7, 143, 8},
+                             {3, 11, 64},
+                             {2, 7, 33},
+                             {1, 17, 111},
+                             {3, 3, 128},
+                             {1, 9, 129},
+                             {4, 16, 256},
+                             {1, 37, 264},
+                             {8, 5, 768},
+                             {1, 13, 1000},
+                             {1, 6, 1023},
+                             {2, 9, 1280},
+                             {1, 6, 2048},
+                             {2, 3, 4096},
+                             {1, 3, 4100},
+                             {2, 3, 4104},
+                             {1, 6, 5001},
+                             {1, 3, 8192},
+                             {1, 3, 12288},
+                             {2, 1, 16384},
+                             {1, 3, 20000},
+                             {1, 2, 32768},
+                             {1, 2, 32776},
+                             {6, 1, 65544},
+                             {2, 1, 65536},
+                             {1, 1, 100003},
+                             {2, 6, 64, 1},
+                             {3, 3, 768, 1},
+                             {1, 3, 264, 2},
+                             {1, 3, 5000, 1},
+                             {1, 37, 264, 0, 5},
+                             {2, 3, 768, 0, 7},
+                             {1, 11, 16384, 0, 3},
+                             {2, 13, 12296, 0, 2},
+                             {1, 9, 65536, 0, 2},
+                             {1, 7, 65528, 0, 3},
+                             {2, 5, 40968, 0, 1},
+                             {1, 8, 24576, 0, 5},
+                             {1, 3, 16392, 0, 4}};
 
 int Main(bool small) {
   Report report;

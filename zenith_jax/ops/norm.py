@@ -1,14 +1,16 @@
 """layer_norm, rms_norm, and both with a residual added first.
 
 Canonical shape: x (*b, d), rows of d features. The backward kernel takes x as (*b, r, d) and sums the cotangents of
-scale and bias over the r rows of each group. The sum over groups is XLA's. Groups are cut when the program is lowered
-and the number of its devices is known, so that rows stay where they are sharded.
+scale and bias over each of g groups of the r rows. The sum over groups is XLA's. Groups are chosen when the program is
+lowered and the number of its devices is known, so that rows stay where they are sharded.
 
 Ba, Kiros and Hinton 2016, arXiv:1607.06450. Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zenith_jax.errors import DTypeError, Refusal, ShapeError
-from zenith_jax.ops._groups import grouped
+from zenith_jax.ops._groups import row_batch
 from zenith_jax.ops._op import Kernel, as_batches, check_kernel_dtype, dense, is_zero, kernel, widened
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -59,8 +61,8 @@ def _supports(avals: Any, platform: str, **_: Any) -> Refusal | None:
     return check_kernel_dtype("norm", avals[0].dtype)
 
 
-def _ffi(avals: Any, *, eps: float) -> dict[str, Any]:
-    del avals
+def _ffi(avals: Any, *, eps: float, g: int | None = None) -> dict[str, Any]:
+    del avals, g  # the number of groups is in the results' shapes
     return dict(eps=np.float32(eps))
 
 
@@ -100,6 +102,14 @@ def _add_rms_norm_backward(operands, results, cotangents, needed, *, eps):
     return {0: dx, 1: dx, 2: dscale.astype(scale.dtype)}
 
 
+def _sums_of_groups(terms: Any, groups: int) -> Any:
+    """(*b, r, d) to (*b, groups, d): group i has the rows from r * i // groups on."""
+    rows = terms.shape[-2]
+    starts = [rows * i // groups for i in range(groups + 1)]
+    runs = [jnp.sum(terms[..., i:j, :], -2, keepdims=True) for i, j in itertools.pairwise(starts)]
+    return jnp.concatenate(runs, -2)
+
+
 _NATIVE = dict(supports=_supports, ffi_attributes=_ffi)
 _F32 = jnp.float32
 
@@ -117,16 +127,22 @@ def _backward_kernel(name: str, *, centre: bool, residual: bool) -> Kernel:
     def cotangents(x, scale, dy, dsum=None, *, eps):
         return _backward(x, scale, dy, dsum, eps, centre=centre)[:results]
 
-    @kernel(name, signature("*b r d", "*b d"), dtypes, ffi_attributes=_ffi, **common)
-    def of_groups(*operands, eps):
+    @kernel(name, signature("*b r d", "*b g d"), dtypes, ffi_attributes=_ffi, **common)
+    def of_groups(*operands, eps, g):
         dx, *terms = cotangents(*operands, eps=eps)
-        return dx, *(jnp.sum(t, -2) for t in terms)
+        return dx, *(_sums_of_groups(t, g) for t in terms)
 
     def by_groups(operands, partitions, *, eps, kept):
         x = operands[0]
-        batch = grouped(x.shape[:-1], kept, partitions, _groups(x.shape[-1] * x.dtype.itemsize))
-        dx, *partials = of_groups(*(x if x.ndim == 1 else x.reshape(*batch, x.shape[-1]) for x in operands), eps=eps)
-        summed = range(kept, len(batch) - 1)
+        *batch, rows = row_batch(x.shape[:-1], kept, partitions)
+        groups = _groups(x.shape[-1] * x.dtype.itemsize) // max(1, math.prod(batch))
+        shape = (*batch, rows, x.shape[-1])
+        dx, *partials = of_groups(
+            *(x if x.ndim == 1 else x.reshape(shape) for x in operands),
+            eps=eps,
+            g=max(1, min(groups, rows // _LEAST_ROWS)),
+        )
+        summed = range(kept, len(shape) - 1)
         return dx.reshape(x.shape), *(jnp.sum(p, summed) for p in partials)
 
     @kernel(name, signature("*b d", "*k d"), dtypes, lowered=by_groups, **common)
@@ -255,7 +271,16 @@ def parameters(name: str, x: Any, width: int, scale: Any, bias: Any) -> tuple[An
 # 8192 176, 182, 192, 209 (11/2026).
 _GROUPS = ((2048, 256), (4096, 512), (8192, 256))
 _GROUPS_OF_WIDE_ROWS = 128
+# Rows of which several blocks have a part each (cuda/core/long_rows.cuh): as many groups as clusters run at once, since
+# one more is a round more. 16384 columns in 132, 124, 120, 112 groups 163, 160, 160, 159, 32768 in 66, 62, 60, 56 216,
+# 159, 160, 160, 65536 in 31, 30, 28 234, 159, 163, 20480 and 24576 in 48 and 80, 44 and 74 249 and 233, 171 and 161
+# (H100, 2026-11-26).
+_PART_BYTES, _MOST_PARTS, _BLOCKS = 1 << 14, 8, 224
+_LEAST_ROWS = 4  # of a group: sums of fewer are too many bytes beside the rows
 
 
 def _groups(row_bytes: int) -> int:
+    parts = -(-row_bytes // _PART_BYTES)
+    if 1 < parts <= _MOST_PARTS:
+        return _BLOCKS // parts
     return next((groups for most, groups in _GROUPS if row_bytes <= most), _GROUPS_OF_WIDE_ROWS)

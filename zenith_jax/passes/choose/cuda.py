@@ -134,18 +134,20 @@ def _quantized_linear(case: dict[str, Any], differentiated: bool) -> Refusal | N
     return None
 
 
-# Columns up to which a row stays in registers, by bytes of an element: forward, backward. Past them the kernels read
-# rows twice: layer_norm float32 512x65536 forward 1.45 TB/s, bfloat16 128x4x65536 backward 0.53 (H100, 2026-11-22).
-_ROW_LIMIT = {2: (65536, 16384), 4: (32768, 8192)}
+# Bytes of a row up to which it crosses memory once: in the registers of a block, or in the blocks of a cluster. Without
+# clusters a gradient holds 32 KiB: two rows and their sums. Past them the kernels read rows twice: layer_norm float32
+# 512x65536 forward 1.45 TB/s (H100, 2026-11-22).
+_ROW_BYTES = 1 << 17
+_ROW_BYTES_OF_A_GRADIENT = 1 << 15  # without clusters
 _VECTOR_BYTES = 16
 
 
 def _rows(case: dict[str, Any], differentiated: bool) -> Refusal | None:
-    itemsize = jnp.dtype(case["dtype"]).itemsize
-    limit = _ROW_LIMIT[itemsize][differentiated]
+    in_a_block = differentiated and compute_capability() != HOPPER
+    limit = (_ROW_BYTES_OF_A_GRADIENT if in_a_block else _ROW_BYTES) // jnp.dtype(case["dtype"]).itemsize
     if case["cols"] > limit:
         return refuse(
-            "rows of {cols} {dtype} do not fit the registers of a block; XLA is faster past {limit}",
+            "rows of {cols} {dtype} are too long to be read once; XLA is faster past {limit}",
             cols=case["cols"],
             dtype=case["dtype"],
             limit=limit,
