@@ -1,15 +1,20 @@
 // What follows the product of a linear layer, on float32 values in registers.
 //
-// silu and both gelus are one function, y = x / (1 + exp(-x P(x^2))) with a polynomial P:
+// silu and gelu (tanh) are y = x / (1 + exp(-x P(x^2))) with a polynomial P:
 //   silu       P = 1
 //   gelu tanh  P = 2 sqrt(2 / pi) (1 + 0.044715 s): (1 + tanh(w)) / 2 = 1 / (1 + exp(-2 w))
-//   gelu erf   P(s) = logit(Phi(x)) / x, which is smooth and even: a minimax fit over |x| <= 5.5,
-//              rising beyond, so that what overflows does so to the right side
-// Two operations of the special function unit each, and nothing cancels for negative x. The error
-// of the fit, relative to the result, and what the result's type rounds by:
-//              terms   x > 0    down to -4   down to -5.5   below, absolute   rounding
-//   bfloat16     5     3.4e-4     1.2e-3        4.6e-3           8e-10         3.9e-3
-//   float16      7     5.4e-5     1.7e-4        6.8e-4           5e-10         4.9e-4
+// Two operations of the special function unit each.
+//
+// gelu (erf) takes one: y = max(x, 0) - |x| (1 - Phi(|x|)), and 1 - Phi(t) = 2^(q(t / 2) - 1) with
+// a q that is smooth, for which a polynomial serves: a minimax fit over t <= 5.5, falling beyond.
+// Of h = x / 2, max(x, 0) = h + |h|, which is NaN for -inf, as in JAX, and the rest is |h|
+// 2^q(|h|).
+//
+// Nothing cancels for negative x. The error of the fit, relative to the result, and what the
+// result's type rounds by:
+//              degree   x > 0    down to -4   down to -5.5   below, absolute   rounding
+//   bfloat16     5      1.7e-4     1.8e-4        7.0e-4           9e-11         3.9e-3
+//   float16      6      1.6e-5     1.8e-5        6.8e-5           2e-11         4.9e-4
 #pragma once
 
 #include <type_traits>
@@ -28,7 +33,7 @@ struct Coefficients {
   float of[N];
 };
 
-/// Those of P, from that of s^0 on.
+/// Those of P, or of gelu (erf)'s q, the constant first.
 template <typename T, Body kBody>
 constexpr auto ExponentOf() {
   if constexpr (kBody == Body::kSilu) {
@@ -36,12 +41,12 @@ constexpr auto ExponentOf() {
   } else if constexpr (kBody == Body::kGeluTanh) {
     return Coefficients<2>{{1.5957691216f, 0.0713548163f}};
   } else if constexpr (std::is_same_v<T, __half>) {
-    return Coefficients<7>{{1.595274806e+00f, 7.337880135e-02f, -3.578560136e-04f,
-                            -5.923020944e-05f, 3.568095281e-06f, -8.883773717e-08f,
-                            8.447382793e-10f}};
+    return Coefficients<7>{{-2.378222729e-05f, -2.301535585e+00f, -1.839541821e+00f,
+                            -4.188681753e-01f, 1.222360892e-01f, -2.201209699e-02f,
+                            1.787095271e-03f}};
   } else {
-    return Coefficients<5>{{1.592935801e+00f, 7.560680807e-02f, -9.502316825e-04f, 6.980184935e-06f,
-                            3.547192051e-08f}};
+    return Coefficients<6>{{-2.517399876e-04f, -2.294986480e+00f, -1.869983330e+00f,
+                            -3.673093420e-01f, 8.294109414e-02f, -8.282508810e-03f}};
   }
 }
 
@@ -56,6 +61,10 @@ __device__ __forceinline__ float FastReciprocal(float x) {
   return y;
 }
 
+/// Apply is given x times this.
+template <Body kBody>
+inline constexpr float kInputScale = kBody == Body::kGeluErf ? 0.5f : 1.0f;
+
 template <typename T, Body kBody>
 __device__ __forceinline__ float Apply(Epilogue epilogue, float x) {
   constexpr float kMinusLog2E = -1.4426950408889634f;
@@ -69,6 +78,14 @@ __device__ __forceinline__ float Apply(Epilogue epilogue, float x) {
     const float series = x * fmaf(s, fmaf(s, 2.0f / 15, -1.0f / 3), 1.0f);  // to 6e-8 at 1/8
     const float quotient = fmaf(2.0f, FastReciprocal(1.0f + FastExp2(2 * kMinusLog2E * x)), -1.0f);
     return fabsf(x) < 0.125f ? series : quotient;
+  } else if constexpr (kBody == Body::kGeluErf) {
+    constexpr auto kQ = ExponentOf<T, kBody>();
+    constexpr float kMost = 4.5f;  // q falls as far, to -60; and no inf * 0 for x = inf
+    const float t = fminf(fabsf(x), kMost);
+    float q = kQ.of[kQ.kCount - 1];
+#pragma unroll
+    for (int i = kQ.kCount - 2; i >= 0; --i) q = fmaf(q, t, kQ.of[i]);
+    return fmaf(-t, FastExp2(q), x + fabsf(x));
   } else {
     constexpr auto kP = ExponentOf<T, kBody>();
     const float s = x * x;

@@ -11,6 +11,7 @@
 // results. What was tried and measured: docs/kernels/linear_hopper.md.
 #pragma once
 
+#include "cuda/core/cluster.cuh"
 #include "cuda/core/launch.h"
 #include "cuda/core/mma.cuh"
 #include "cuda/core/reduce.cuh"
@@ -30,11 +31,12 @@ inline constexpr int kConsumerWarps = kWarpgroupSize / kWarpSize;  // that read 
 inline constexpr int kThreads = (kConsumers + 1) * kWarpgroupSize;
 inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // a block starts with 168
 
-template <typename T_, Major kMajor_, bool kGated_>
+template <typename T_, Major kMajor_, bool kGated_, Body kBody_>
 struct Config {
   using T = T_;
   static constexpr Major kMajor = kMajor_;  // of w: kMN is (k, n), kK is (n, k)
   static constexpr bool kGated = kGated_;
+  static constexpr Body kBody = kBody_;
   static constexpr int kRows = 128, kCols = 128, kDepth = kBoxFeatures;
   static constexpr int kOutCols = kGated ? kCols / 2 : kCols;  // of y
   static constexpr int kXBytes = kRows * kBlockRowBytes;
@@ -47,27 +49,28 @@ struct Config {
                                  (kStageBytes + kBarrierBytes);
   static constexpr int kSharedBytes =
       kTileAlignment + kConsumers * kConsumerBytes + kStages * (kStageBytes + kBarrierBytes);
-  /// Rows of a box of w: half of a tile of (n, k), or half of each 64-column block of (k, n). In a
-  /// gated layer one half of the tile, or one of its two blocks, is of w_value.
-  static constexpr int kWBoxRows = (kMajor == Major::kK ? kCols : kDepth) / kCluster;
+  /// Of a box of w, half of a tile: 64 of its columns, which are rows of (n, k), and a block of 64
+  /// elements of (k, n). In a gated layer the second half is of w_value.
+  static constexpr int kWBoxRows = kMajor == Major::kK ? kCols / kCluster : kDepth;
+  static_assert(kCols / kCluster == kBoxFeatures);
 };
 
 struct Params {
   CUtensorMap x, w, w_value, residual, y, pre, pre_value;
   LinearForwardArgs args;
   int row_pairs, col_tiles, steps;  // of tiles; of kDepth
+  int section;                      // pairs of rows that follow each other in the same column
 };
 
-/// The tiles of a pair of blocks, in sections of kSection pairs of rows, column by column: what the
-/// pairs that run at one time read stays in L2.
+/// The tiles of a pair of blocks, in sections of pairs of rows, column by column: what the pairs
+/// that run at one time read stays in L2.
 struct Tile {
-  static constexpr int kSection = 8;
   int row_pair, col_tile;
 
   __device__ __forceinline__ Tile(const Params& p, int index) {
-    const int section = index / (kSection * p.col_tiles);
-    const int first = section * kSection, pairs = min(kSection, p.row_pairs - first);
-    const int within = index - section * kSection * p.col_tiles;
+    const int section = index / (p.section * p.col_tiles);
+    const int first = section * p.section, pairs = min(p.section, p.row_pairs - first);
+    const int within = index - section * p.section * p.col_tiles;
     col_tile = within / pairs;
     row_pair = first + within - col_tile * pairs;
   }
@@ -99,38 +102,32 @@ struct Layout {
   __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return full(stage) + 8; }
 };
 
-template <typename Config>
+/// Fetches this block's x, or its half of w, which goes to both blocks. (x by a multicast to one
+/// block takes 1.15 times as long: requests of several clusters for the same x are then not joined
+/// on the way to L2.)
+template <typename Config, bool kFetchesX>
 __device__ __forceinline__ void Produce(const Params& p, const Layout<Config>& shared, int clusters,
                                         uint32_t rank) {
   constexpr uint16_t kBoth = (1 << kCluster) - 1;
-  constexpr int kHalfBytes = Config::kWBoxRows * kBlockRowBytes;
-  TmaPrefetch(p.x);
-  TmaPrefetch(p.w);
-  if constexpr (Config::kGated) TmaPrefetch(p.w_value);
+  const CUtensorMap& w = Config::kGated && rank > 0 ? p.w_value : p.w;
+  TmaPrefetch(kFetchesX ? p.x : w);
   Ring<Config::kStages> ring;
   for (int item = blockIdx.x / kCluster; item < p.row_pairs * p.col_tiles; item += clusters) {
     const Tile tile(p, item);
     const int row = (tile.row_pair * kCluster + static_cast<int>(rank)) * Config::kRows;
-    const int col = tile.col_tile * Config::kOutCols;
-    const int half = static_cast<int>(rank) * Config::kWBoxRows;
+    const int col = tile.col_tile * Config::kOutCols +
+                    (Config::kGated ? 0 : static_cast<int>(rank) * kBoxFeatures);
     for (int step = 0; step < p.steps; ++step, ring.Advance()) {
       const uint32_t stage = ring.stage, full = shared.full(stage);
       const int depth = step * Config::kDepth;
       BarrierWait(shared.empty(stage), ring.parity ^ 1);
-      BarrierExpect(full, Config::kStageBytes);
-      TmaLoad(shared.x(stage), p.x, full, depth, row, 0, 0);
-      const uint32_t target = shared.w(stage) + rank * kHalfBytes;
-      if constexpr (Config::kMajor == Major::kK) {
-        if constexpr (Config::kGated)
-          TmaLoadTo(kBoth, target, rank == 0 ? p.w : p.w_value, full, depth, col, 0, 0);
-        else
-          TmaLoadTo(kBoth, target, p.w, full, depth, col + half, 0, 0);
+      if constexpr (kFetchesX) {
+        BarrierExpect(full, Config::kStageBytes);
+        TmaLoad(shared.x(stage), p.x, full, depth, row, 0, 0);
       } else {
-#pragma unroll
-        for (int block = 0; block < Config::kCols / kBoxFeatures; ++block)
-          TmaLoadTo(kBoth, target + block * kCluster * kHalfBytes,
-                    Config::kGated && block > 0 ? p.w_value : p.w, full,
-                    Config::kGated ? col : col + block * kBoxFeatures, depth + half, 0, 0);
+        const bool transposed = Config::kMajor == Major::kK;
+        TmaLoadTo(kBoth, shared.w(stage) + rank * (Config::kWBytes / kCluster), w, full,
+                  transposed ? depth : col, transposed ? col : depth, 0, 0);
       }
     }
   }
@@ -220,10 +217,10 @@ __device__ __forceinline__ void StoreTile(const CUtensorMap& map, uint32_t bias,
       for (int j = 0; j < 8; ++j)
         biases[j] = LoadSharedPair(bias + (32 * p + 8 * j + threadIdx.x % 4 * 2) * 4);
     }
-    if constexpr (!kHasResidual) Pieces<Config>::Acquire();
+    uint32_t words[4][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {  // of 16 columns
-      uint32_t residual[4], words[4];
+      uint32_t residual[4];
       if constexpr (kHasResidual) LoadMatrix4(residual, pieces.matrices(p, j));
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
@@ -235,32 +232,37 @@ __device__ __forceinline__ void StoreTile(const CUtensorMap& map, uint32_t bias,
           y.x += added.x;
           y.y += added.y;
         }
-        words[m] = PackPair<T>(y.x, y.y);
+        words[j][m] = PackPair<T>(y.x, y.y);
       }
-      StoreMatrix4(pieces.matrices(p, j), words);
     }
+    if constexpr (!kHasResidual) Pieces<Config>::Acquire();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) StoreMatrix4(pieces.matrices(p, j), words[j]);
     pieces.Store(p, map);
   }
 }
 
 /// Applies the epilogue to a tile and stores it. turn: how many tiles there were before.
-template <typename Config, Body kBody>
+template <typename Config>
 __device__ __forceinline__ void Finish(const Params& p, const float (&acc)[2][Config::kCols / 2],
                                        uint32_t bias, const Pieces<Config>& pieces, int turn) {
+  constexpr Body kBody = Config::kBody;
   const auto activation = [&](float x) {
     return Apply<typename Config::T, kBody>(p.args.epilogue, x);
   };
   if constexpr (Config::kGated) {
     constexpr int kValue = Config::kCols / 4;  // from a sum of the gate to that of the value
     StoreTile<Config, false>(p.y, bias, pieces, [&](int i, int at, float) {
-      return activation(acc[i][at]) * acc[i][kValue + at];
+      return activation(kInputScale<kBody> * acc[i][at]) * acc[i][kValue + at];
     });
     if (p.args.pre == nullptr) return;
     StoreTile<Config, false>(p.pre, bias, pieces, [&](int i, int at, float) { return acc[i][at]; });
     StoreTile<Config, false>(p.pre_value, bias, pieces,
                              [&](int i, int at, float) { return acc[i][kValue + at]; });
   } else {
-    const auto y = [&](int i, int at, float b) { return activation(acc[i][at] + b); };
+    const auto y = [&](int i, int at, float b) {
+      return activation(fmaf(acc[i][at], kInputScale<kBody>, b));
+    };
     if (p.args.residual == nullptr) {
       StoreTile<Config, false>(p.y, bias, pieces, y);
     } else {
@@ -268,8 +270,9 @@ __device__ __forceinline__ void Finish(const Params& p, const float (&acc)[2][Co
       StoreTile<Config, true>(p.y, bias, pieces, y);
     }
     if (p.args.pre != nullptr)
-      StoreTile<Config, false>(p.pre, bias, pieces,
-                               [&](int i, int at, float b) { return acc[i][at] + b; });
+      StoreTile<Config, false>(p.pre, bias, pieces, [&](int i, int at, float b) {
+        return fmaf(b, 1 / kInputScale<kBody>, acc[i][at]);
+      });
   }
 }
 
@@ -295,36 +298,32 @@ __device__ __forceinline__ void Consume(const Params& p, const Layout<Config>& s
   float acc[2][Config::kCols / 2];
   const int items = p.row_pairs * p.col_tiles;
   const int thread = threadIdx.x % kWarpgroupSize, warp = thread / kWarpSize;
-  // Of the next tile, column `thread`: on its way while the last one is stored. Read where it is
-  // needed, 16 pairs a lane, each behind a branch, the biases took as long as the product.
-  float next_bias = 0;
-  const auto load_bias = [&](int item) {
+  const bool float_bias = p.args.bias_dtype == DType::kF32;
+  // Of the next tile, column `thread`, as it lies in memory: on its way while the last one is
+  // stored and this one multiplied. Read where it is needed, 16 pairs a lane, each behind a branch,
+  // the biases took as long as the product; converted where it is read, all warps waited for it.
+  uint32_t next_bias = 0;
+  const auto load_bias = [&](const Tile& tile) {
     if constexpr (Config::kGated) return;
     static_assert(Config::kCols == kWarpgroupSize);
-    const int column = Tile(p, item).col_tile * Config::kCols + thread;
-    next_bias = 0;
-    if (item >= items || column >= p.args.n) return;
-    next_bias = p.args.bias_dtype == DType::kF32
-                    ? __ldg(static_cast<const float*>(p.args.bias) + column)
-                    : ToFloat(__ldg(static_cast<const typename Config::T*>(p.args.bias) + column));
+    const int column = tile.col_tile * Config::kCols + thread;
+    if (column >= p.args.n) return;
+    next_bias = float_bias ? __ldg(static_cast<const uint32_t*>(p.args.bias) + column)
+                           : __ldg(static_cast<const uint16_t*>(p.args.bias) + column);
   };
   const uint32_t bias = shared.bias(consumer);
   Pieces<Config> pieces{
       shared.out(consumer) + warp * Pieces<Config>::kCount * Pieces<Config>::kBytes,
       shared.residual(consumer, warp), 0, 0};
   const int first = static_cast<int>(blockIdx.x) / kCluster + consumer * clusters;
-  load_bias(first);
+  Tile next(p, min(first, items - 1));
+  load_bias(next);
   int turn = 0;
   for (int item = first; item < items; item += kConsumers * clusters, ++turn) {
-    const Tile tile(p, item);
-    pieces.row = (tile.row_pair * kCluster + static_cast<int>(rank)) * Config::kRows + 16 * warp;
-    pieces.col = tile.col_tile * Config::kOutCols;
-    if constexpr (!Config::kGated) {
-      if (p.args.residual != nullptr) pieces.LoadAll(p.residual);
-      NamedBarrierWait(3 + consumer, kWarpgroupSize);  // all warps have read the last biases
-      StoreShared(bias + thread * 4, next_bias);
-    }
-    NamedBarrierWait(1 + consumer, kTurnThreads);
+    pieces.row = (next.row_pair * kCluster + static_cast<int>(rank)) * Config::kRows + 16 * warp;
+    pieces.col = next.col_tile * Config::kOutCols;
+    if (!Config::kGated && p.args.residual != nullptr) pieces.LoadAll(p.residual);
+    NamedBarrierWait(1 + consumer, kTurnThreads);  // all warps have read the last biases, too
     uint32_t last = 0;
     for (int step = 0; step < p.steps; ++step, ring.Advance()) {
       BarrierWait(shared.full(ring.stage), ring.parity);
@@ -338,28 +337,23 @@ __device__ __forceinline__ void Consume(const Params& p, const Layout<Config>& s
       last = ring.stage;
     }
     NamedBarrierArrive(2 - consumer, kTurnThreads);
+    // What the next tile needs, while the last products are under way.
+    if constexpr (!Config::kGated) {
+      const float value =
+          float_bias ? __uint_as_float(next_bias) : UnpackPair<typename Config::T>(next_bias).x;
+      StoreShared(bias + thread * 4, kInputScale<Config::kBody> * value);
+      NamedBarrierWait(3 + consumer, kWarpgroupSize);
+    }
+    if (item + kConsumers * clusters < items) {
+      next = Tile(p, item + kConsumers * clusters);
+      load_bias(next);
+    }
     WgmmaWait<0>();
     FenceRegisters(acc[0]);
     FenceRegisters(acc[1]);
     release(last);
     skip();
-    load_bias(item + kConsumers * clusters);
-    switch (p.args.epilogue) {
-      case Epilogue::kTanh:
-        if constexpr (!Config::kGated) Finish<Config, Body::kTanh>(p, acc, bias, pieces, turn);
-        break;
-      case Epilogue::kSilu:
-        Finish<Config, Body::kSilu>(p, acc, bias, pieces, turn);
-        break;
-      case Epilogue::kGeluTanh:
-        Finish<Config, Body::kGeluTanh>(p, acc, bias, pieces, turn);
-        break;
-      case Epilogue::kGeluErf:
-        Finish<Config, Body::kGeluErf>(p, acc, bias, pieces, turn);
-        break;
-      default:
-        if constexpr (!Config::kGated) Finish<Config, Body::kLinear>(p, acc, bias, pieces, turn);
-    }
+    Finish<Config>(p, acc, bias, pieces, turn);
   }
   if (Pieces<Config>::copies()) TmaStoreWait<0>();  // the pieces go with the block
 }
@@ -380,11 +374,14 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(kThreads, 1)
       BarrierInit(shared.residual(0, warp), 1);
     BarrierInitFence();
   }
-  ClusterBarrier();
+  ClusterArrive();
+  ClusterWait();
   const int clusters = static_cast<int>(gridDim.x) / kCluster;
   if (threadIdx.x < kWarpgroupSize) {
     LowerRegisters<kProducerRegisters>();
-    if (threadIdx.x == 0) Produce<Config>(p, shared, clusters, ClusterRank());
+    // Two warps: the thread that did both needed 420 cycles for a step, of 512 for its product.
+    if (threadIdx.x == 0) Produce<Config, true>(p, shared, clusters, ClusterRank());
+    if (threadIdx.x == kWarpSize) Produce<Config, false>(p, shared, clusters, ClusterRank());
   } else {
     RaiseRegisters<kConsumerRegisters>();
     Consume<Config>(p, shared, clusters, ClusterRank());
@@ -409,7 +406,9 @@ Status LaunchHopper(const LinearForwardArgs& a, const void* w_value, void* pre_v
            .args = a,
            .row_pairs = static_cast<int>((row_tiles + kCluster - 1) / kCluster),
            .col_tiles = static_cast<int>((a.n + Config::kOutCols - 1) / Config::kOutCols),
-           .steps = static_cast<int>((a.k + Config::kDepth - 1) / Config::kDepth)};
+           .steps = static_cast<int>((a.k + Config::kDepth - 1) / Config::kDepth),
+           // 2 is faster than 8 by 3 to 5 % at k = 768 and 0 to 4 % at 1024, slower by 6 % at 3072.
+           .section = a.k <= 1024 ? 2 : 8};
   const auto matrix = [&](const void* base, int64_t rows, int64_t cols) {
     return HeadTensor{a.dtype, base, 1, 1, rows, cols, rows * cols, rows * cols, cols};
   };
@@ -445,11 +444,35 @@ Status LaunchHopper(const LinearForwardArgs& a, const void* w_value, void* pre_v
   return LastLaunch();
 }
 
+/// A kernel for each activation: where they were all in one, gelu (erf) took 4 % longer, as it
+/// seems by waits for instructions.
+template <typename T, Major kMajor, bool kGated>
+Status LaunchHopper(const LinearForwardArgs& a, const void* w_value, void* pre_value,
+                    const Launch& launch) {
+  const auto with = [&]<Body kBody>() {
+    return LaunchHopper<Config<T, kMajor, kGated, kBody>>(a, w_value, pre_value, launch);
+  };
+  switch (a.epilogue) {
+    case Epilogue::kSilu:
+      return with.template operator()<Body::kSilu>();
+    case Epilogue::kGeluTanh:
+      return with.template operator()<Body::kGeluTanh>();
+    case Epilogue::kGeluErf:
+      return with.template operator()<Body::kGeluErf>();
+    default:
+      if constexpr (kGated)
+        return {"linear: no gate has this epilogue"};
+      else
+        return a.epilogue == Epilogue::kTanh ? with.template operator()<Body::kTanh>()
+                                             : with.template operator()<Body::kLinear>();
+  }
+}
+
 template <typename T>
 Status LaunchHopper(const LinearForwardArgs& args, const Launch& launch) {
   return args.layout == WeightLayout::kColumns
-             ? LaunchHopper<Config<T, Major::kK, false>>(args, nullptr, nullptr, launch)
-             : LaunchHopper<Config<T, Major::kMN, false>>(args, nullptr, nullptr, launch);
+             ? LaunchHopper<T, Major::kK, false>(args, nullptr, nullptr, launch)
+             : LaunchHopper<T, Major::kMN, false>(args, nullptr, nullptr, launch);
 }
 
 template <typename T>
@@ -468,8 +491,8 @@ Status LaunchHopper(const GatedLinearForwardArgs& a, const Launch& launch) {
       .residual = nullptr,
       .y = a.y,
       .pre = a.gate};
-  return a.transposed ? LaunchHopper<Config<T, Major::kK, true>>(gate, a.w_value, a.value, launch)
-                      : LaunchHopper<Config<T, Major::kMN, true>>(gate, a.w_value, a.value, launch);
+  return a.transposed ? LaunchHopper<T, Major::kK, true>(gate, a.w_value, a.value, launch)
+                      : LaunchHopper<T, Major::kMN, true>(gate, a.w_value, a.value, launch);
 }
 
 }  // namespace zenith::linear
