@@ -18,10 +18,20 @@
 
 namespace zenith::attention {
 
+/// Of two neighbouring queries: what the accumulators of dp start from, the four elements that a
+/// lane has of their columns; lse in T's unit; lse_rest in units of log2.
+struct alignas(16) QueryPair {
+  float minus_delta[4], lse[2], rest[2];
+};
+
 enum class Gradient { kQuery, kKeyValue, kKey, kValue };
 
+/// A tile of kCols streamed rows is taken kChunk at a time, so that more work follows on each
+/// barrier and each round of copies than the registers have room for: with tiles of 64 for 32 rows,
+/// the two kernels of d64 took 2.17 for 2.36 and 2.98 for 3.53 ms (b4 h32 s4096, H100, 11/2026).
+/// kKeepsFirst: each warp keeps its rows of the first stationary tile as operands in registers.
 template <typename T_, Gradient kGradient_, int kDim_, int kWarps, int kRowTiles_, int kCols_,
-          int kBlocksPerSm_>
+          int kBlocksPerSm_, int kChunk_ = kCols_, bool kKeepsFirst_ = false>
 struct BackwardConfig {
   using T = T_;
   static constexpr Gradient kGradient = kGradient_;
@@ -34,6 +44,8 @@ struct BackwardConfig {
   static constexpr int kRowTiles = kRowTiles_;  // tiles of 16 stationary rows per warp
   static constexpr int kCols = kCols_;          // streamed rows per tile
   static constexpr int kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kChunk = kChunk_;
+  static constexpr bool kKeepsFirst = kKeepsFirst_;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRows = 16 * kRowTiles * kWarps;
   static constexpr int kStages = 2;
@@ -42,7 +54,7 @@ struct BackwardConfig {
   static constexpr int kTilesBytes =
       (kLogits ? 2 : 1) * kStationaryBytes + kStages * 2 * kStreamedBytes;
   static constexpr int kSharedBytes =
-      kTilesBytes + kStages * kCols * int{sizeof(float2) + sizeof(float)};
+      kTilesBytes + (kByQuery ? 0 : kStages * kCols / 2 * int{sizeof(QueryPair)});
 };
 
 /// What the queries without an allowed key give to every key of the head, allowed or not: the mean
@@ -80,6 +92,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                               const bool may_have_dead_rows) {
   constexpr int kDim = Config::kDim, kCols = Config::kCols, kRows = Config::kRows;
   constexpr int kRowTiles = Config::kRowTiles, kThreads = Config::kThreads;
+  constexpr int kChunk = Config::kChunk;
   constexpr bool kByQuery = Config::kByQuery;
   using T = typename Config::T;
   using Layout = TileLayout<T, kDim>;
@@ -118,8 +131,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   const uint32_t shared_address = SharedAddress(shared);
   const uint32_t stages = shared_address + (Config::kLogits ? 2 : 1) * Config::kStationaryBytes;
-  float2* statistics = reinterpret_cast<float2*>(shared + Config::kTilesBytes);
-  float* rests = reinterpret_cast<float*>(statistics + Config::kStages * kCols);
+  QueryPair* pairs = reinterpret_cast<QueryPair*>(shared + Config::kTilesBytes);
 
   // Streamed rows: `cols_begin` to `cols_end`, for each query head of the group when walking by
   // keys. A dense dbias has zeros to be written where nothing is allowed: then none is skipped.
@@ -139,18 +151,30 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const T* second = kByQuery ? value : dout + group * args.out_strides.head;
     const int64_t first_stride = kByQuery ? args.key_strides.length : args.query_strides.length;
     const int64_t second_stride = kByQuery ? args.value_strides.length : args.out_strides.length;
-    LoadTile<kCols, kDim, kThreads>(tile, first + col0 * first_stride, first_stride, cols - col0,
-                                    qk_dim);
-    LoadTile<kCols, kDim, kThreads>(tile + Config::kStreamedBytes, second + col0 * second_stride,
-                                    second_stride, cols - col0, v_dim);
+    first += col0 * first_stride, second += col0 * second_stride;
+    if (cols - col0 >= kCols && qk_dim == kDim && v_dim == kDim) {
+      LoadWholeTile<kCols, kDim, kThreads>(tile, first, first_stride);
+      LoadWholeTile<kCols, kDim, kThreads>(tile + Config::kStreamedBytes, second, second_stride);
+      return;
+    }
+    LoadTile<kCols, kDim, kThreads>(tile, first, first_stride, cols - col0, qk_dim);
+    LoadTile<kCols, kDim, kThreads>(tile + Config::kStreamedBytes, second, second_stride,
+                                    cols - col0, v_dim);
   };
+  // Of query col0 + threadIdx.x; x and y as QueryStatistics, z QueryRest.
   const auto column_statistics = [&](int col0, int64_t group) {
-    return QueryStatistics<T, kModified>(lse + group * args.q_len, delta + group * args.q_len,
-                                         col0 + static_cast<int>(threadIdx.x), q_len);
+    const int t = col0 + static_cast<int>(threadIdx.x);
+    const float2 statistics = QueryStatistics<T, kModified>(lse + group * args.q_len,
+                                                            delta + group * args.q_len, t, q_len);
+    return float3{statistics.x, statistics.y,
+                  kModified ? QueryRest(rest ? rest + group * args.q_len : nullptr, t, q_len) : 0};
   };
-  const auto column_rest = [&](int col0, int64_t group) {
-    return QueryRest(rest ? rest + group * args.q_len : nullptr,
-                     col0 + static_cast<int>(threadIdx.x), q_len);
+  const auto store_statistics = [&](int stage, const float3& statistics) {
+    QueryPair& pair = pairs[(stage * kCols + threadIdx.x) / 2];
+    const int i = threadIdx.x % 2;
+    pair.minus_delta[i] = pair.minus_delta[i + 2] = -statistics.y;
+    pair.lse[i] = statistics.x;
+    if constexpr (kModified) pair.rest[i] = statistics.z;
   };
 
   const int64_t first_stride = kByQuery ? args.query_strides.length : args.key_strides.length;
@@ -163,20 +187,21 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                                     rows - row0, v_dim);
   if (iterations > 0) load_streamed(cols_begin, 0, 0);
   CpAsyncCommit();
-  float2 row_statistics[kRowTiles][2];
-  [[maybe_unused]] float row_rest[kRowTiles][2];
+  // As in QueryPair, where rows are queries.
+  [[maybe_unused]] float minus_delta[kRowTiles][4], row_lse[kRowTiles][2], row_rest[kRowTiles][2];
   if constexpr (kByQuery) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int t = warp_row0 + 16 * r + 8 * half + lane / 4;
-        row_statistics[r][half] = QueryStatistics<T, kModified>(lse, delta, t, q_len);
+        const float2 statistics = QueryStatistics<T, kModified>(lse, delta, t, q_len);
+        row_lse[r][half] = statistics.x;
+        minus_delta[r][2 * half] = minus_delta[r][2 * half + 1] = -statistics.y;
         if constexpr (kModified) row_rest[r][half] = QueryRest(rest, t, q_len);
       }
   } else if (iterations > 0 && threadIdx.x < kCols) {
-    statistics[threadIdx.x] = column_statistics(cols_begin, 0);
-    if constexpr (kModified) rests[threadIdx.x] = column_rest(cols_begin, 0);
+    store_statistics(0, column_statistics(cols_begin, 0));
   }
 
   const uint32_t lane_row =
@@ -189,6 +214,23 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   float acc[Config::kLogits ? kRowTiles : 1][kDim / 8][4] = {};         // dquery or dkey
   float acc_value[Config::kWeights ? kRowTiles : 1][kDim / 8][4] = {};  // dvalue
 
+  [[maybe_unused]] Operand<T, 4> kept[kRowTiles][Layout::kSteps];
+  if constexpr (Config::kKeepsFirst) {
+    CpAsyncWait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int k = 0; k < Layout::kSteps; ++k) kept[r][k] = LoadOperandA<T, kDim>(lane_row, r, k);
+  }
+  const auto first_operand = [&](int r, int k) {
+    if constexpr (Config::kKeepsFirst) return kept[r][k];
+    return LoadOperandA<T, kDim>(lane_row, r, k);
+  };
+  const auto second_operand = [&](int r, int k) {
+    return LoadOperandA<T, kDim>(lane_row + Config::kStationaryBytes, r, k);
+  };
+
   int col0 = cols_begin, stage = 0;
   int64_t group = 0;
   for (int64_t iteration = 0; iteration < iterations; ++iteration, stage ^= 1) {
@@ -197,97 +239,108 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const bool last_of_group = col0 + kCols >= cols_end;
     const int next_col0 = last_of_group ? cols_begin : col0 + kCols;
     const int64_t next_group = group + last_of_group;
-    float2 next_statistics;
-    [[maybe_unused]] float next_rest;
+    float3 next_statistics;
     if (iteration + 1 < iterations) {
       load_streamed(next_col0, next_group, stage ^ 1);
-      if (!kByQuery && threadIdx.x < kCols) {
+      if (!kByQuery && threadIdx.x < kCols)
         next_statistics = column_statistics(next_col0, next_group);
-        if constexpr (kModified) next_rest = column_rest(next_col0, next_group);
-      }
     }
     CpAsyncCommit();
 
-    const bool any = kByQuery ? band.HoldsAny(warp_row0, 16 * kRowTiles, col0, kCols)
-                              : band.HoldsAny(col0, kCols, warp_row0, 16 * kRowTiles);
-    if (any || whole_range) {
-      const uint32_t first = stages + stage * 2 * Config::kStreamedBytes;
+    const uint32_t tile = stages + stage * 2 * Config::kStreamedBytes;
+    // The products of columns [chunk0, chunk0 + kChunk) of the tile. `whole`: all of their scores
+    // are inside the band and the tensors. kPlain: and nothing else forbids or moves them; such
+    // code has no branch, and the scheduler mixes products and exponentials.
+    const auto take = [&]<bool kPlain>(int chunk0, bool whole) {
+      const uint32_t first = tile + chunk0 * Layout::kRowBytes;
       const uint32_t second = first + Config::kStreamedBytes;
-      float p[kRowTiles][kCols / 8][4];
-      MultiplyByRows<T, kDim, kRowTiles, kCols>(p, lane_row,
-                                                first + Layout::LaneOffsetByColumn(lane));
-      float dlogits[Config::kLogits ? kRowTiles : 1][kCols / 8][4];
-      if constexpr (Config::kLogits)
-        MultiplyByRows<T, kDim, kRowTiles, kCols>(dlogits, lane_row + Config::kStationaryBytes,
-                                                  second + Layout::LaneOffsetByColumn(lane));
-      // Rows and queries past the end may stay in a whole tile: they are not stored, or have p = 0.
-      const bool whole =
-          kByQuery ? col0 + kCols <= kv_len && band.HoldsAll(warp_row0, 16 * kRowTiles, col0, kCols)
-                   : band.HoldsAll(col0, kCols, warp_row0, 16 * kRowTiles);
-      // dp, in `dlogits`, less delta, which stands before the slope of the cap.
-      const auto pair_at = [&](int n) {
-        return kByQuery ? float4{}
-                        : *reinterpret_cast<const float4*>(
-                              &statistics[stage * kCols + 8 * n + lane % 4 * 2]);
-      };
-      const auto statistic_of = [&](const float4& pair, int r, int i) {
-        return kByQuery     ? row_statistics[r][i / 2]
-               : i % 2 == 0 ? float2{pair.x, pair.y}
-                            : float2{pair.z, pair.w};
-      };
-      if constexpr (Config::kLogits)
+      const QueryPair* chunk_pairs = pairs + (stage * kCols + chunk0) / 2 + lane % 4;
+      const auto pair_at = [&](int n) -> const QueryPair& { return chunk_pairs[4 * n]; };
+      float p[kRowTiles][kChunk / 8][4] = {};
+      AccumulateByRows<T, kDim, kRowTiles, kChunk>(p, first_operand,
+                                                   first + Layout::LaneOffsetByColumn(lane));
+
+      // dp less delta, which stands before the slope of the cap: products start from -delta.
+      [[maybe_unused]] float dlogits[Config::kLogits ? kRowTiles : 1][kChunk / 8][4];
+      if constexpr (Config::kLogits) {
 #pragma unroll
-        for (int n = 0; n < kCols / 8; ++n) {
-          const float4 pair = pair_at(n);
+        for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) dlogits[r][n][i] -= statistic_of(pair, r, i).y;
-        }
-      ApplyBandMaskBias<T, kByQuery, kModified>(p, args, band, offsets, warp_row0, col0, whole,
-                                                [&](int r, int n, int i, float slope) {
-                                                  if constexpr (Config::kLogits)
-                                                    if (behind_cap) dlogits[r][n][i] *= slope;
-                                                });
+            for (int i = 0; i < 4; ++i)
+              dlogits[r][n][i] = kByQuery ? minus_delta[r][i] : pair_at(n).minus_delta[i];
+        AccumulateByRows<T, kDim, kRowTiles, kChunk>(dlogits, second_operand,
+                                                     second + Layout::LaneOffsetByColumn(lane));
+      }
+      if constexpr (!kPlain) {
+        ApplyBandMaskBias<T, kByQuery, kModified>(p, args, band, offsets, warp_row0, col0 + chunk0,
+                                                  whole, [&](int r, int n, int i, float slope) {
+                                                    if constexpr (Config::kLogits)
+                                                      if (behind_cap) dlogits[r][n][i] *= slope;
+                                                  });
+        // Where a key is not allowed: whatever value holds there, NaN too.
+        if constexpr (Config::kLogits)
 #pragma unroll
-      for (int n = 0; n < kCols / 8; ++n) {
-        const int col = 8 * n + lane % 4 * 2;
-        const float4 pair = pair_at(n);
-        float2 rest_pair = {};
-        if constexpr (kModified && !kByQuery)
-          rest_pair = *reinterpret_cast<const float2*>(&rests[stage * kCols + col]);
+          for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 4; ++i)
+                if (p[r][n][i] == -INFINITY) dlogits[r][n][i] = 0;
+      }
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float2 statistic = statistic_of(pair, r, i);
-            const float logit = p[r][n][i];
-            float exponent = (logit * factor - statistic.x) * kPerUnit;
+            const float lse = kByQuery ? row_lse[r][i / 2] : pair_at(n).lse[i % 2];
+            float exponent = (p[r][n][i] * factor - lse) * kPerUnit;
             if constexpr (kModified)
-              exponent -= kByQuery ? row_rest[r][i / 2] : i % 2 == 0 ? rest_pair.x : rest_pair.y;
+              exponent -= kByQuery ? row_rest[r][i / 2] : pair_at(n).rest[i % 2];
             p[r][n][i] = Exp2(exponent);
-            if constexpr (Config::kLogits) {
+          }
+      if constexpr (Config::kWeights)
+        AccumulateWeighted<T, kDim, kRowTiles, kChunk>(acc_value, p,
+                                                       second + Layout::LaneOffsetOfB(lane));
+      if constexpr (Config::kLogits) {
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
               float& dlogit = dlogits[r][n][i];
-              dlogit = logit == -INFINITY ? 0.f : p[r][n][i] * dlogit;
+              dlogit *= p[r][n][i];
               if constexpr (kModified && kByQuery) {
-                const int t = warp_row0 + 16 * r + lane / 4 + i / 2 * 8, s = col0 + col + i % 2;
+                const int t = warp_row0 + 16 * r + lane / 4 + i / 2 * 8;
+                const int s = col0 + chunk0 + 8 * n + lane % 4 * 2 + i % 2;
                 if (args.dbias && t < q_len && s < kv_len)
                   args.dbias[(first_row + t) * args.kv_len + s] = dlogit;
               }
             }
-          }
+        AccumulateWeighted<T, kDim, kRowTiles, kChunk>(acc, dlogits,
+                                                       first + Layout::LaneOffsetOfB(lane));
       }
-      if constexpr (Config::kWeights)
-        AccumulateWeighted<T, kDim, kRowTiles, kCols>(acc_value, p,
-                                                      second + Layout::LaneOffsetOfB(lane));
-      if constexpr (Config::kLogits)
-        AccumulateWeighted<T, kDim, kRowTiles, kCols>(acc, dlogits,
-                                                      first + Layout::LaneOffsetOfB(lane));
+    };
+#pragma unroll 1
+    for (int chunk0 = 0; chunk0 < kCols; chunk0 += kChunk) {
+      const int chunk_col0 = col0 + chunk0;
+      const bool any = kByQuery ? band.HoldsAny(warp_row0, 16 * kRowTiles, chunk_col0, kChunk)
+                                : band.HoldsAny(chunk_col0, kChunk, warp_row0, 16 * kRowTiles);
+      if (!any && !whole_range) continue;
+      // Rows and queries past the end may stay in a whole tile: they are not stored, or have p = 0.
+      const bool whole = kByQuery ? chunk_col0 + kChunk <= kv_len &&
+                                        band.HoldsAll(warp_row0, 16 * kRowTiles, chunk_col0, kChunk)
+                                  : band.HoldsAll(chunk_col0, kChunk, warp_row0, 16 * kRowTiles);
+      if (!kModified && whole)
+        take.template operator()<!kModified>(chunk0, whole);
+      else
+        take.template operator()<false>(chunk0, whole);
     }
-    if (!kByQuery && iteration + 1 < iterations && threadIdx.x < kCols) {
-      statistics[(stage ^ 1) * kCols + threadIdx.x] = next_statistics;
-      if constexpr (kModified) rests[(stage ^ 1) * kCols + threadIdx.x] = next_rest;
-    }
+    if (!kByQuery && iteration + 1 < iterations && threadIdx.x < kCols)
+      store_statistics(stage ^ 1, next_statistics);
     if (next_group != group) offsets.NextOfGroup(args);
     col0 = next_col0;
     group = next_group;
@@ -324,7 +377,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         for (int i = 0; i < 4; ++i) {
           float row_factor = args.scale + poison;
           if constexpr (kByQuery)
-            if (args.masked_row == MaskedRow::kNan && row_statistics[r][i / 2].x == INFINITY)
+            if (args.masked_row == MaskedRow::kNan && row_lse[r][i / 2] == INFINITY)
               row_factor = NAN;
           acc[r][n][i] *= row_factor;
         }

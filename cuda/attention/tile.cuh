@@ -71,27 +71,41 @@ __device__ __forceinline__ void LoadTile(uint32_t tile, const T* source, int64_t
   }
 }
 
-/// scores[r][n] = rows of A . rows of B. `a` is LaneOffset of the warp's first row of A, `b`
-/// LaneOffsetByColumn of the first row of B.
-template <typename T, int kDim, int kRowTiles, int kCols>
-__device__ __forceinline__ void MultiplyByRows(float (&scores)[kRowTiles][kCols / 8][4], uint32_t a,
-                                               uint32_t b) {
+/// The same where nothing is to become zeros: with a third of the instructions.
+template <int kRows, int kDim, int kThreads, typename T>
+__device__ __forceinline__ void LoadWholeTile(uint32_t tile, const T* source, int64_t stride) {
   using Layout = TileLayout<T, kDim>;
+  constexpr int kRowsPerStep = kThreads / Layout::kChunksPerRow;
+  static_assert(kThreads % Layout::kChunksPerRow == 0 && kRows % kRowsPerStep == 0);
+  const int first_row = threadIdx.x / Layout::kChunksPerRow;
+  const int chunk = threadIdx.x % Layout::kChunksPerRow;
+  const T* row_source = source + first_row * stride + chunk * Layout::kChunk;
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-    for (int n = 0; n < kCols / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) scores[r][n][i] = 0;
+  for (int i = 0; i < kRows / kRowsPerStep; ++i) {
+    CpAsync16(tile + Layout::Offset(first_row + i * kRowsPerStep, chunk), row_source);
+    row_source += kRowsPerStep * stride;
+  }
+}
+
+/// Step k of row tile r of A. `a`: LaneOffset of the warp's first row of A.
+template <typename T, int kDim>
+__device__ __forceinline__ Operand<T, 4> LoadOperandA(uint32_t a, int r, int k) {
+  uint32_t fragment[4];
+  LoadMatrix4(fragment, TileLayout<T, kDim>::Move(a, 16 * r, k));
+  return Operand<T, 4>(fragment);
+}
+
+/// scores[r][n] += rows of A . rows of B. `operand_of(r, k)`: step k of row tile r of the warp's A;
+/// `b`: LaneOffsetByColumn of the first row of B.
+template <typename T, int kDim, int kRowTiles, int kCols, typename OperandOf>
+__device__ __forceinline__ void AccumulateByRows(float (&scores)[kRowTiles][kCols / 8][4],
+                                                 OperandOf operand_of, uint32_t b) {
+  using Layout = TileLayout<T, kDim>;
 #pragma unroll
   for (int k = 0; k < Layout::kSteps; ++k) {
     Operand<T, 4> operand_a[kRowTiles];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      uint32_t fragment[4];
-      LoadMatrix4(fragment, Layout::Move(a, 16 * r, k));
-      operand_a[r] = Operand<T, 4>(fragment);
-    }
+    for (int r = 0; r < kRowTiles; ++r) operand_a[r] = operand_of(r, k);
 #pragma unroll
     for (int n = 0; n < kCols / 16; ++n) {
       uint32_t fragment[4];
@@ -104,6 +118,21 @@ __device__ __forceinline__ void MultiplyByRows(float (&scores)[kRowTiles][kCols 
       }
     }
   }
+}
+
+/// scores[r][n] = rows of A . rows of B. `a` is LaneOffset of the warp's first row of A, `b`
+/// LaneOffsetByColumn of the first row of B.
+template <typename T, int kDim, int kRowTiles, int kCols>
+__device__ __forceinline__ void MultiplyByRows(float (&scores)[kRowTiles][kCols / 8][4], uint32_t a,
+                                               uint32_t b) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int n = 0; n < kCols / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[r][n][i] = 0;
+  AccumulateByRows<T, kDim, kRowTiles, kCols>(
+      scores, [&](int r, int k) { return LoadOperandA<T, kDim>(a, r, k); }, b);
 }
 
 /// acc += weights (rounded to T) . B, where row s of B belongs to column s of the weights. `b` is

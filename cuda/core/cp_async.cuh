@@ -11,7 +11,12 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// 16 bytes, both addresses 16-byte aligned; zeros if not `valid` (`global` is then not read).
+/// 16 bytes, both addresses 16-byte aligned.
+__device__ __forceinline__ void CpAsync16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(global) : "memory");
+}
+
+/// The same; zeros if not `valid` (`global` is then not read).
 __device__ __forceinline__ void CpAsync16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
                "r"(valid ? 16 : 0)
