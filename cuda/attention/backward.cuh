@@ -18,10 +18,9 @@
 
 namespace zenith::attention {
 
-/// Of two neighbouring queries: what the accumulators of dp start from, the four elements that a
-/// lane has of their columns; lse in T's unit; lse_rest in units of log2.
+/// Of two neighbouring queries: -delta, and lse in T's unit.
 struct alignas(16) QueryPair {
-  float minus_delta[4], lse[2], rest[2];
+  float minus_delta[2], lse[2];
 };
 
 enum class Gradient { kQuery, kKeyValue, kKey, kValue };
@@ -54,7 +53,7 @@ struct BackwardConfig {
   static constexpr int kTilesBytes =
       (kLogits ? 2 : 1) * kStationaryBytes + kStages * 2 * kStreamedBytes;
   static constexpr int kSharedBytes =
-      kTilesBytes + (kByQuery ? 0 : kStages * kCols / 2 * int{sizeof(QueryPair)});
+      kTilesBytes + (kByQuery ? 0 : kStages * kCols / 2 * int{sizeof(QueryPair) + sizeof(float2)});
 };
 
 /// What the queries without an allowed key give to every key of the head, allowed or not: the mean
@@ -94,6 +93,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   constexpr int kRowTiles = Config::kRowTiles, kThreads = Config::kThreads;
   constexpr int kChunk = Config::kChunk;
   constexpr bool kByQuery = Config::kByQuery;
+  // Where a pair of queries serves one row tile alone, one read brings its delta and lse together.
+  constexpr bool kDeltaLast = !kModified && !kByQuery && kRowTiles == 1;
   using T = typename Config::T;
   using Layout = TileLayout<T, kDim>;
   extern __shared__ __align__(kTileAlignment) unsigned char shared[];
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const uint32_t shared_address = SharedAddress(shared);
   const uint32_t stages = shared_address + (Config::kLogits ? 2 : 1) * Config::kStationaryBytes;
   QueryPair* pairs = reinterpret_cast<QueryPair*>(shared + Config::kTilesBytes);
+  float2* rests = reinterpret_cast<float2*>(pairs + Config::kStages * kCols / 2);
 
   // Streamed rows: `cols_begin` to `cols_end`, for each query head of the group when walking by
   // keys. A dense dbias has zeros to be written where nothing is allowed: then none is skipped.
@@ -172,9 +174,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const auto store_statistics = [&](int stage, const float3& statistics) {
     QueryPair& pair = pairs[(stage * kCols + threadIdx.x) / 2];
     const int i = threadIdx.x % 2;
-    pair.minus_delta[i] = pair.minus_delta[i + 2] = -statistics.y;
+    pair.minus_delta[i] = -statistics.y;
     pair.lse[i] = statistics.x;
-    if constexpr (kModified) pair.rest[i] = statistics.z;
+    if constexpr (kModified)
+      reinterpret_cast<float*>(rests)[stage * kCols + threadIdx.x] = statistics.z;
   };
 
   const int64_t first_stride = kByQuery ? args.query_strides.length : args.key_strides.length;
@@ -255,7 +258,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       const uint32_t first = tile + chunk0 * Layout::kRowBytes;
       const uint32_t second = first + Config::kStreamedBytes;
       const QueryPair* chunk_pairs = pairs + (stage * kCols + chunk0) / 2 + lane % 4;
-      const auto pair_at = [&](int n) -> const QueryPair& { return chunk_pairs[4 * n]; };
+      const auto pair_at = [&](int n) {
+        const float4 pair = *reinterpret_cast<const float4*>(&chunk_pairs[4 * n]);
+        return QueryPair{{pair.x, pair.y}, {pair.z, pair.w}};
+      };
+      const auto rest_at = [&](int n, int i) {
+        return reinterpret_cast<const float*>(
+            rests)[stage * kCols + chunk0 + 8 * n + lane % 4 * 2 + i];
+      };
       float p[kRowTiles][kChunk / 8][4] = {};
       AccumulateByRows<T, kDim, kRowTiles, kChunk>(p, first_operand,
                                                    first + Layout::LaneOffsetByColumn(lane));
@@ -269,7 +279,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              dlogits[r][n][i] = kByQuery ? minus_delta[r][i] : pair_at(n).minus_delta[i];
+              dlogits[r][n][i] = kDeltaLast ? 0.f
+                                 : kByQuery ? minus_delta[r][i]
+                                            : pair_at(n).minus_delta[i % 2];
         AccumulateByRows<T, kDim, kRowTiles, kChunk>(dlogits, second_operand,
                                                      second + Layout::LaneOffsetByColumn(lane));
       }
@@ -297,8 +309,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           for (int i = 0; i < 4; ++i) {
             const float lse = kByQuery ? row_lse[r][i / 2] : pair_at(n).lse[i % 2];
             float exponent = (p[r][n][i] * factor - lse) * kPerUnit;
-            if constexpr (kModified)
-              exponent -= kByQuery ? row_rest[r][i / 2] : pair_at(n).rest[i % 2];
+            if constexpr (kModified) exponent -= kByQuery ? row_rest[r][i / 2] : rest_at(n, i % 2);
             p[r][n][i] = Exp2(exponent);
           }
       if constexpr (Config::kWeights)
@@ -312,6 +323,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               float& dlogit = dlogits[r][n][i];
+              if constexpr (kDeltaLast) dlogit += pair_at(n).minus_delta[i % 2];
               dlogit *= p[r][n][i];
               if constexpr (kModified && kByQuery) {
                 const int t = warp_row0 + 16 * r + lane / 4 + i / 2 * 8;
