@@ -277,11 +277,12 @@ Tiling TilingFor(const GroupNormShape& shape, const Device& device, int itemsize
 }
 
 template <typename Args>
-Status Launch(void (*kernel)(Args, Tiling), const Args& args, const Tiling& tiling,
-              size_t shared_bytes, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
+Status Launch(void (*kernel)(Args, Tiling), const Args& args, const Device& device,
+              const Tiling& tiling, size_t shared_bytes, cudaStream_t stream) {
+  // The most, whatever this launch needs: another thread's may come between.
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes);
   if (error == cudaSuccess && tiling.cluster > 8) {
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

@@ -178,7 +178,7 @@ Status LaunchBackward(const GroupNormBackwardArgs& args, const zenith::Launch& l
   const size_t bytes = static_cast<size_t>(sums(tiling.slab_width())) +
                        2 * sizeof(T) * static_cast<size_t>(tiling.slab_width()) *
                            static_cast<size_t>(tiling.kept_rows);
-  return group_norm::Launch(group_norm_backward_kernel<T, kSize>, args, tiling, bytes,
+  return group_norm::Launch(group_norm_backward_kernel<T, kSize>, args, device, tiling, bytes,
                             launch.stream);
 }
 

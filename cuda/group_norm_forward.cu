@@ -150,7 +150,7 @@ Status LaunchForward(const GroupNormForwardArgs& args, const zenith::Launch& lau
   const size_t bytes =
       static_cast<size_t>(sums(tiling.slab_width())) +
       sizeof(T) * static_cast<size_t>(tiling.slab_width()) * static_cast<size_t>(tiling.kept_rows);
-  return group_norm::Launch(group_norm_forward_kernel<T, kSize>, args, tiling, bytes,
+  return group_norm::Launch(group_norm_forward_kernel<T, kSize>, args, device, tiling, bytes,
                             launch.stream);
 }
 

@@ -213,10 +213,10 @@ template <typename Op>
 Status LaunchLongRows(const typename Op::Args& args, const Plan& plan, int64_t batch,
                       const Launch& launch) {
   const auto kernel = long_rows_kernel<Op>;
-  const size_t bytes = size_t{kStageParts} * kPartBytes + (args.late() == nullptr ? 0 : kPartBytes);
-  cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  // The most, whatever this launch needs: another thread's may come between.
+  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           (kStageParts + 1) * kPartBytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -224,7 +224,7 @@ Status LaunchLongRows(const typename Op::Args& args, const Plan& plan, int64_t b
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(batch * plan.groups * plan.blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = (kStageParts + (args.late() == nullptr ? 0 : 1)) * kPartBytes;
   config.stream = launch.stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
