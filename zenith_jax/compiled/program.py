@@ -50,15 +50,23 @@ def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) 
         return ft.partial(executable, arguments)
     (device,) = {d for x in arguments for d in x.devices()} or {native.default_device()}
     sharding = jax.sharding.SingleDeviceSharding(device)
-    expected = [(s.shape, np.dtype(s.dtype)) for s in structs]
+    expected = [(s.shape, np.dtype(s.dtype), _compat.abstract(s.shape, s.dtype)) for s in structs]
+    seen = sharding  # of the latest array: most have the same object, whose comparison is Python's
 
     def call(inputs: Sequence[Any]) -> Sequence[Any]:
+        nonlocal seen
         placed = []
-        for x, (shape, dtype) in zip(inputs, expected, strict=True):
-            if isinstance(x, np.ndarray) and x.dtype == dtype:
-                x = _compat.array_of_numpy(x, sharding, device)
-            elif not isinstance(x, jax.Array) or x.sharding != sharding:
+        for x, (shape, dtype, aval) in zip(inputs, expected, strict=True):
+            if isinstance(x, np.ndarray) and x.dtype == dtype and x.shape == shape:
+                placed.append(_compat.array_of_numpy(x, aval, sharding, device))
+                continue
+            if not isinstance(x, jax.Array):
                 x = jax.device_put(x, sharding)
+            elif (given := x.sharding) is not seen:
+                if given == sharding:
+                    seen = given
+                else:
+                    x = jax.device_put(x, sharding)
             if x.shape != shape or x.dtype != dtype:
                 raise InputError(f"expected an array of {dtype}{list(shape)}, got {x.dtype}{list(x.shape)}")
             placed.append(x)

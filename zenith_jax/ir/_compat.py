@@ -7,7 +7,9 @@ Supported: jax 0.10.2 to 0.12. What changed between them that matters here:
 
 from __future__ import annotations
 
+import ctypes
 import functools as ft
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -268,9 +270,22 @@ def array_from_dlpack(capsule: Any, device: Any, stream: int | None) -> jax.Arra
     return _jax.dlpack_managed_tensor_to_buffer(capsule, device, stream, None, *kind)
 
 
-def array_of_numpy(x: np.ndarray, sharding: Any, device: Any) -> jax.Array:
-    """`jax.device_put(x, sharding)`, of one device, in 3 us for 32: x must have a dtype that JAX has."""
-    return xla_client.batched_device_put(_core.ShapedArray(x.shape, x.dtype), sharding, [x], [device])
+def abstract(shape: Sequence[int], dtype: Any) -> Any:
+    """The type of an array."""
+    return _core.ShapedArray(tuple(shape), dtype)
+
+
+def array_of_numpy(x: np.ndarray, aval: Any, sharding: Any, device: Any) -> jax.Array:
+    """`jax.device_put(x, sharding)`, of one device, in 3 us for 32: x must have the type `aval`, of `abstract`."""
+    return xla_client.batched_device_put(aval, sharding, [x], [device])
+
+
+def array_at(address: int, shape: Sequence[int], dtype: Any, sharding: Any, device: Any) -> jax.Array:
+    """An array in memory that it does not own, of the host; a copy where JAX wants it aligned otherwise."""
+    dtype = np.dtype(dtype)
+    memory = (ctypes.c_ubyte * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    view = np.frombuffer(memory, dtype).reshape(shape)
+    return array_of_numpy(view, abstract(shape, dtype), sharding, device)
 
 
 def dlpack_of_array(array: jax.Array, stream: int | None) -> Any:
@@ -361,4 +376,8 @@ def direct_execution(compiled: Any, params: Sequence[jax.Array]) -> Callable[[Se
     def call(inputs: Sequence[jax.Array]) -> list[Any]:
         return execute([*bound, *(inputs[i] for i in positions)]).consume_with_handlers(handlers)
 
-    return call
+    def call_with_all(inputs: Sequence[jax.Array]) -> list[Any]:
+        return execute([*bound, *inputs]).consume_with_handlers(handlers)
+
+    inputs_count = len(jax.tree.leaves(compiled.in_avals)) - len(params)
+    return call_with_all if positions == list(range(inputs_count)) else call
