@@ -1,6 +1,7 @@
 // Tensors of a framework and the memory of arrays without the framework's Python between them, by
 // DLPack's C exchange API (https://dmlc.github.io/dlpack/latest/c_api.html, version 1), which torch
-// offers as torch.Tensor.__dlpack_c_exchange_api__. Used by zenith_jax/frontends/torch/ only.
+// offers as torch.Tensor.__dlpack_c_exchange_api__; of TensorFlow's, by the buffers that they have.
+// Used by zenith_jax/frontends/ and serving/.
 //
 // Start at DefineExchange, which says what each class is for. Everything here holds Python's lock.
 #include "ffi/exchange.h"
@@ -8,8 +9,10 @@
 #include <nanobind/stl/pair.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -63,6 +66,32 @@ struct DlExchangeApi {
 constexpr uint32_t kMajor = 1;
 
 using IntPair = std::pair<int, int>;
+
+/// Names of methods and attributes as Python has them: a C string becomes one anew in each call.
+struct Names {
+  nb::str is_neg = Interned("is_neg");
+  nb::str version = Interned("_version");
+  nb::str block_until_ready = Interned("block_until_ready");
+  nb::str unsafe_buffer_pointer = Interned("unsafe_buffer_pointer");
+
+  static const Names& Get() {
+    static const Names& names = *new Names;  // not let go of when there is no interpreter any more
+    return names;
+  }
+
+ private:
+  static nb::str Interned(const char* name) {
+    return nb::steal<nb::str>(PyUnicode_InternFromString(name));
+  }
+};
+
+nb::object CallMethod(nb::handle object, const nb::str& name) {
+  PyObject* self = object.ptr();
+  PyObject* result =
+      PyObject_VectorcallMethod(name.ptr(), &self, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  if (result == nullptr) throw nb::python_error();
+  return nb::steal(result);
+}
 
 // ---- Classes
 // --------------------------------------------------------------------------------------
@@ -210,7 +239,7 @@ class Inlet {
       return nb::none();
     }
     // The sign of a view of a conjugate's imaginary part is not in its memory.
-    if (nb::cast<bool>(object.attr("is_neg")())) return nb::none();
+    if (CallMethod(object, Names::Get().is_neg).is(Py_True)) return nb::none();
     const auto found = arrays_.find(Address(tensor));
     return found == arrays_.end() ? nb::none() : found->second;
   }
@@ -258,7 +287,7 @@ class Watch {
       if (!IsHeld(e)) return false;
     }
     for (const auto& [tensor, version] : versions_) {
-      if (nb::cast<int64_t>(tensor.attr("_version")) != version) return false;
+      if (nb::cast<int64_t>(tensor.attr(Names::Get().version)) != version) return false;
     }
     return true;
   }
@@ -339,19 +368,177 @@ class Watch {
   std::vector<std::pair<nb::object, int64_t>> versions_;
 };
 
-int TraverseWatch(PyObject* self, visitproc visit, void* arg) {
+/// All of a call like an earlier one but the program.
+class Repeated {
+ public:
+  Repeated(nb::list inlets, nb::list outlets, nb::object watch, size_t count, nb::tuple refusals,
+           nb::object run, nb::object before, nb::object after, nb::object packed,
+           nb::object missed)
+      : inlets_(Pointers<Inlet>(inlets)),
+        outlets_(Pointers<Outlet>(outlets)),
+        watch_(nb::cast<const Watch*>(watch)),
+        count_(count),
+        held_{std::move(inlets),   std::move(outlets), std::move(watch),
+              std::move(refusals), std::move(run),     std::move(before),
+              std::move(after),    std::move(packed),  std::move(missed)} {}
+
+  nb::object Call(const nb::tuple& args) const {
+    if (args.size() != count_) return held_.missed;
+    for (nb::handle refuses : held_.refusals) {
+      if (IsTrue(nb::steal(PyObject_CallNoArgs(refuses.ptr())))) return held_.missed;
+    }
+    nb::list inputs;
+    for (const Inlet* inlet : inlets_) {
+      nb::object array = inlet->Find(args);
+      if (array.is_none()) return held_.missed;
+      inputs.append(std::move(array));
+    }
+    if (!watch_->Holds(args)) return held_.missed;
+    if (!held_.before.is_none() && IsTrue(held_.before())) return held_.missed;
+    const nb::object results = held_.run(inputs);
+    const bool is_ordered = !held_.after.is_none();
+    if (is_ordered) held_.after();
+    nb::list tensors;
+    for (nb::handle result : results) {
+      const size_t i = tensors.size();
+      if (i == outlets_.size()) throw nb::value_error("the program has more results than before");
+      if (!is_ordered) CallMethod(result, Names::Get().block_until_ready);
+      const auto address =
+          nb::cast<uintptr_t>(CallMethod(result, Names::Get().unsafe_buffer_pointer));
+      tensors.append(outlets_[i]->Tensor(address, result));
+    }
+    return held_.packed.is_none() ? nb::object(tensors[0]) : held_.packed(tensors);
+  }
+
+  int Traverse(visitproc visit, void* arg) const {
+    for (nb::handle h : held_.All()) Py_VISIT(h.ptr());
+    return 0;
+  }
+
+  void Clear() {
+    count_ = SIZE_MAX;  // no call is like this
+    const Held dropped = std::exchange(held_, Held{});
+  }
+
+ private:
+  struct Held {
+    nb::list inlets, outlets;
+    nb::object watch = nb::none();
+    nb::tuple refusals;
+    nb::object run = nb::none(), before = nb::none(), after = nb::none(), packed = nb::none(),
+               missed = nb::none();
+
+    std::array<nb::handle, 9> All() const {
+      return {inlets, outlets, watch, refusals, run, before, after, packed, missed};
+    }
+  };
+
+  template <typename T>
+  static std::vector<const T*> Pointers(const nb::list& objects) {
+    std::vector<const T*> pointers;
+    for (nb::handle object : objects) pointers.push_back(nb::cast<const T*>(object));
+    return pointers;
+  }
+
+  static bool IsTrue(const nb::object& value) {
+    if (!value.is_valid()) throw nb::python_error();
+    const int is_true = PyObject_IsTrue(value.ptr());
+    if (is_true < 0) throw nb::python_error();
+    return is_true != 0;
+  }
+
+  std::vector<const Inlet*> inlets_;
+  std::vector<const Outlet*> outlets_;
+  const Watch* watch_;
+  size_t count_;
+  Held held_;
+};
+
+/// Arrays of the memory of objects of one type that have a buffer (PEP 3118), found by address,
+/// sizes and element type. For frameworks without DLPack's C interface.
+class Buffers {
+ public:
+  explicit Buffers(nb::handle type) : type_(nb::borrow(type)) {}
+
+  nb::object Find(nb::handle object) const {
+    const View view(*this, object);
+    if (!view) return nb::none();
+    const auto found = arrays_.find(view->buf);
+    return found != arrays_.end() && found->second.Fits(*view) ? found->second.array : nb::none();
+  }
+
+  /// 0 where it has no dense buffer.
+  uintptr_t Address(nb::handle object) const {
+    const View view(*this, object);
+    return view ? reinterpret_cast<uintptr_t>(view->buf) : 0;
+  }
+
+  void Keep(nb::handle object, nb::object array) {
+    const View view(*this, object);
+    if (!view) return;
+    std::unordered_map<const void*, Kept> dropped;  // at the end, as Inlet::Keep says
+    if (arrays_.size() >= kMostKept) dropped.swap(arrays_);
+    Kept kept{view->format == nullptr ? "B" : view->format,
+              {view->shape, view->shape + view->ndim},
+              std::move(array)};
+    std::swap(arrays_[view->buf], kept);
+  }
+
+ private:
+  struct Kept {
+    std::string format;
+    std::vector<Py_ssize_t> shape;
+    nb::object array;
+
+    bool Fits(const Py_buffer& view) const {
+      return format == (view.format == nullptr ? "B" : view.format) &&
+             shape.size() == static_cast<size_t>(view.ndim) &&
+             std::equal(shape.begin(), shape.end(), view.shape);
+    }
+  };
+
+  class View {
+   public:
+    View(const Buffers& buffers, nb::handle object) {
+      if (!object.type().is(buffers.type_)) return;
+      is_valid_ = PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_ND | PyBUF_FORMAT) == 0;
+      if (!is_valid_) PyErr_Clear();  // its caller takes another way
+    }
+    View(const View&) = delete;
+    ~View() {
+      if (is_valid_) PyBuffer_Release(&buffer_);
+    }
+
+    explicit operator bool() const { return is_valid_; }
+    const Py_buffer* operator->() const { return &buffer_; }
+    const Py_buffer& operator*() const { return buffer_; }
+
+   private:
+    Py_buffer buffer_;
+    bool is_valid_ = false;
+  };
+
+  static constexpr size_t kMostKept = 64;
+  nb::object type_;
+  std::unordered_map<const void*, Kept> arrays_;
+};
+
+template <typename T>
+int Traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
-  return nb::inst_ready(self) ? nb::inst_ptr<Watch>(self)->Traverse(visit, arg) : 0;
+  return nb::inst_ready(self) ? nb::inst_ptr<T>(self)->Traverse(visit, arg) : 0;
 }
 
-int ClearWatch(PyObject* self) {
-  nb::inst_ptr<Watch>(self)->Clear();
+template <typename T>
+int Clear(PyObject* self) {
+  nb::inst_ptr<T>(self)->Clear();
   return 0;
 }
 
-PyType_Slot kWatchSlots[] = {{Py_tp_traverse, reinterpret_cast<void*>(TraverseWatch)},
-                             {Py_tp_clear, reinterpret_cast<void*>(ClearWatch)},
-                             {0, nullptr}};
+template <typename T>
+PyType_Slot kCollected[] = {{Py_tp_traverse, reinterpret_cast<void*>(Traverse<T>)},
+                            {Py_tp_clear, reinterpret_cast<void*>(Clear<T>)},
+                            {0, nullptr}};
 
 }  // namespace
 
@@ -375,7 +562,7 @@ void DefineExchange(nb::module_& m) {
       .def("find", &Inlet::Find, arg("args"),
            "What was kept for the memory of the tensor there; None where it is no dense tensor of "
            "this kind, or its memory is new.");
-  nb::class_<Watch>(m, "Watch", nb::type_slots(kWatchSlots),
+  nb::class_<Watch>(m, "Watch", nb::type_slots(kCollected<Watch>),
                     "What must be as it was for a call to be like an earlier one.")
       .def(nb::init<const Exchange*>(), arg("exchange"), keep_alive<1, 2>())
       .def("tensor", &Watch::Tensor, arg("holder"), arg("key"), arg("tensor"), arg("address"),
@@ -387,6 +574,26 @@ void DefineExchange(nb::module_& m) {
       .def("value", &Watch::Value, arg("holder"), arg("key"), arg("value"),
            "holder[key] is this object.")
       .def("holds", &Watch::Holds, arg("args"));
+  nb::class_<Buffers>(m, "Buffers", "Arrays of the memory of objects of a type with a buffer.")
+      .def(nb::init<nb::handle>(), arg("type"))
+      .def("find", &Buffers::Find, arg("object"),
+           "What was kept for the memory of the object, its sizes and element type; None without.")
+      .def("address", &Buffers::Address, arg("object"),
+           "Where its elements lie; 0 where it is of another type or has no dense buffer.")
+      .def("keep", &Buffers::Keep, arg("object"), arg("array"));
+  nb::class_<Repeated>(m, "Repeated", nb::type_slots(kCollected<Repeated>),
+                       "Calls of a program with tensors, like an earlier one. count: of arguments. "
+                       "refusals: called with nothing; a call is not like the earlier one where "
+                       "one of them returns something true. run: (list of arrays) -> results. "
+                       "before, after: called around it, or None; `before` refuses too, and after "
+                       "`after` no result is waited for. packed: (list of tensors) -> what is "
+                       "returned; None: the first. missed: what is returned where the call is not "
+                       "like the earlier one.")
+      .def(nb::init<nb::list, nb::list, nb::object, size_t, nb::tuple, nb::object, nb::object,
+                    nb::object, nb::object, nb::object>(),
+           arg("inlets"), arg("outlets"), arg("watch"), arg("count"), arg("refusals"), arg("run"),
+           arg("before").none(), arg("after").none(), arg("packed").none(), arg("missed"))
+      .def("call", &Repeated::Call, arg("args"));
 }
 
 }  // namespace zenith

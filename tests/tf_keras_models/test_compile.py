@@ -113,6 +113,51 @@ def test_compiled_saved_and_loaded_without_tensorflow(cnn, tmp_path):
     np.testing.assert_allclose(result, cnn(x, training=False).numpy(), **CLOSE)
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inputs_are_read_where_they_lie_and_results_outlive_them(mode):
+    """Arrays are kept by the memory of tensors, which TensorFlow gives to other tensors."""
+    double = tf.function(lambda x: {"twice": x * 2, "sum": tf.reduce_sum(x)})
+    x = tf.random.normal((4, 32))
+    signature = [tf.TensorSpec((None, 32), tf.float32)]
+    functions = zenith.compile(double, x, mode=mode), zenith.tensorflow.compile(double, signature=signature)
+    for fast in functions:
+        kept = []
+        for i in range(20):
+            x = tf.random.normal((4, 32)) + i
+            kept.append((fast(x), double(x)))
+        wrong = tf.zeros((4, 32), tf.int32)  # of the same sizes
+        for _ in range(2):
+            with pytest.raises(InputError):
+                fast(wrong)
+        for actual, expected in kept:
+            same(actual, expected)
+
+
+def test_a_model_that_returns_its_input_gives_memory_of_its_own():
+    both = tf.function(lambda x, y: (x, tf.identity(y), x + y))
+    spec = tf.TensorSpec((None, 32), tf.float32)
+    fast = zenith.tensorflow.compile(both, signature=[spec, spec])
+    kept = []
+    for i in range(20):
+        rows = 4 + i % 2
+        x, y = tf.random.normal((rows, 32)) + i, tf.random.normal((rows, 32))
+        kept.append((fast(x, y), (x.numpy(), y.numpy(), x.numpy() + y.numpy())))
+        same(zenith.compile(both, x, y)(x, y) if i < 2 else fast(x, y), both(x, y))
+        del x, y
+    for actual, expected in kept:
+        for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a.numpy(), b, **CLOSE)
+
+
+def test_a_call_like_an_earlier_one_makes_no_array(cnn):
+    x = images(4)
+    model = zenith.compile(cnn, x)
+    model(x)
+    adapt = model.interface.adapt
+    assert adapt((x,))[0] is adapt((x,))[0]
+    assert adapt((x[:2],))[0].shape == (2, 28, 28, 1)  # at the same address, if TensorFlow slices in place
+
+
 def test_wrong_models_and_inputs(cnn, tmp_path):
     damaged = tmp_path / "damaged"
     damaged.mkdir()
