@@ -137,7 +137,7 @@ def test_calls_are_repeated_and_results_come_in_order():
         y = fast(x)
         torch.cuda.synchronize()
         expected.append(y.float().sum())
-    assert fast._engine.repeated is not None and fast._engine.repeated.stream is not None
+    assert fast._engine.repeated is not None and fast._engine.repeated.executable.outlet.stream is not None
     torch.cuda.synchronize()
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
         with torch.cuda.stream(stream):

@@ -4,6 +4,8 @@ import gc
 import threading
 import weakref
 
+import jax
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,7 +13,7 @@ pytest.importorskip("onnxscript")
 
 import zenith_jax as zenith
 from zenith_jax.frontends.torch import dynamo, exchange
-from zenith_jax.frontends.torch.errors import FallbackWarning
+from zenith_jax.frontends.torch.errors import FallbackWarning, TorchError
 from zenith_jax.frontends.torch.repeated import MISSED
 
 pytestmark = pytest.mark.skipif(exchange.watch() is None, reason="torch before 2.10 has no C exchange API")
@@ -41,7 +43,7 @@ def fast():
 
 def is_repeated(fast, *args):
     repeated = fast._engine.repeated
-    return repeated is not None and repeated(args) is not MISSED
+    return repeated is not None and repeated.call(args) is not MISSED
 
 
 def check(fast, x):
@@ -231,3 +233,81 @@ def test_tensors_without_memory_are_left_to_torch():
     with pytest.warns(FallbackWarning, match="without memory"):
         found = fast(torch._efficientzerotensor((4, 8)))
     torch.testing.assert_close(found, module(torch.zeros(4, 8)))
+
+
+def test_results_in_any_structure():
+    class Structured(torch.nn.Module):
+        def forward(self, x):
+            a, b = torch.relu(x), torch.tanh(x)
+            return self.form(a, b)
+
+    x = torch.randn(4, 8)
+    for form in (
+        lambda a, b: (a, b),
+        lambda a, b: (b, a),
+        lambda a, b: (a,),
+        lambda a, b: [a, b],
+        lambda a, b: {"b": b, "a": (a, b + 1)},
+    ):
+        module = Structured()
+        module.form = form
+        fast = zenith.torch.compile(module, dynamic=False, strict=True)
+        for _ in range(3):
+            actual, expected = fast(x), module(x)
+            assert type(actual) is type(expected)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        assert is_repeated(fast, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_what_torch_is_doing_is_looked_at(fast):
+    x = torch.randn(4, 8)
+    for _ in range(2):
+        check(fast, x)
+    assert is_repeated(fast, x)
+    with torch.autograd.forward_ad.dual_level():
+        assert not is_repeated(fast, x)
+        with pytest.raises(TorchError, match="forward-mode"):
+            fast(x)
+    is_short = []
+    torch.func.vmap(lambda y: is_short.append(is_repeated(fast, x)) or y)(x)
+    torch.jit.trace(lambda y: is_short.append(is_repeated(fast, x)) or y, (x,), check_trace=False)
+    assert is_short[:2] == [False, False]
+    assert is_repeated(fast, x)
+
+
+def test_the_order_around_a_program_of_a_gpu():
+    """In place of a GPU: what orders the streams comes before and after the program, whose results nobody waits for."""
+
+    class Result:
+        def unsafe_buffer_pointer(self):
+            done.append("pointer")
+            return y.unsafe_buffer_pointer()
+
+    x, y = torch.zeros(4, 8), jax.numpy.arange(32.0).reshape(4, 8)
+    inlet = exchange.inlet(0, np.dtype("float32"), jax.devices()[0], (4, 8))
+    inlet.keep(x.data_ptr(), y)
+    done, refusing = [], [False]
+
+    def before():
+        done.append("before")
+        return refusing[0]
+
+    call = exchange.repeated(
+        inlets=[inlet],
+        outlets=[exchange.outlet(y)],
+        watch=exchange.watch(),
+        count=1,
+        refusals=(lambda: done.append("refusals"),),
+        run=lambda inputs: done.append("run") or [Result() for x in inputs if x is y],
+        before=before,
+        after=lambda: done.append("after"),
+        packed=None,
+        missed=MISSED,
+    )
+    np.testing.assert_array_equal(call((x,)).numpy(), y)
+    assert done == ["refusals", "before", "run", "after", "pointer"]
+    done.clear()
+    refusing[0] = True
+    assert call((x,)) is MISSED and done == ["refusals", "before"]
+    assert call((torch.zeros(4, 8),)) is MISSED and call(()) is MISSED and call((x, x)) is MISSED

@@ -16,9 +16,10 @@ import torch
 
 from zenith_jax.frontends.torch import require
 from zenith_jax.frontends.torch.errors import TorchError, warn_fallback
-from zenith_jax.frontends.torch.module import Engine, runs_in_torch
+from zenith_jax.frontends.torch.module import Engine
 from zenith_jax.frontends.torch.program import Executable
 from zenith_jax.frontends.torch.repeated import MISSED, Repeated, after
+from zenith_jax.frontends.torch.state import runs_in_torch
 from zenith_jax.frontends.torch.weights import Changed
 
 _OPTIONS = {"strict": False, "frozen": False}
@@ -75,16 +76,17 @@ class _Graph:
         self.is_fixed = all(_has_fixed_shape(self.values[i]) for i in self.input_positions)
         self.executable: Executable | None = None
         self.repeated: Repeated | None = None
+        self.__name__ = "zenith"  # torch asks for it in each call
         self.lock = threading.RLock()  # modules of one class share a graph: a call binds its own weights, then runs
 
     def __call__(self, *args: Any) -> Any:
         try:
-            if reason := runs_in_torch():
-                raise TorchError(reason)
             if (repeated := self.repeated) is not None:
-                result = repeated(args)
+                result = repeated.call(args)
                 if result is not MISSED:
                     return result
+            if reason := runs_in_torch():
+                raise TorchError(reason)
             with self.lock:
                 return self._usual(args)
         except TorchError as error:

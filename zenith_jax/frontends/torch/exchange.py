@@ -77,3 +77,10 @@ def watch() -> Any:
     """`.holds(args)` says whether all that was added is as it was."""
     exchange = _exchange()
     return None if exchange is None else exchange[0].Watch(exchange[1])
+
+
+def repeated(**parts: Any) -> Any:
+    """args -> the return value of a call like an earlier one, made of what the functions above have returned."""
+    exchange = _exchange()
+    assert exchange is not None
+    return exchange[0].Repeated(**parts).call

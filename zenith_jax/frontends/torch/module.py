@@ -3,24 +3,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from zenith_jax.frontends.torch.capture import capture
 from zenith_jax.frontends.torch.errors import TorchError, warn_fallback
 from zenith_jax.frontends.torch.program import Executable, Program
 from zenith_jax.frontends.torch.repeated import MISSED, Repeated, after
+from zenith_jax.frontends.torch.state import exporting, runs_in_torch
 from zenith_jax.frontends.torch.weights import Changed, finder
 from zenith_jax.report import Report
 
-_exporting = threading.RLock()  # torch.export patches globals
-# What torch.func.vmap and others are doing, or None.
-_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -57,11 +53,13 @@ class Engine:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's return value. Raises TorchError where it does not run in JAX."""
         if (repeated := self.repeated) is not None and not kwargs:
-            result = repeated(args)
+            result = repeated.call(args)
             if result is not MISSED:
                 return result
+        if reason := runs_in_torch():
+            raise TorchError(reason)
         if not self.frozen and any(held.get(name) is not child for held, name, child in self.children):
-            with _exporting:
+            with exporting:
                 self.reset()
         tensors, structure = _flatten(args, kwargs)
         training = () if self.frozen else tuple([m.training for m in self.modules])
@@ -72,7 +70,7 @@ class Engine:
         try:
             result = executable(tensors, frozen=self.frozen)
         except Changed:
-            with _exporting:
+            with exporting:
                 self.reset()
             return self._prepared(key, tensors, args, kwargs)(tensors)
         if self.repeats and not kwargs and all(type(x) is torch.Tensor for x in args):
@@ -87,11 +85,11 @@ class Engine:
         tensors, _ = _flatten(args, kwargs)
         if not tensors:
             raise TorchError("it is called without a tensor")
-        with _exporting:
+        with exporting:
             return self._captured(tensors, args, kwargs, _autocast(tensors))
 
     def _prepared(self, key: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Executable:
-        with _exporting:
+        with exporting:
             if key in self.ready:
                 return self.ready[key]
             if key in self.refused:
@@ -243,8 +241,6 @@ class CompiledModule(torch.nn.Module):
     def _run(self, args: Any, kwargs: Any) -> Any:
         if torch.is_grad_enabled() and (reason := _needs_gradients(self.module, args, kwargs)):
             return self._fallback(reason, args, kwargs)
-        if reason := runs_in_torch():
-            return self._fallback(reason, args, kwargs)
         try:
             return self._engine(args, kwargs)
         except TorchError as error:
@@ -283,23 +279,6 @@ def _between_graphs(compiled: CompiledModule, args: Any, kwargs: Any) -> Any:
 
 def _compiled(module: torch.nn.Module, dynamic: bool | None, strict: bool, frozen: bool) -> CompiledModule:
     return CompiledModule(module, dynamic=dynamic, strict=strict, frozen=frozen)
-
-
-def runs_in_torch() -> str:
-    """Why a call at this time has to run torch's operators, whatever its arguments; empty where it has not."""
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives are being computed, of which JAX's results would know nothing"
-    if _transforms() is not None:
-        return "a transform of torch.func is at work, whose tensors have no memory of their own"
-    if torch.jit.is_tracing() or (torch.compiler.is_exporting() and _is_exported()):
-        return "its operators are being recorded, by torch.export or torch.jit.trace"
-    return ""
-
-
-def _is_exported() -> bool:
-    """Whether this call is: torch knows of the process only, in which another thread may export a module of ours."""
-    with _exporting:
-        return torch.compiler.is_exporting()
 
 
 def _needs_gradients(module: torch.nn.Module, args: Any, kwargs: Any) -> str:

@@ -9,13 +9,15 @@ and goes the usual way, `module.Engine` and `program.Executable`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools as ft
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from zenith_jax.frontends.torch import exchange
 from zenith_jax.frontends.torch.program import Executable
+from zenith_jax.frontends.torch.state import FLAGS, REFUSALS, is_usual
 from zenith_jax.frontends.torch.tensors import jax_dtype
 from zenith_jax.ir import _compat
 
@@ -23,7 +25,10 @@ MISSED = object()
 
 
 class Repeated:
-    """Calls of an executable with positional tensors of one dtype, size and device each. Made by `after`."""
+    """Calls of an executable with positional tensors of one dtype, size and device each. Made by `after`.
+
+    call: (the tuple of arguments) -> the return value; MISSED where the call is not like the earlier one.
+    """
 
     def __init__(
         self,
@@ -34,32 +39,26 @@ class Repeated:
         watch: Any,
         count: int,
     ):
-        self.executable, self.positions, self.count = executable, positions, count
-        self.inlets, self.outlets, self.watch = inlets, outlets, watch
-        self.run = executable.run
-        self.gpu, self.stream, self.wait = executable.ordinal, executable.outlet.stream, executable.outlet.wait
-        self.kind = "cpu" if self.gpu is None else "cuda"
-
-    def __call__(self, args: tuple[Any, ...]) -> Any:
-        """The return value; MISSED where the call is not like the earlier one."""
-        if len(args) != self.count or torch.is_autocast_enabled(self.kind):
-            return MISSED
-        inputs = [inlet.find(args) for inlet in self.inlets]
-        if any(x is None for x in inputs) or not self.watch.holds(args):
-            return MISSED
-        if self.gpu is None:
-            results = self.run(inputs)
-            for result in results:
-                result.block_until_ready()
-        else:
-            if _compat.execution_stream_id():
-                return MISSED
-            current = torch._C._cuda_getCurrentRawStream(self.gpu)
-            self.wait(self.stream, current, self.gpu)
-            results = self.run(inputs)
-            self.wait(current, self.stream, self.gpu)
-        fresh = [o.tensor(r.unsafe_buffer_pointer(), r) for o, r in zip(self.outlets, results, strict=True)]
-        return fresh[0] if self.executable.is_single else self.executable.packed(fresh)
+        self.executable, self.positions, self.inlets, self.count = executable, positions, inlets, count
+        kind = "cpu" if executable.ordinal is None else "cuda"
+        before, after = (None, None) if executable.ordinal is None else _ordered(executable)
+        packed: Any = executable.packed
+        if executable.is_single:
+            packed = None
+        elif executable.is_tuple and executable.order == list(range(len(outlets))):
+            packed = tuple
+        self.call: Callable[[tuple[Any, ...]], Any] = exchange.repeated(
+            inlets=inlets,
+            outlets=outlets,
+            watch=watch,
+            count=count,
+            refusals=(ft.partial(torch.is_autocast_enabled, kind), *REFUSALS),
+            run=executable.run,
+            before=before,
+            after=after,
+            packed=packed,
+            missed=MISSED,
+        )
 
     def learn(self, args: tuple[Any, ...]) -> None:
         """Takes over the arrays of the inputs' memory that the usual way has made."""
@@ -68,6 +67,22 @@ class Repeated:
             array = inlet.known.get((address, args[position].shape))
             if array is not None:
                 native.keep(address, array)
+
+
+def _ordered(executable: Executable) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """What orders a program of a GPU after what torch's stream has had to do, and that stream after it. The first says
+    whether it cannot."""
+    gpu, stream, wait = executable.ordinal, executable.outlet.stream, executable.outlet.wait
+    assert gpu is not None
+    current = torch._C._cuda_getCurrentRawStream
+
+    def before() -> bool:
+        if _compat.execution_stream_id():
+            return True
+        wait(stream, current(gpu), gpu)
+        return False
+
+    return before, lambda: wait(current(gpu), stream, gpu)
 
 
 def after(
@@ -85,7 +100,7 @@ def after(
     positions: of the inputs among the arguments. weights: of the module's own tensors among them.
     modules: whose train/eval state the program depends on. frozen: as of zenith.torch.compile.
     """
-    if torch.is_autocast_enabled("cpu" if executable.ordinal is None else "cuda"):
+    if torch.is_autocast_enabled("cpu" if executable.ordinal is None else "cuda") or not is_usual():
         return None
     if executable.repeated is None or executable.repeated[0] is not executable.run:
         made = _made(executable, args, positions, weights, modules, children, frozen)
@@ -125,8 +140,8 @@ def _made(
         watch.argument(i, args[i], args[i].data_ptr())
     if not frozen:
         _watch_module(watch, executable, args, weights, modules)
-    for held, name, child in children:
-        watch.value(held, name, child)
+    for held, name, value in (*children, *FLAGS):
+        watch.value(held, name, value)
     if executable.folded is not None:
         _watch_writes(watch, executable.folded.followed)
     if not watch.holds(args):  # a tensor that it cannot read
