@@ -51,6 +51,16 @@ def test_every_request_gets_its_own_rows_and_no_others(shapes, seconds):
             assert got.flags.owndata and got.flags.c_contiguous and got.flags.writeable
 
 
+def test_results_are_given_as_they_are_to_one_request_of_a_compiled_size():
+    batcher = Batcher(INPUTS, DYNAMIC, "batch")
+    for rows, length, others, is_whole in ((4, 5, 0, True), (4, 4, 0, False), (3, 5, 0, False), (1, 2, 1, False)):
+        request = [np.zeros((rows, length, 2), np.float32), np.zeros(rows, np.int32)]
+        (call,) = batcher.calls([request] * (1 + others))
+        assert call.is_whole == is_whole
+        assert call.rows == (rows,) * (1 + others) and call.sizes["length"] == length
+        assert (call.arrays[0] is request[0]) == is_whole
+
+
 def test_as_few_calls_as_fit():
     batcher = Batcher(INPUTS, DYNAMIC, "batch")
     requests = [[np.zeros((n, 2, 2), np.float32), np.zeros(n, np.int32)] for n in (2, 2, 2, 1)]

@@ -22,8 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from zenith_jax import native
 from zenith_jax.compiled import CompiledModel, load
 from zenith_jax.errors import SavedModelError, ZenithError
+from zenith_jax.ir import _compat
 from zenith_jax.serving.ahead import CACHE
 from zenith_jax.serving.batching import Batcher, Call, split
 from zenith_jax.serving.repository import MODEL, SETTINGS
@@ -54,6 +56,11 @@ class Model:
         _use_cache(cache)
         self.compiled = _loaded(folder / MODEL)
         self.compiled.warm_up()
+        self.device = native.default_device()
+        self.sharding = jax.sharding.SingleDeviceSharding(self.device)
+        self.on_cpu = native.platform_of(self.device) == "cpu"
+        buffers = getattr(native.module("cpu"), "Buffers", None) if self.on_cpu else None
+        self.buffers = None if buffers is None else buffers(np.ndarray)
         self.batch: str | None = settings["batch"]
         seconds = {tuple(sizes): took for sizes, took in settings.get("seconds", ())}
         self.batcher = Batcher(self.compiled.inputs, self.compiled.dynamic, self.batch, seconds)
@@ -63,11 +70,30 @@ class Model:
         self.load_seconds = time.perf_counter() - started
 
     def __call__(self, call: Call) -> list[list[Any]]:
-        """The outputs of each request of the call."""
+        """The outputs of each request of the call: NumPy arrays, or JAX arrays on the CPU."""
         program = self.compiled.programs[tuple(call.bucket[n] for n in self.compiled.dynamic)]
         # A failed computation raises here; reading its results would end the process (jaxlib 0.10.2).
-        results = [np.asarray(x.block_until_ready()) for x in program(call.arrays)]
-        return split(self.compiled.outputs, results, call, self.batch)
+        is_whole = self.on_cpu and call.is_whole
+        arrays = [self._in_place(x) for x in call.arrays] if is_whole else call.arrays
+        results = [x.block_until_ready() for x in program(arrays)]
+        if is_whole:
+            return [results]
+        return split(self.compiled.outputs, [np.asarray(x) for x in results], call, self.batch)
+
+    def _in_place(self, x: np.ndarray) -> Any:
+        """An array in the memory of a request's input, which Triton uses again and again. It does not own it: the
+        request is there until it has been answered."""
+        if self.buffers is None:
+            return x
+        array = self.buffers.find(x)
+        if array is None:
+            address = self.buffers.address(x)
+            if not address or not x.size:
+                return x
+            array = _compat.array_at(address, x.shape, x.dtype, self.sharding, self.device)
+            if array.unsafe_buffer_pointer() == address:
+                self.buffers.keep(x, array)
+        return array
 
 
 def _loaded(path: pathlib.Path) -> CompiledModel:
@@ -140,12 +166,13 @@ class Backend:
             found.append(self.model.batcher.converted(index, _array(tensor, spec.dtype)))
         return found
 
-    def _response(self, request: Any, arrays: Sequence[np.ndarray]) -> Any:
-        wanted = set(request.requested_output_names())
-        outputs = zip(self.model.compiled.outputs, arrays, strict=True)
-        return self.utils.InferenceResponse(
-            output_tensors=[_tensor(self.utils, spec.name, x) for spec, x in outputs if spec.name in wanted]
-        )
+    def _response(self, request: Any, arrays: Sequence[Any]) -> Any:
+        outputs = list(zip(self.model.compiled.outputs, arrays, strict=True))
+        if len(outputs) > 1:  # a single one is what is asked for
+            wanted = set(request.requested_output_names())
+            outputs = [(spec, x) for spec, x in outputs if spec.name in wanted]
+        tensors = [_tensor(self.utils, spec.name, x) for spec, x in outputs]
+        return self.utils.InferenceResponse(output_tensors=tensors)
 
     def _refused(self, message: str) -> Any:
         self.metrics.refused()
@@ -228,13 +255,30 @@ _CONSUMED = b"used_dltensor"  # kept alive here: a capsule points to its name
 _BFLOAT16 = np.dtype(jax.numpy.bfloat16)  # the name of a dtype is put together anew, 2.5 us, and 35 with cold caches
 
 
+class _Exporter:
+    """A tensor of Triton's whose `__dlpack__` takes what NumPy asks with. Its own raises TypeError, with a message that
+    shows its arguments, and NumPy asks again."""
+
+    def __init__(self, tensor: Any):
+        self.tensor = tensor
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.tensor.to_dlpack()
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.tensor.__dlpack_device__()
+
+
 def _array(tensor: Any, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":  # NumPy's DLPack does not know it
         return np.asarray(jax.dlpack.from_dlpack(tensor))
-    return np.from_dlpack(tensor)
+    return np.from_dlpack(_Exporter(tensor))
 
 
-def _tensor(utils: Any, name: str, x: np.ndarray) -> Any:
+def _tensor(utils: Any, name: str, x: Any) -> Any:
+    """x: a NumPy array, or a JAX array on the CPU, which is computed."""
+    if isinstance(x, jax.Array):  # in its own memory; JAX's capsules do not look at their name when they are freed
+        return utils.Tensor.from_dlpack(name, _compat.dlpack_of_array(x, None))
     capsule = (jax.numpy.asarray(x) if x.dtype == _BFLOAT16 else x).__dlpack__()
     tensor = utils.Tensor.from_dlpack(name, capsule)
     _set_name(capsule, _CONSUMED)  # Triton calls it "used_dlpack", which NumPy complains about when it frees it

@@ -20,7 +20,8 @@ CALL_SECONDS = 0.0002
 class Call(NamedTuple):
     """requests: indices of those whose rows are in the call, one behind the other. rows: of each.
 
-    arrays: in the order of the model's inputs, padded. bucket: the sizes of the program that takes them.
+    arrays: in the order of the model's inputs, padded. bucket: the sizes of the program that takes them. is_whole: its
+    results are, as they are, those of its only request.
     """
 
     requests: tuple[int, ...]
@@ -28,6 +29,7 @@ class Call(NamedTuple):
     arrays: list[np.ndarray]
     bucket: Mapping[str, int]
     sizes: Mapping[str, int]
+    is_whole: bool
 
 
 class _Plan(NamedTuple):
@@ -36,6 +38,7 @@ class _Plan(NamedTuple):
     sizes: Mapping[str, int]
     bucket: Mapping[str, int]
     padded: Sequence[tuple[int, ...]]
+    is_exact: bool  # one request, of a compiled size
 
 
 class Batcher:
@@ -103,6 +106,11 @@ class Batcher:
         Raises nothing: arrays have been through `converted`.
         """
         if len(requests) == 1 and requests[0] is not None:
+            arrays = requests[0]
+            plan = self._plan(tuple([x.shape for x in arrays]), None)
+            if plan.is_exact:
+                rows = (arrays[0].shape[0],) if self.batch is not None else (1,)
+                return [Call((0,), rows, list(arrays), plan.bucket, plan.sizes, True)]
             return [self._call((0,), requests)]  # type: ignore[arg-type]
         groups: dict[Any, list[int]] = {}
         for index, arrays in enumerate(requests):
@@ -152,25 +160,27 @@ class Batcher:
     def _bucket(self, sizes: Mapping[str, int]) -> dict[str, int]:
         return {name: next(n for n in self.dynamic[name] if n >= size) for name, size in sizes.items()}
 
-    def _planned(self, shapes: tuple[tuple[int, ...], ...], rows: int) -> _Plan:
-        """shapes: of the inputs of one of the requests. rows: of all of them."""
+    def _planned(self, shapes: tuple[tuple[int, ...], ...], rows: int | None) -> _Plan:
+        """shapes: of the inputs of one of the requests. rows: of all of them; None: there are no others."""
         sizes = {
             name: size
             for spec, shape in zip(self.inputs, shapes, strict=True)
             for name, size in zip(spec.shape, shape, strict=True)
             if isinstance(name, str)
         }
-        if self.batch is not None:
+        if self.batch is not None and rows is not None:
             sizes[self.batch] = rows
         bucket = self._bucket(sizes)
         padded = [tuple(bucket[n] if isinstance(n, str) else n for n in spec.shape) for spec in self.inputs]
-        return _Plan(sizes, bucket, padded)
+        return _Plan(sizes, bucket, padded, rows is None and bucket == sizes and tuple(padded) == shapes)
 
     def _call(self, members: Sequence[int], requests: Sequence[Sequence[np.ndarray]]) -> Call:
         rows = tuple(r[0].shape[0] for r in requests) if self.batch is not None else (1,)
         plan = self._plan(tuple(x.shape for x in requests[0]), sum(rows))
         arrays = [self._joined([r[i] for r in requests], shape) for i, shape in enumerate(plan.padded)]
-        return Call(tuple(members), rows, arrays, plan.bucket, plan.sizes)
+        return Call(
+            tuple(members), rows, arrays, plan.bucket, plan.sizes, len(members) == 1 and plan.bucket == plan.sizes
+        )
 
     def _joined(self, parts: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         if len(parts) == 1 and parts[0].shape == shape:
@@ -187,7 +197,7 @@ class Batcher:
 def split(outputs: Sequence[Any], results: Sequence[np.ndarray], call: Call, batch: str | None) -> list[list[Any]]:
     """The results that each request of a call gets, without padding, each contiguous and of its own memory."""
     sizes = call.sizes
-    if len(call.requests) == 1 and call.bucket == sizes:
+    if call.is_whole:
         return [[x.copy() for x in results]]
     given: list[list[Any]] = [[] for _ in call.requests]
     for spec, x in zip(outputs, results, strict=True):
