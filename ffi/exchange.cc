@@ -376,7 +376,7 @@ class Repeated {
            nb::object missed)
       : inlets_(Pointers<Inlet>(inlets)),
         outlets_(Pointers<Outlet>(outlets)),
-        watch_(nb::cast<const Watch*>(watch)),
+        watch_(&nb::cast<const Watch&>(watch)),
         count_(count),
         held_{std::move(inlets),   std::move(outlets), std::move(watch),
               std::move(refusals), std::move(run),     std::move(before),
@@ -407,6 +407,9 @@ class Repeated {
           nb::cast<uintptr_t>(CallMethod(result, Names::Get().unsafe_buffer_pointer));
       tensors.append(outlets_[i]->Tensor(address, result));
     }
+    if (tensors.size() != outlets_.size()) {
+      throw nb::value_error("the program has fewer results than before");
+    }
     return held_.packed.is_none() ? nb::object(tensors[0]) : held_.packed(tensors);
   }
 
@@ -436,7 +439,7 @@ class Repeated {
   template <typename T>
   static std::vector<const T*> Pointers(const nb::list& objects) {
     std::vector<const T*> pointers;
-    for (nb::handle object : objects) pointers.push_back(nb::cast<const T*>(object));
+    for (nb::handle object : objects) pointers.push_back(&nb::cast<const T&>(object));
     return pointers;
   }
 

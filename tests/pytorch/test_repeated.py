@@ -311,3 +311,24 @@ def test_the_order_around_a_program_of_a_gpu():
     refusing[0] = True
     assert call((x,)) is MISSED and done == ["refusals", "before"]
     assert call((torch.zeros(4, 8),)) is MISSED and call(()) is MISSED and call((x, x)) is MISSED
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_another_number_of_results_is_refused(count):
+    x, y = torch.zeros(4, 8), jax.numpy.ones((4, 8))
+    inlet = exchange.inlet(0, np.dtype("float32"), jax.devices()[0], (4, 8))
+    inlet.keep(x.data_ptr(), y)
+    call = exchange.repeated(
+        inlets=[inlet],
+        outlets=[exchange.outlet(y)] * 2,
+        watch=exchange.watch(),
+        count=1,
+        refusals=(),
+        run=lambda inputs: [y] * count,
+        before=None,
+        after=None,
+        packed=tuple,
+        missed=MISSED,
+    )
+    with pytest.raises(ValueError, match="results than before"):
+        call((x,))
