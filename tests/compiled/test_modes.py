@@ -40,6 +40,22 @@ def test_least_overhead_calls_the_runtime_directly():
     np.testing.assert_array_equal(direct([jnp.zeros_like(X), jnp.asarray(X)])[0], X + X)
 
 
+def test_direct_calls_let_go_of_what_the_runtime_puts_aside(monkeypatch):
+    """Also in a loop in which Python's collector never starts."""
+    collected = []
+    monkeypatch.setattr(_compat._jax, "collect_garbage", lambda: collected.append(1))
+    read = jax.jit(lambda params, inputs: [params[0] + x for x in inputs]).lower([X], [X, X]).compile()
+    unused = jax.jit(lambda params, inputs: [params[0] + inputs[1]]).lower([X], [X, X]).compile()
+    for compiled in (read, unused):
+        direct = _compat.direct_execution(compiled, [jnp.asarray(X)])
+        assert direct is not None
+        collected.clear()
+        inputs = [jnp.asarray(X), jnp.asarray(X)]
+        for _ in range(2 * _compat._COLLECTED_CALLS):
+            direct(inputs)
+        assert len(collected) == 2
+
+
 def test_least_overhead_looks_at_inputs():
     compiled = zenith.compile((apply, PARAMS), X, X, mode="reduce-overhead")
     for wrong, message in (
