@@ -579,9 +579,9 @@ void DefineExchange(nb::module_& m) {
       .def("holds", &Watch::Holds, arg("args"));
   nb::class_<Buffers>(m, "Buffers", "Arrays of the memory of objects of a type with a buffer.")
       .def(nb::init<nb::handle>(), arg("type"))
-      .def("find", &Buffers::Find, arg("object"),
+      .def("find", &Buffers::Find, arg("object").none(),
            "What was kept for the memory of the object, its sizes and element type; None without.")
-      .def("address", &Buffers::Address, arg("object"),
+      .def("address", &Buffers::Address, arg("object").none(),
            "Where its elements lie; 0 where it is of another type or has no dense buffer.")
       .def("keep", &Buffers::Keep, arg("object"), arg("array"));
   nb::class_<Repeated>(m, "Repeated", nb::type_slots(kCollected<Repeated>),

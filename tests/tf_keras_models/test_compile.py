@@ -133,6 +133,15 @@ def test_inputs_are_read_where_they_lie_and_results_outlive_them(mode):
             same(actual, expected)
 
 
+def test_what_is_no_tensor_is_refused_as_an_input():
+    x = tf.ones((4, 32))
+    fast = zenith.compile(tf.function(lambda x: x * 2), x)
+    for wrong in (None, "x", [1.0]):
+        with pytest.raises(InputError, match="with 0 JAX or NumPy arrays"):
+            fast(wrong)
+    same(fast(x), x * 2)
+
+
 def test_a_model_that_returns_its_input_gives_memory_of_its_own():
     both = tf.function(lambda x, y: (x, tf.identity(y), x + y))
     spec = tf.TensorSpec((None, 32), tf.float32)
