@@ -170,4 +170,5 @@ def test_the_overhead_of_a_call_is_under_two_microseconds():
             for _ in range(1000):
                 function(X)
             best[name] = min(best[name], (time.thread_time() - started) / 1000)
-    assert best["sampled"] - best["plain"] < 2e-6, best
+    slowness = max(1, best["plain"] / 4e-6)  # of the machine: a call of jax.jit takes 3.7 us where it was measured
+    assert best["sampled"] - best["plain"] < 2e-6 * slowness, best
