@@ -29,15 +29,8 @@ def row_batch(batch: Sequence[int], kept: int, partitions: int) -> tuple[int, ..
 def grouped(batch: Sequence[int], kept: int, partitions: int, groups: int) -> tuple[int, ...]:
     """Batch sizes of rows cut into groups, (*kept, *groups, r): at least two before r, no group of two `kept` entries.
 
-    With several devices only the last dimension of rows is cut, so that every group lies on one of them however the
-    others are sharded: over n of the devices, which divides their number and the dimension.
+    Groups lie on one device each, as the runs of `row_batch` that they are cut from.
     """
-    whole, rows = tuple(batch[:kept]), tuple(batch[kept:])
-    total = math.prod(batch)
-    if partitions == 1:
-        last, lead = math.prod(rows), (1,)
-        r = rows_per_group(last, total, groups)
-    else:
-        *lead, last = rows
-        r = rows_per_group(last // max(1, math.gcd(last, partitions)), total, groups)
-    return (*whole, *lead, last // r, r)
+    *lead, parts, rows = row_batch(batch, kept, partitions)
+    r = rows_per_group(rows, math.prod(batch), groups)
+    return (*lead, parts * rows // r, r)
