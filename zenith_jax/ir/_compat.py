@@ -381,15 +381,12 @@ def direct_execution(compiled: Any, params: Sequence[jax.Array]) -> Callable[[Se
     # 180 bytes a call stayed, where jit's own calls leave nothing (jaxlib 0.10.2, CPU, 2026-11-27).
     number = itertools.count(1).__next__
 
+    reads_all = positions == list(range(len(jax.tree.leaves(compiled.in_avals)) - len(params)))
+
     def call(inputs: Sequence[jax.Array]) -> list[Any]:
         if not number() % _COLLECTED_CALLS:
             collect()
-        return execute([*bound, *(inputs[i] for i in positions)]).consume_with_handlers(handlers)
+        read = inputs if reads_all else [inputs[i] for i in positions]
+        return execute([*bound, *read]).consume_with_handlers(handlers)
 
-    def call_with_all(inputs: Sequence[jax.Array]) -> list[Any]:
-        if not number() % _COLLECTED_CALLS:
-            collect()
-        return execute([*bound, *inputs]).consume_with_handlers(handlers)
-
-    inputs_count = len(jax.tree.leaves(compiled.in_avals)) - len(params)
-    return call_with_all if positions == list(range(inputs_count)) else call
+    return call
