@@ -18,6 +18,7 @@
 #include <vector>
 #define ZENITH_MODULE _cuda
 #else
+#include "ffi/buffers.h"
 #include "ffi/cpu/dispatch.h"
 #include "ffi/exchange.h"
 #define ZENITH_MODULE _cpu
@@ -162,6 +163,7 @@ NB_MODULE(ZENITH_MODULE, m) {
     if (kernels != nullptr) instruction_sets.append(kernels->isa);
   }
   m.attr("instruction_sets") = nb::tuple(instruction_sets);  // the best first, which is used
+  zenith::DefineBuffers(m);
   zenith::DefineExchange(m);
 #else
   m.attr("cuda_version") = CUDART_VERSION;

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import importlib.util
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zenith_jax import native
 from zenith_jax.api import explain, jit
+from zenith_jax.borrowed import BorrowedArrays
 from zenith_jax.errors import FrontendError, InputError
 from zenith_jax.frontends._source import Source, missing
 from zenith_jax.frontends.onnx import OnnxModel, load
@@ -332,10 +331,12 @@ class _Crossing:
         self.tf, self.imported = tf, imported
         self.eager = tf.__internal__.EagerTensor
         self.on_cpu = jax.default_backend() == "cpu"
-        buffers = getattr(native.module("cpu"), "Buffers", None)
-        if not self.on_cpu or tf.config.list_physical_devices("GPU"):  # a tensor on a GPU has a buffer too, a copy
-            buffers = None
-        self.inlets = [_Inlet(tf, spec, None if buffers is None else buffers(self.eager)) for spec in imported.specs]
+        # A tensor on a GPU has a buffer too, a copy.
+        borrows = self.on_cpu and not tf.config.list_physical_devices("GPU")
+        device = jax.local_devices(backend="cpu")[0]
+        self.inlets = [
+            _Inlet(tf, spec, BorrowedArrays.of(self.eager, device) if borrows else None) for spec in imported.specs
+        ]
         self.is_single = len(imported.dtypes) == 1 and not tf.nest.is_nested(imported.structure)
         self.from_dlpack = tf.experimental.dlpack.from_dlpack
         self.checked: set[Any] = set()  # sizes of inputs, for which no result is an input
@@ -374,17 +375,18 @@ class _Crossing:
     def _checked(self, results: Sequence[Any], unchecked: _Unchecked) -> Sequence[Any]:
         """The results, none in the memory of an input, as jit may give them: that is not theirs to keep. Where one was,
         inputs are not borrowed any more; else their arrays are kept."""
-        if not any(inlet.buffers for inlet in self.inlets):
+        if not any(inlet.borrowed for inlet in self.inlets):
             return results
         jax.block_until_ready(results)
         inputs = {a.unsafe_buffer_pointer() for a in unchecked.arrays if isinstance(a, jax.Array) and a.size}
         is_input = [bool(r.size) and r.unsafe_buffer_pointer() in inputs for r in results]
         if any(is_input):
             for inlet in self.inlets:
-                inlet.buffers = None
+                inlet.borrowed = None
             return [jnp.array(r, copy=True) if taken else r for r, taken in zip(results, is_input, strict=True)]
         for inlet, tensor, array in unchecked.borrowed:
-            inlet.keep(tensor, array)
+            if inlet.borrowed is not None:
+                inlet.borrowed.keep(tensor, array)
         self.checked.add(unchecked.shapes)
         return results
 
@@ -404,29 +406,17 @@ class _Unchecked:
 
 
 class _Inlet:
-    """How tensors of one input become arrays: in their memory, but for small or unaligned ones, and 64-bit integers.
+    """How tensors of one input become arrays: in their memory, but for small or unaligned ones, and 64-bit integers."""
 
-    buffers: keeps arrays by the memory of tensors, which TensorFlow gives out again and again; they do not own it.
-    """
-
-    def __init__(self, tf: Any, spec: Any, buffers: Any):
+    def __init__(self, tf: Any, spec: Any, borrowed: BorrowedArrays | None):
         self.tf, self.spec = tf, spec
         self.is_wide = spec.dtype in (tf.int64, tf.uint64, tf.float64)
-        self.buffers = None if self.is_wide else buffers
-        self.device = jax.local_devices(backend="cpu")[0] if buffers is not None else None
-        self.sharding = jax.sharding.SingleDeviceSharding(self.device) if buffers is not None else None
+        self.borrowed = None if self.is_wide else borrowed
 
     def kept(self, x: Any) -> Any:
         """The array that was made for the memory of the tensor; None where there is none, or `x` is no tensor."""
-        buffers = self.buffers
-        return None if buffers is None else buffers.find(x)
-
-    def keep(self, x: Any, array: Any) -> None:
-        """For the next tensor in this memory, if that is where the array is too."""
-        buffers = self.buffers
-        if buffers is not None and isinstance(array, jax.Array) and array.size:
-            if array.unsafe_buffer_pointer() == buffers.address(x):
-                buffers.keep(x, array)
+        borrowed = self.borrowed
+        return None if borrowed is None else borrowed.find(x)
 
     def __call__(self, tensor: Any) -> Any:
         tf, spec = self.tf, self.spec
@@ -435,7 +425,9 @@ class _Inlet:
         if not spec.shape.is_compatible_with(tensor.shape):
             raise InputError(f"input {spec.name!r} has shape {spec.shape}, got {tensor.shape}")
         if not self.is_wide or jax.config.read("jax_enable_x64"):
-            array = self._borrowed(tensor)
+            array = None
+            if self.borrowed is not None:
+                array = self.borrowed.array(tensor, tuple(tensor.shape), tensor.dtype.as_numpy_dtype)
             return jax.dlpack.from_dlpack(tensor) if array is None else array
         if tensor.dtype == tf.float64:
             raise InputError(f"input {spec.name!r} is float64, which JAX has only with jax_enable_x64 set")
@@ -444,13 +436,3 @@ class _Inlet:
         if (narrow != array).any():
             raise InputError(f"input {spec.name!r} has integers beyond 32 bits: set jax_enable_x64")
         return jnp.asarray(narrow)
-
-    def _borrowed(self, tensor: Any) -> Any:
-        """An array in the memory of the tensor, which it does not own, or a copy of what is small or not aligned; None
-        where the tensor does not say where that is."""
-        buffers = self.buffers
-        address = 0 if buffers is None else buffers.address(tensor)
-        shape = tuple(tensor.shape)
-        if not address or not math.prod(shape):
-            return None
-        return _compat.array_at(address, shape, tensor.dtype.as_numpy_dtype, self.sharding, self.device)

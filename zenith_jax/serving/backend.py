@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from zenith_jax import native
+from zenith_jax.borrowed import BorrowedArrays
 from zenith_jax.compiled import CompiledModel, load
 from zenith_jax.errors import SavedModelError, ZenithError
 from zenith_jax.ir import _compat
@@ -56,11 +57,9 @@ class Model:
         _use_cache(cache)
         self.compiled = _loaded(folder / MODEL)
         self.compiled.warm_up()
-        self.device = native.default_device()
-        self.sharding = jax.sharding.SingleDeviceSharding(self.device)
-        self.on_cpu = native.platform_of(self.device) == "cpu"
-        buffers = getattr(native.module("cpu"), "Buffers", None) if self.on_cpu else None
-        self.buffers = None if buffers is None else buffers(np.ndarray)
+        device = native.default_device()
+        self.on_cpu = native.platform_of(device) == "cpu"
+        self.borrowed = BorrowedArrays.of(np.ndarray, device) if self.on_cpu else None
         self.batch: str | None = settings["batch"]
         seconds = {tuple(sizes): took for sizes, took in settings.get("seconds", ())}
         self.batcher = Batcher(self.compiled.inputs, self.compiled.dynamic, self.batch, seconds)
@@ -83,17 +82,14 @@ class Model:
     def _in_place(self, x: np.ndarray) -> Any:
         """An array in the memory of a request's input, which Triton uses again and again. It does not own it: the
         request is there until it has been answered."""
-        if self.buffers is None:
+        borrowed = self.borrowed
+        if borrowed is None:
             return x
-        array = self.buffers.find(x)
+        array = borrowed.find(x)
         if array is None:
-            address = self.buffers.address(x)
-            if not address or not x.size:
-                return x
-            array = _compat.array_at(address, x.shape, x.dtype, self.sharding, self.device)
-            if array.unsafe_buffer_pointer() == address:
-                self.buffers.keep(x, array)
-        return array
+            array = borrowed.array(x, x.shape, x.dtype)
+            borrowed.keep(x, array)
+        return x if array is None else array
 
 
 def _loaded(path: pathlib.Path) -> CompiledModel:
