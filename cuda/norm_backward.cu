@@ -7,6 +7,7 @@
 #include "cuda/core/convert.cuh"
 #include "cuda/core/device.h"
 #include "cuda/core/launch.h"
+#include "cuda/core/long_rows.h"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/rows.cuh"
 #include "cuda/core/vector.cuh"
@@ -311,7 +312,7 @@ Status LaunchAligned(const NormBackwardArgs& args, const Launch& launch) {
   constexpr int kSize = kVectorSize<T>;
   if (args.cols <= kLongestRow<kSize, 1>) return LaunchRegisters<T, P, kSize, 1>(args, launch);
 #ifdef ZENITH_HOPPER
-  if (norm::HopperTakes(args.cols / kSize) && ChoosesHopper())
+  if (long_rows::Fits(args.cols / kSize) && ChoosesHopper())
     return norm::HopperBackward(args, launch);
 #endif
   if (args.cols <= kLongestRow<kSize, 4>) return LaunchRegisters<T, P, kSize, 4>(args, launch);

@@ -2,6 +2,7 @@
 #include "cuda/core/convert.cuh"
 #include "cuda/core/device.h"
 #include "cuda/core/launch.h"
+#include "cuda/core/long_rows.h"
 #include "cuda/core/math.cuh"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/rows.cuh"
@@ -221,7 +222,7 @@ Status SoftmaxBackward(const SoftmaxBackwardArgs& args, const Launch& launch) {
         [&]<int kSize, int kVectors>(RowShape shape) {
           if constexpr (kVectors == kLooped) {
 #ifdef ZENITH_HOPPER
-            if (kSize > 1 && softmax::HopperTakes(args.cols / kSize) && ChoosesHopper()) {
+            if (kSize > 1 && long_rows::Fits(args.cols / kSize) && ChoosesHopper()) {
               return softmax::HopperBackward(args, launch);
             }
 #endif

@@ -11,20 +11,19 @@
 #include "cuda/core/cluster.cuh"
 #include "cuda/core/convert.cuh"
 #include "cuda/core/launch.h"
+#include "cuda/core/long_rows.h"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/vector.cuh"
 
 namespace zenith::long_rows {
 
-/// Two blocks a multiprocessor, of 128 registers a thread: one loads while the other adds.
-inline constexpr int kThreads = 256;
-inline constexpr int kVectors = 4;                              // of a thread
-inline constexpr int kPartVectors = kThreads * kVectors;        // of a block
-inline constexpr int kPartBytes = kPartVectors * kVectorBytes;  // of each array: 16 KiB
-inline constexpr int kMaxBlocks = 8;                            // of a cluster, on any device
-/// Parts in shared memory: of two rows that are worked on and of those to come, one of two arrays
-/// or four of one. And one more for the late array: so two blocks fill a multiprocessor's.
-inline constexpr int kStageParts = 6;
+/// Two blocks a multiprocessor, of 128 registers a thread: one loads while the other adds. Their
+/// stages, and a part of the late array each, fill its shared memory.
+inline constexpr int kBlocksPerSm = 2;
+inline constexpr int kArrays = 2;  // of rows, that an op's sums are of
+inline constexpr int kPartBytes = kPartVectors * kVectorBytes;
+inline constexpr int kStageBytes = kArrays * kPartBytes;
+inline constexpr int kStages = 3;     // rows in shared memory: two that are worked on, one to come
 inline constexpr int kExchanges = 4;  // rows whose sums may be under way: a block may be two ahead
 
 /// How rows are dealt out. vectors: of a row.
@@ -47,6 +46,12 @@ struct Plan {
 
 /// Clusters of so many blocks that an H100 runs at once, about.
 inline int Clusters(int blocks) { return 224 / blocks; }
+
+/// What an op is launched with: its contract's arguments, and how their rows are dealt out.
+template <typename Contract>
+struct Args : Contract {
+  Plan plan;
+};
 
 /// Sums over the block's threads, in a fixed order; all get them.
 class BlockSum {
@@ -88,34 +93,46 @@ struct Slice {
 /// An op along rows:
 ///
 ///   struct Op {
-///     using Element = ...;                       // of all arrays of rows
-///     static constexpr int kArrays = 2;          // that Sums reads
-///     struct Args {...; const void* array(int i) const;
-///                  const void* late() const; };  // that only Finish reads, or null
-///     Op(const Args&, const Slice&);
-///     float4 Sums(const Rows& rows, BlockSum& sum);     // calls sum() at least once
-///     void Finish(const Rows& rows, const float4* sums, int64_t row);
-///     void End(int64_t group);                   // after the last row
+///     using Element = ...;                           // of all arrays of rows
+///     using Contract = ...;                          // arguments of the kernel's contract
+///     static const void* Array(const Contract&, int i);
+///     static const void* Late(const Contract&);      // that only Finish reads, or null
+///     Op(const Args<Contract>&, const Slice&);
+///     float4 Sums(const Rows<Element>& rows, BlockSum& sum);  // calls sum() at least once
+///     void Finish(const Rows<Element>& rows, const float4* sums, int64_t row);
+///     void End(int64_t group);                       // after the last row
 ///   };
-template <typename T, int kArrays>
+template <typename T>
 struct Rows {
   static constexpr int kSize = kVectorSize<T>;
   const unsigned char *stage, *late_part;  // in shared memory
 
-  __device__ __forceinline__ Vector<T, kSize> Load(int array, int vector) const {
-    return LoadVector<kSize>(reinterpret_cast<const T*>(stage + array * kPartBytes) +
-                             vector * kSize);
+  /// body(i, values of the first array, of the second) for each of the thread's vectors.
+  template <typename Body>
+  __device__ __forceinline__ void ForEach(const Slice& slice, Body&& body) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (!slice.has(i)) continue;
+      float first[kSize], second[kSize];
+      ToFloat(Load(stage, slice.at(i)), first);
+      ToFloat(Load(stage + kPartBytes, slice.at(i)), second);
+      body(i, first, second);
+    }
   }
   __device__ __forceinline__ Vector<T, kSize> LoadLate(int vector) const {
-    return LoadVector<kSize>(reinterpret_cast<const T*>(late_part) + vector * kSize);
+    return Load(late_part, vector);
+  }
+
+ private:
+  static __device__ __forceinline__ Vector<T, kSize> Load(const unsigned char* part, int vector) {
+    return LoadVector<kSize>(reinterpret_cast<const T*>(part) + vector * kSize);
   }
 };
 
 template <typename Op>
-__global__ void __launch_bounds__(kThreads, 2)
-    long_rows_kernel(const __grid_constant__ typename Op::Args args,
-                     const __grid_constant__ Plan plan) {
-  constexpr int kStageBytes = Op::kArrays * kPartBytes, kStages = kStageParts / Op::kArrays;
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    long_rows_kernel(const __grid_constant__ Args<typename Op::Contract> args) {
+  const Plan& plan = args.plan;
   extern __shared__ __align__(
       128) unsigned char sStages[];  // and behind them the late array's part
   __shared__ __align__(16) float4 sSums[kExchanges][kMaxBlocks];
@@ -132,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto full = [&](int n) { return SharedAddress(&sFull[n % kStages]); };
   const auto exchanged = [&](int n) { return SharedAddress(&sExchanged[n % kExchanges]); };
   const uint32_t late_full = SharedAddress(&sLateFull);
-  const bool has_late = args.late() != nullptr;
+  const bool has_late = Op::Late(args) != nullptr;
   const bool leads = threadIdx.x == 0;
 
   const auto in_memory = [&](const void* gArray, int n) {
@@ -141,17 +158,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   const auto fetch = [&](int n) {
     if (n >= count) return;
-    BarrierExpect(full(n), Op::kArrays * bytes);
+    BarrierExpect(full(n), kArrays * bytes);
 #pragma unroll
-    for (int i = 0; i < Op::kArrays; ++i) {
+    for (int i = 0; i < kArrays; ++i) {
       BulkLoad(SharedAddress(sStages) + n % kStages * kStageBytes + i * kPartBytes,
-               in_memory(args.array(i), n), bytes, full(n));
+               in_memory(Op::Array(args, i), n), bytes, full(n));
     }
   };
   const auto fetch_late = [&](int n) {
     if (!has_late || n >= count) return;
     BarrierExpect(late_full, bytes);
-    BulkLoad(SharedAddress(sStages) + kStages * kStageBytes, in_memory(args.late(), n), bytes,
+    BulkLoad(SharedAddress(sStages) + kStages * kStageBytes, in_memory(Op::Late(args), n), bytes,
              late_full);
   };
 
@@ -169,9 +186,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   BlockSum sum(scratch);
   ClusterWait();  // all blocks' barriers are there
 
-  using OpRows = Rows<typename Op::Element, Op::kArrays>;
   const auto rows = [&](int n) {
-    return OpRows{sStages + n % kStages * kStageBytes, sStages + kStages * kStageBytes};
+    return Rows<typename Op::Element>{sStages + n % kStages * kStageBytes,
+                                      sStages + kStages * kStageBytes};
   };
   const auto begin = [&](int n) {
     BarrierWait(full(n), n / kStages & 1);
@@ -210,13 +227,14 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 /// For each of `batch * plan.groups` groups of rows a cluster.
 template <typename Op>
-Status LaunchLongRows(const typename Op::Args& args, const Plan& plan, int64_t batch,
+Status LaunchLongRows(const typename Op::Contract& args, const Plan& plan, int64_t batch,
                       const Launch& launch) {
+  constexpr int kStagesBytes = kStages * kStageBytes;
   const auto kernel = long_rows_kernel<Op>;
   // The most, whatever this launch needs: another thread's may come between.
-  cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           (kStageParts + 1) * kPartBytes);
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, kStagesBytes + kPartBytes);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -224,11 +242,11 @@ Status LaunchLongRows(const typename Op::Args& args, const Plan& plan, int64_t b
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(batch * plan.groups * plan.blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = (kStageParts + (args.late() == nullptr ? 0 : 1)) * kPartBytes;
+  config.dynamicSmemBytes = kStagesBytes + (Op::Late(args) == nullptr ? 0 : kPartBytes);
   config.stream = launch.stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, kernel, args, plan);
+  error = cudaLaunchKernelEx(&config, kernel, Args<typename Op::Contract>{args, plan});
   return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
 }
 

@@ -5,9 +5,7 @@
 
 namespace zenith::softmax {
 
-/// Compute capability 9.0; 16-byte aligned arrays, and rows of as many vectors of 16 bytes: see
-/// cuda/core/long_rows.cuh.
-constexpr bool HopperTakes(int64_t vectors) { return vectors <= 8192; }
+/// Compute capability 9.0; 16-byte aligned arrays, and rows that long_rows::Fits.
 Status HopperBackward(const SoftmaxBackwardArgs& args, const Launch& launch);
 
 }  // namespace zenith::softmax

@@ -20,14 +20,15 @@ template <typename T, typename P>
 class Backward {
  public:
   using Element = T;
-  static constexpr int kArrays = 2, kSize = kVectorSize<T>;
-  using Rows = long_rows::Rows<T, kArrays>;
+  using Contract = NormBackwardArgs;
+  using Args = long_rows::Args<Contract>;
+  using Rows = long_rows::Rows<T>;
+  static constexpr int kSize = kVectorSize<T>;
 
-  struct Args : NormBackwardArgs {
-    Plan plan;
-    __host__ __device__ const void* array(int i) const { return i == 0 ? x : dy; }
-    __host__ __device__ const void* late() const { return dsum; }
-  };
+  static __device__ const void* Array(const Contract& args, int i) {
+    return i == 0 ? args.x : args.dy;
+  }
+  static __host__ __device__ const void* Late(const Contract& args) { return args.dsum; }
 
   __device__ __forceinline__ Backward(const Args& args, const Slice& slice)
       : args_(args), slice_(slice) {
@@ -125,16 +126,12 @@ class Backward {
   /// body(i, x, dy, scale) for each of the thread's vectors.
   template <typename Body>
   __device__ __forceinline__ void ForEach(const Rows& rows, Body&& body) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (!slice_.has(i)) continue;
-      float x[kSize], dy[kSize], scale[kSize];
-      ToFloat(rows.Load(0, slice_.at(i)), x);
-      ToFloat(rows.Load(1, slice_.at(i)), dy);
+    rows.ForEach(slice_, [&](int i, const float (&x)[kSize], const float (&dy)[kSize]) {
+      float scale[kSize];
       ToFloat(scale_[i], scale);
       body(i, x, dy, scale);
       ForgetFloats(scale_[i]);
-    }
+    });
   }
 
   const Args& args_;
@@ -148,7 +145,7 @@ class Backward {
 Status HopperBackward(const NormBackwardArgs& args, const Launch& launch) {
   return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() {
     const Plan plan(args.rows, args.groups, args.cols / kVectorSize<T>);
-    return long_rows::LaunchLongRows<Backward<T, P>>({args, plan}, plan, args.batch, launch);
+    return long_rows::LaunchLongRows<Backward<T, P>>(args, plan, args.batch, launch);
   });
 }
 

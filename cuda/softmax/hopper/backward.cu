@@ -9,7 +9,6 @@ namespace zenith::softmax {
 namespace {
 
 using long_rows::BlockSum;
-using long_rows::kVectors;
 using long_rows::Plan;
 using long_rows::Slice;
 
@@ -17,21 +16,22 @@ template <typename T>
 class Backward {
  public:
   using Element = T;
-  static constexpr int kArrays = 2, kSize = kVectorSize<T>;
-  using Rows = long_rows::Rows<T, kArrays>;
+  using Contract = SoftmaxBackwardArgs;
+  using Args = long_rows::Args<Contract>;
+  using Rows = long_rows::Rows<T>;
+  static constexpr int kSize = kVectorSize<T>;
 
-  struct Args : SoftmaxBackwardArgs {
-    int blocks;
-    __host__ __device__ const void* array(int i) const { return i == 0 ? y : dy; }
-    __host__ __device__ const void* late() const { return nullptr; }
-  };
+  static __device__ const void* Array(const Contract& args, int i) {
+    return i == 0 ? args.y : args.dy;
+  }
+  static __host__ __device__ const void* Late(const Contract&) { return nullptr; }
 
   __device__ __forceinline__ Backward(const Args& args, const Slice& slice)
       : args_(args), slice_(slice) {}
 
   __device__ __forceinline__ float4 Sums(const Rows& rows, BlockSum& sum) {
     float dot = 0;
-    ForEach(rows, [&](int, const float (&y)[kSize], const float (&dy)[kSize]) {
+    rows.ForEach(slice_, [&](int, const float (&y)[kSize], const float (&dy)[kSize]) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) dot += y[j] * dy[j];
     });
@@ -40,9 +40,9 @@ class Backward {
 
   __device__ __forceinline__ void Finish(const Rows& rows, const float4* sSums, int64_t row) {
     float dot = 0;
-    for (int b = 0; b < args_.blocks; ++b) dot += sSums[b].x;
+    for (int b = 0; b < args_.plan.blocks; ++b) dot += sSums[b].x;
     T* gDx = static_cast<T*>(args_.dx) + row * args_.cols;
-    ForEach(rows, [&](int i, const float (&y)[kSize], const float (&dy)[kSize]) {
+    rows.ForEach(slice_, [&](int i, const float (&y)[kSize], const float (&dy)[kSize]) {
       float dx[kSize];
 #pragma unroll
       for (int j = 0; j < kSize; ++j) dx[j] = y[j] * (dy[j] - dot);
@@ -53,19 +53,6 @@ class Backward {
   __device__ __forceinline__ void End(int64_t) {}
 
  private:
-  /// body(i, y, dy) for each of the thread's vectors.
-  template <typename Body>
-  __device__ __forceinline__ void ForEach(const Rows& rows, Body&& body) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (!slice_.has(i)) continue;
-      float y[kSize], dy[kSize];
-      ToFloat(rows.Load(0, slice_.at(i)), y);
-      ToFloat(rows.Load(1, slice_.at(i)), dy);
-      body(i, y, dy);
-    }
-  }
-
   const Args& args_;
   const Slice slice_;
 };
@@ -76,7 +63,7 @@ Status HopperBackward(const SoftmaxBackwardArgs& args, const Launch& launch) {
   return DispatchDType(args.dtype, [&]<typename T>() {
     Plan plan(args.rows, 1, args.cols / kVectorSize<T>);
     plan.groups = std::min(args.rows, int64_t{long_rows::Clusters(plan.blocks)});
-    return long_rows::LaunchLongRows<Backward<T>>({args, plan.blocks}, plan, 1, launch);
+    return long_rows::LaunchLongRows<Backward<T>>(args, plan, 1, launch);
   });
 }
 
