@@ -21,7 +21,7 @@ LAYERS = [
     {"frontends"},
     {"api"},
     {"doctor", "passes"},
-    {"telemetry", "ops"},
+    {"borrowed", "telemetry", "ops"},
     {"ir", "native", "report"},
     {"report_html"},
     {"config", "device", "errors", "files", "version"},
