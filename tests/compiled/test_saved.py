@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import zipfile
@@ -157,6 +158,30 @@ def test_every_damaged_byte_is_found_or_harmless(model, whole, tmp_path):
         else:  # in the padding between arrays, or a time in a header
             np.testing.assert_allclose(loaded(X)["y"], want, rtol=1e-6)
     assert found > 40
+
+
+def test_every_damaged_byte_of_the_archive_is_found_or_harmless(whole, tmp_path):
+    """Every byte that is no array's: headers and the table of contents, which `zipfile` reads."""
+    content, bad = whole.read_bytes(), tmp_path / "bad.zenith"
+    with zipfile.ZipFile(whole) as archive_:
+        members = {name: archive_.read(name) for name in archive_.namelist() if name != archive.ARRAYS}
+        arrays = archive_.getinfo(archive.ARRAYS)
+    table = content.rindex(b"PK\5\6")
+    start = struct.unpack("<I", content[table + 16 : table + 20])[0]
+    headers = [i.header_offset + n for i in archive_.infolist() for n in range(30 + len(i.filename))]
+    assert arrays.header_offset < start
+    for position in [*headers, *range(start, len(content))]:
+        for flip in (0x01, 0x41, 0xFF):
+            bad.write_bytes(content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
+            try:
+                reader = archive.Reader(bad)
+                read = {name: reader.member(name) for name in members}
+                span = reader._arrays_span()
+            except SavedModelError as error:
+                assert "bad.zenith" in str(error)
+            else:
+                assert read == members, position
+                assert span[1] <= len(content)
 
 
 def test_what_is_no_file_of_ours_is_refused(tmp_path):

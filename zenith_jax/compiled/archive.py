@@ -27,6 +27,10 @@ _CHUNK = 1 << 24
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
 
+# What `zipfile` raises where bytes are not what they should be: a wrong version is NotImplementedError, an encrypted
+# member RuntimeError, a name that is no text UnicodeDecodeError, an extra field that is cut off struct.error.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError)
+
 
 def write(path: pathlib.Path, members: Mapping[str, bytes], arrays: Sequence[np.ndarray]) -> None:
     """members by name; arrays one behind the other in ARRAYS, where `offsets(arrays)` says."""
@@ -78,7 +82,7 @@ class Reader:
         try:
             with zipfile.ZipFile(path) as archive:
                 self._infos = {info.filename: info for info in archive.infolist()}
-        except zipfile.BadZipFile as error:
+        except _UNREADABLE as error:
             raise self.damaged(
                 f"it has no table of contents ({error})", "truncated, or another kind of file"
             ) from error
@@ -93,7 +97,7 @@ class Reader:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        except _UNREADABLE as error:
             raise self.damaged(f"{name} cannot be read ({error})") from error
 
     def array(self, offset: int, shape: Sequence[int], dtype: Any, crc32: int) -> np.ndarray:
