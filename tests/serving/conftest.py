@@ -18,6 +18,11 @@ def lengths(x):
     return jnp.cumsum(x, axis=1) * 2
 
 
+def masked(x, keep):
+    """Two inputs of the same batch and length."""
+    return x * keep
+
+
 def whole(x, y):
     return x @ y
 
@@ -55,6 +60,10 @@ def served(triton, compiled, tmp_path_factory):
     quick = dict(ahead_of_time=False)
     repository.add(
         zenith.compile(lengths, example, dynamic={"batch": (2, 4), "length": (4, 8)}), name="lengths", **quick
+    )
+    row = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, length"), jnp.float32)
+    repository.add(
+        zenith.compile(masked, row, row, dynamic={"batch": (2, 4), "length": (4, 8)}), name="masked", **quick
     )
     repository.add(zenith.compile(whole, jnp.ones((2, 3)), jnp.ones((3, 2))), name="whole", **quick)
     for dtype in ("bfloat16", "float16", "int32"):

@@ -127,6 +127,28 @@ def test_refused_inputs(index, array, message):
         Batcher(INPUTS, DYNAMIC, "batch").converted(index, array)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 3, 2), (1,)), r"n: int32\[batch\] got batch 1; in the inputs before it is 2"),
+        (((1, 3, 2), (2,)), r"n: int32\[batch\] got batch 2; in the inputs before it is 1"),
+    ],
+)
+def test_a_request_whose_inputs_disagree_is_refused(shapes, message):
+    batcher = Batcher(INPUTS, DYNAMIC, "batch")
+    x, n = np.zeros(shapes[0], np.float32), np.zeros(shapes[1], np.int32)
+    with pytest.raises(InputError, match=message):
+        batcher.agree([batcher.converted(0, x), batcher.converted(1, n)])
+    batcher.agree([x, np.zeros(len(x), np.int32)])
+
+
+def test_one_name_on_two_axes_of_an_input():
+    batcher = Batcher((Spec("x", ("n", "n"), "float32"),), {"n": (2, 4)}, None)
+    batcher.agree([np.zeros((3, 3), np.float32)])
+    with pytest.raises(InputError, match="got n 3; in the inputs before it is 2"):
+        batcher.agree([np.zeros((2, 3), np.float32)])
+
+
 def test_wide_integers_that_fit_are_taken():
     got = Batcher(INPUTS, DYNAMIC, "batch").converted(1, np.array([2**31 - 1, -(2**31)], np.int64))
     assert got.dtype == np.int32 and got.tolist() == [2**31 - 1, -(2**31)]

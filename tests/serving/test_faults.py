@@ -94,6 +94,14 @@ def test_a_length_over_the_largest_is_refused(served):
         assert answer[0, -1, 0] == 16
 
 
+def test_a_request_whose_inputs_differ_in_length_is_refused(served):
+    with Client(served.server, "grpc") as client:
+        with pytest.raises(Exception, match="keep: .* got length 5; in the inputs before it is 6"):
+            client.infer("masked", x=np.ones((1, 6), np.float32), keep=np.ones((1, 5), np.float32))
+        (answer,) = client.infer("masked", x=np.ones((1, 6), np.float32), keep=np.ones((1, 6), np.float32)).values()
+        np.testing.assert_array_equal(answer, np.ones((1, 6)))
+
+
 def test_one_request_of_a_batch_is_refused_and_the_others_are_answered(served):
     """Four requests in one call of the backend, the third with a number that does not fit."""
 

@@ -160,6 +160,7 @@ class Backend:
             if tensor is None:
                 raise ZenithError(f"the request has no input {spec.name}")
             found.append(self.model.batcher.converted(index, _array(tensor, spec.dtype)))
+        self.model.batcher.agree(found)
         return found
 
     def _response(self, request: Any, arrays: Sequence[Any]) -> Any:

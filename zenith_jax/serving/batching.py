@@ -65,6 +65,13 @@ class Batcher:
         self._sizes = [
             [(1, dynamic[n][-1]) if isinstance(n, str) else (n, n) for n in spec.shape] for spec in self.inputs
         ]
+        # Where names stand that stand more than once: [(input, axis)].
+        places: dict[str, list[tuple[int, int]]] = {name: [] for name in dynamic}
+        for index, spec in enumerate(self.inputs):
+            for axis, n in enumerate(spec.shape):
+                if isinstance(n, str):
+                    places[n].append((index, axis))
+        self._repeated = {name: of_name for name, of_name in places.items() if len(of_name) > 1}
 
     def converted(self, index: int, x: np.ndarray) -> np.ndarray:
         """An input as the model takes it. Raises InputError for a wrong dtype, rank or size, and for integers that do
@@ -87,6 +94,19 @@ class Batcher:
             )
         return narrow
 
+    def agree(self, arrays: Sequence[np.ndarray]) -> None:
+        """Raises InputError where a dimension of one name has several sizes in a request's inputs: its rows would be
+        cut at the wrong places, and another request's with them."""
+        for name, places in self._repeated.items():
+            index, axis = places[0]
+            size = arrays[index].shape[axis]
+            for index, axis in places:
+                if arrays[index].shape[axis] != size:
+                    spec = self.inputs[index]
+                    raise InputError(
+                        f"the input {spec} got {name} {arrays[index].shape[axis]}; in the inputs before it is {size}"
+                    )
+
     def _misshapen(self, index: int, x: np.ndarray) -> InputError:
         spec = self.inputs[index]
         fits = x.ndim == len(spec.shape) and all(
@@ -103,7 +123,7 @@ class Batcher:
     def calls(self, requests: Sequence[Sequence[np.ndarray] | None]) -> list[Call]:
         """The requests (None: one that was refused) in the calls that take the least time together.
 
-        Raises nothing: arrays have been through `converted`.
+        Raises nothing: arrays have been through `converted` and `agree`.
         """
         if len(requests) == 1 and requests[0] is not None:
             arrays = requests[0]
