@@ -1,6 +1,6 @@
 """Compiles what the CUDA module is made of with the machine's nvcc; nothing is linked or run.
 
-    python .ci/compile_cuda.py BUILD_DIRECTORY [--minutes 25] [--jobs 2]
+    python .ci/compile_cuda.py BUILD_DIRECTORY [--minutes 10] [--jobs 2]
 
 BUILD_DIRECTORY is configured (ZENITH_CUDA=ON); its compile_commands.json says what to run, so the flags are the
 build's own. What changed last is compiled first. At the time limit it stops and names what it did not get to, which
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("build", type=pathlib.Path)
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
 

@@ -1,20 +1,29 @@
-"""What every test runs under: four CPU devices, a reason where a GPU is missing, and no swallowed exception."""
+"""What every test runs under: four CPU devices, a quick compiler, a reason where a GPU is missing, and no swallowed
+exception."""
 
 import os
 
+import quick_compiler
+
 # Before JAX starts its backends: sharding tests need several devices on any machine.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4", *quick_compiler.FLAGS]
+)
 # Workers of pytest-xdist share a GPU: the first would take three quarters of its memory, and the rest fail.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import contextlib
 import functools as ft
 import logging
 from collections.abc import Iterator
 
 import jax
 import pytest
+import share
 
 from zenith_jax import native
+
+quick_compiler.start()
 
 
 @ft.cache
@@ -27,10 +36,23 @@ def _no_gpu() -> str | None:
     return native.unavailable_reason("cuda")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    share.add_option(parser)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:], others = share.thinned(items, config.getoption("share"))
+    if others:
+        config.hook.pytest_deselected(items=others)
     for item in items:
         if item.get_closest_marker("gpu") and (reason := _no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    with quick_compiler.optimised() if request.node.get_closest_marker("optimised") else contextlib.nullcontext():
+        yield
 
 
 class _Collector(logging.Handler):

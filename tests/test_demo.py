@@ -26,6 +26,7 @@ def _missing() -> str | None:
     return None
 
 
+pytestmark = pytest.mark.optimised
 needs_weights = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
 
 
