@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import zlib
 
@@ -11,11 +12,17 @@ import pytest
 def add_option(parser: pytest.Parser) -> None:
     parser.addoption(
         "--share",
-        type=int,
+        type=at_least_one,
         default=1,
         metavar="N",
         help="of the cases of each parametrized test run one in N, at least one, always the same; 1 runs all",
     )
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"N must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def thinned(items: list[pytest.Item], share: int) -> tuple[list[pytest.Item], list[pytest.Item]]:
