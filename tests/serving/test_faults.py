@@ -96,7 +96,7 @@ def test_a_length_over_the_largest_is_refused(served):
 
 def test_a_request_whose_inputs_differ_in_length_is_refused(served):
     with Client(served.server, "grpc") as client:
-        with pytest.raises(Exception, match=r"keep: .* got length 5; in the inputs before it is 6"):
+        with pytest.raises(Exception, match="keep: length is 5, in an input before it is 6"):
             client.infer("masked", x=np.ones((1, 6), np.float32), keep=np.ones((1, 5), np.float32))
         (answer,) = client.infer("masked", x=np.ones((1, 6), np.float32), keep=np.ones((1, 6), np.float32)).values()
         np.testing.assert_array_equal(answer, np.ones((1, 6)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from zenith_jax.compiled import buckets
 from zenith_jax.errors import InputError
 
 # What a call costs besides its program: joining, dispatch, and cutting (backend.py, two EPYC cores, 2026-11-26).
@@ -51,7 +52,7 @@ class Batcher:
     def __init__(
         self,
         inputs: Sequence[Any],
-        dynamic: Mapping[str, Sequence[int]],
+        dynamic: Mapping[str, tuple[int, ...]],
         batch: str | None,
         seconds: Mapping[tuple[int, ...], float] | None = None,
     ):
@@ -65,13 +66,8 @@ class Batcher:
         self._sizes = [
             [(1, dynamic[n][-1]) if isinstance(n, str) else (n, n) for n in spec.shape] for spec in self.inputs
         ]
-        # Where names stand that stand more than once: [(input, axis)].
-        places: dict[str, list[tuple[int, int]]] = {name: [] for name in dynamic}
-        for index, spec in enumerate(self.inputs):
-            for axis, n in enumerate(spec.shape):
-                if isinstance(n, str):
-                    places[n].append((index, axis))
-        self._repeated = {name: of_name for name, of_name in places.items() if len(of_name) > 1}
+        names = [n for spec in self.inputs for n in spec.shape if isinstance(n, str)]
+        self._has_repeated_names = len(names) > len(set(names))
 
     def converted(self, index: int, x: np.ndarray) -> np.ndarray:
         """An input as the model takes it. Raises InputError for a wrong dtype, rank or size, and for integers that do
@@ -97,15 +93,8 @@ class Batcher:
     def agree(self, arrays: Sequence[np.ndarray]) -> None:
         """Raises InputError where a dimension of one name has several sizes in a request's inputs: its rows would be
         cut at the wrong places, and another request's with them."""
-        for name, places in self._repeated.items():
-            index, axis = places[0]
-            size = arrays[index].shape[axis]
-            for index, axis in places:
-                if arrays[index].shape[axis] != size:
-                    spec = self.inputs[index]
-                    raise InputError(
-                        f"the input {spec} got {name} {arrays[index].shape[axis]}; in the inputs before it is {size}"
-                    )
+        if self._has_repeated_names:
+            buckets.sizes_of(self.inputs, arrays, self.dynamic)
 
     def _misshapen(self, index: int, x: np.ndarray) -> InputError:
         spec = self.inputs[index]
@@ -167,7 +156,7 @@ class Batcher:
                 if total > self.dynamic[self.batch][-1]:
                     break
                 after, counts = best[len(rows) - 1 - last]
-                took = after + self._call_seconds(self._bucket({**sizes, self.batch: total}))
+                took = after + self._call_seconds(buckets.bucket_of({**sizes, self.batch: total}, self.dynamic))
                 if found is None or took <= found[0] + 1e-9:  # of equals, the one whose first call is the largest
                     found = (took, (last - first + 1, *counts))
             assert found is not None  # one request is never larger than the largest size
@@ -176,9 +165,6 @@ class Batcher:
 
     def _call_seconds(self, bucket: Mapping[str, int]) -> float:
         return self._seconds.get(tuple(bucket[n] for n in self.dynamic), 0.0) + CALL_SECONDS
-
-    def _bucket(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        return {name: next(n for n in self.dynamic[name] if n >= size) for name, size in sizes.items()}
 
     def _planned(self, shapes: tuple[tuple[int, ...], ...], rows: int | None) -> _Plan:
         """shapes: of the inputs of one of the requests. rows: of all of them; None: there are no others."""
@@ -190,7 +176,7 @@ class Batcher:
         }
         if self.batch is not None and rows is not None:
             sizes[self.batch] = rows
-        bucket = self._bucket(sizes)
+        bucket = buckets.bucket_of(sizes, self.dynamic)
         padded = [tuple(bucket[n] if isinstance(n, str) else n for n in spec.shape) for spec in self.inputs]
         return _Plan(sizes, bucket, padded, rows is None and bucket == sizes and tuple(padded) == shapes)
 
