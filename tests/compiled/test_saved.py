@@ -144,12 +144,16 @@ def test_a_truncated_file_is_refused(whole, tmp_path, part):
         zenith.load(short)
 
 
+def damaged(content: bytes, position: int, flip: int) -> bytes:
+    return content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :]
+
+
 def test_every_damaged_byte_is_found_or_harmless(model, whole, tmp_path):
     content = whole.read_bytes()
     want = np.asarray(model(X)["y"])
     bad, found = tmp_path / "bad.zenith", 0
     for position in range(0, len(content), len(content) // 60):
-        bad.write_bytes(content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :])
+        bad.write_bytes(damaged(content, position, 0x41))
         try:
             loaded = zenith.load(bad)
         except SavedModelError as error:
@@ -168,11 +172,11 @@ def test_every_damaged_byte_of_the_archive_is_found_or_harmless(whole, tmp_path)
         arrays = archive_.getinfo(archive.ARRAYS)
     table = content.rindex(b"PK\5\6")
     start = struct.unpack("<I", content[table + 16 : table + 20])[0]
-    headers = [i.header_offset + n for i in archive_.infolist() for n in range(30 + len(i.filename))]
+    headers = [i.header_offset + n for i in archive_.infolist() for n in range(archive._LOCAL_HEADER + len(i.filename))]
     assert arrays.header_offset < start
     for position in [*headers, *range(start, len(content))]:
         for flip in (0x01, 0x41, 0xFF):
-            bad.write_bytes(content[:position] + bytes([content[position] ^ flip]) + content[position + 1 :])
+            bad.write_bytes(damaged(content, position, flip))
             try:
                 reader = archive.Reader(bad)
                 read = {name: reader.member(name) for name in members}
