@@ -29,6 +29,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from quick_compiler import NEW_EMITTERS
 
 JIT, EAGER, STATIC = "jit", "eager", "static"  # how a case was run; static: no input was traced
 PASS, UNSUPPORTED, RANDOM, WRONG, ERROR = "pass", "unsupported", "random", "wrong", "error"
@@ -157,12 +158,13 @@ def outcome(case: Case, *, eager: bool = False) -> Outcome:
         result, reason, trace = PASS, "", ""
         try:
             model = load(case.model)
+            options = NEW_EMITTERS if "FNUZ" in case.name else {}
             for inputs, expected in case.data:
                 try:
-                    results, ran = _run(model, inputs, how)
+                    results, ran = _run(model, inputs, how, options)
                 except NotStaticError:
                     how = EAGER
-                    results, ran = _run(model, inputs, how)
+                    results, ran = _run(model, inputs, how, options)
                 how = ran
                 try:
                     _compare(expected, results, case)
@@ -176,7 +178,7 @@ def outcome(case: Case, *, eager: bool = False) -> Outcome:
     return Outcome(case.name, case.kind, result, how, time.perf_counter() - start, reason, trace)
 
 
-def _run(model: Any, inputs: list[Any], how: str) -> tuple[list[Any], str]:
+def _run(model: Any, inputs: list[Any], how: str, compiler_options: dict[str, Any]) -> tuple[list[Any], str]:
     import jax
 
     given = {info.name: value for info, value in zip(model.inputs, inputs, strict=True)}
@@ -186,7 +188,8 @@ def _run(model: Any, inputs: list[Any], how: str) -> tuple[list[Any], str]:
     traced = {k: v for k, v in given.items() if k not in statics}
     if not traced and not (model.params or model.constants):
         return _numpy(model.apply(model.params, **given)), STATIC
-    compiled = jax.jit(lambda params, traced: model.apply(params, **traced, **statics))
+    function = lambda params, traced: model.apply(params, **traced, **statics)  # noqa: E731
+    compiled = jax.jit(function, compiler_options=compiler_options)
     return _numpy(compiled({**model.params, **model.constants}, traced)), JIT if traced else STATIC
 
 

@@ -1,4 +1,4 @@
-"""`pytest --share N`: a part of the tests that meets every test function, for a check of minutes and not an hour."""
+"""`pytest --share N`: a part of the tests that meets every test function, for a check of ten minutes and not thirty."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import tomllib
 import jax
 import onnx_suite
 import pytest
-import quick_compiler
 from onnx_suite import EAGER, JIT, PASS, RANDOM, STATIC, UNSUPPORTED
 
 onnx = pytest.importorskip("onnx")
@@ -37,10 +36,7 @@ def expected(name: str) -> tuple[str, str | None]:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_cases_do_what_the_table_says(batch):
-    names = onnx_suite.names()[batch::BATCHES]
-    if quick_compiler.HAS_OLD_EMITTERS:  # they make -0 a NaN in these float8 types
-        names = [name for name in names if "FNUZ" not in name]
-    outcomes = [onnx_suite.outcome(onnx_suite.case(name)) for name in names]
+    outcomes = [onnx_suite.outcome(onnx_suite.case(name)) for name in onnx_suite.names()[batch::BATCHES]]
     found = {o.name: (o.result, o.how if o.result == PASS else None) for o in outcomes}
     reasons = {o.name: o.reason for o in outcomes}
     surprises = [
