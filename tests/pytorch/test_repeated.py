@@ -16,6 +16,8 @@ from zenith_jax.frontends.torch import dynamo, exchange
 from zenith_jax.frontends.torch.errors import FallbackWarning, TorchError
 from zenith_jax.frontends.torch.repeated import MISSED
 
+CPU = jax.devices("cpu")[0]
+
 pytestmark = pytest.mark.skipif(exchange.watch() is None, reason="torch before 2.10 has no C exchange API")
 
 
@@ -284,8 +286,8 @@ def test_the_order_around_a_program_of_a_gpu():
             done.append("pointer")
             return y.unsafe_buffer_pointer()
 
-    x, y = torch.zeros(4, 8), jax.numpy.arange(32.0).reshape(4, 8)
-    inlet = exchange.inlet(0, np.dtype("float32"), jax.devices()[0], (4, 8))
+    x, y = torch.zeros(4, 8), jax.device_put(np.arange(32.0, dtype=np.float32).reshape(4, 8), CPU)
+    inlet = exchange.inlet(0, np.dtype("float32"), CPU, (4, 8))
     inlet.keep(x.data_ptr(), y)
     done, refusing = [], [False]
 
@@ -315,8 +317,8 @@ def test_the_order_around_a_program_of_a_gpu():
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_another_number_of_results_is_refused(count):
-    x, y = torch.zeros(4, 8), jax.numpy.ones((4, 8))
-    inlet = exchange.inlet(0, np.dtype("float32"), jax.devices()[0], (4, 8))
+    x, y = torch.zeros(4, 8), jax.device_put(np.ones((4, 8), np.float32), CPU)
+    inlet = exchange.inlet(0, np.dtype("float32"), CPU, (4, 8))
     inlet.keep(x.data_ptr(), y)
     call = exchange.repeated(
         inlets=[inlet],
