@@ -9,13 +9,13 @@
 
 #include "cuda/attention/problem.cuh"
 #include "cuda/core/cp_async.cuh"
+#include "cuda/core/math.cuh"
 #include "cuda/core/mma.cuh"
 
 namespace zenith::attention {
 
 inline constexpr int kChunkBytes = 16;
 inline constexpr int kTileAlignment = 1024;  // bytes; no row is longer
-inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
 /// Layout of a tile of rows of kDim elements.

@@ -3,6 +3,15 @@
 
 namespace zenith {
 
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+/// 2^x in one instruction; 2^-inf = 0, and so is what is below 2^-126.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// exp(x) for a result rounded to T. __expf errs by up to |x| * 2^-23 relative: below half a unit
 /// of a 16-bit type wherever its result is not zero. float32 gets the 1-ulp function.
 template <typename T>

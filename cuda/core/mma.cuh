@@ -115,11 +115,4 @@ __device__ __forceinline__ uint32_t LoadShared32(uint32_t shared) {
   return r;
 }
 
-/// 2^x in one instruction; 2^-inf = 0.
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
 }  // namespace zenith

@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "cuda/core/convert.cuh"
+#include "cuda/core/math.cuh"
 #include "ffi/kernels/linear.h"
 
 namespace zenith::linear {
@@ -50,11 +51,6 @@ constexpr auto ExponentOf() {
   }
 }
 
-__device__ __forceinline__ float FastExp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ __forceinline__ float FastReciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
@@ -76,7 +72,7 @@ __device__ __forceinline__ float Apply(Epilogue epilogue, float x) {
     // tanh(x) = 2 / (1 + exp(-2 x)) - 1, and its series where that cancels.
     const float s = x * x;
     const float series = x * fmaf(s, fmaf(s, 2.0f / 15, -1.0f / 3), 1.0f);  // to 6e-8 at 1/8
-    const float quotient = fmaf(2.0f, FastReciprocal(1.0f + FastExp2(2 * kMinusLog2E * x)), -1.0f);
+    const float quotient = fmaf(2.0f, FastReciprocal(1.0f + Exp2(2 * kMinusLog2E * x)), -1.0f);
     return fabsf(x) < 0.125f ? series : quotient;
   } else if constexpr (kBody == Body::kGeluErf) {
     constexpr auto kQ = ExponentOf<T, kBody>();
@@ -85,14 +81,14 @@ __device__ __forceinline__ float Apply(Epilogue epilogue, float x) {
     float q = kQ.of[kQ.kCount - 1];
 #pragma unroll
     for (int i = kQ.kCount - 2; i >= 0; --i) q = fmaf(q, t, kQ.of[i]);
-    return fmaf(-t, FastExp2(q), x + fabsf(x));
+    return fmaf(-t, Exp2(q), x + fabsf(x));
   } else {
     constexpr auto kP = ExponentOf<T, kBody>();
     const float s = x * x;
     float exponent = kMinusLog2E * kP.of[kP.kCount - 1];
 #pragma unroll
     for (int i = kP.kCount - 2; i >= 0; --i) exponent = fmaf(exponent, s, kMinusLog2E * kP.of[i]);
-    return x * FastReciprocal(1.0f + FastExp2(x * exponent));  // -inf * 0 is NaN, as in JAX
+    return x * FastReciprocal(1.0f + Exp2(x * exponent));  // -inf * 0 is NaN, as in JAX
   }
 }
 
