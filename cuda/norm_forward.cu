@@ -1,56 +1,19 @@
 // Layer and RMS normalisation, forward; the contract is ffi/kernels/norm.h.
 #include "cuda/core/convert.cuh"
+#include "cuda/core/device.h"
 #include "cuda/core/launch.h"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/rows.cuh"
 #include "cuda/core/vector.cuh"
+#include "cuda/norm/affine.cuh"
+#include "cuda/norm/kernels.h"
 #include "ffi/kernels/norm.h"
 
 namespace zenith {
 namespace {
 
-/// scale and bias of kSize neighbouring columns; a null bias is zeros, which change no bit that
-/// matters (-0 + 0 = 0).
-template <typename P, int kSize>
-struct Affine {
-  Vector<P, kSize> scale, bias;
-
-  static __device__ __forceinline__ Affine Load(const NormForwardArgs& args, int64_t col) {
-    Affine affine = {};
-    affine.scale = LoadReadOnly<kSize>(static_cast<const P*>(args.scale) + col);
-    if (args.bias != nullptr) {
-      affine.bias = LoadReadOnly<kSize>(static_cast<const P*>(args.bias) + col);
-    }
-    return affine;
-  }
-
-  /// (x - mean) * rstd * scale + bias
-  template <typename T>
-  __device__ __forceinline__ Vector<T, kSize> Normalized(const Vector<T, kSize>& x, float mean,
-                                                         float rstd) const {
-    float values[kSize], scales[kSize], biases[kSize];
-    ToFloat(x, values);
-    ToFloat(scale, scales);
-    ToFloat(bias, biases);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      values[j] = fmaf((values[j] - mean) * rstd, scales[j], biases[j]);
-    }
-    return FromFloat<T>(values);
-  }
-};
-
-/// x + residual, rounded to T.
-template <typename T, int kSize>
-__device__ __forceinline__ Vector<T, kSize> Sum(const Vector<T, kSize>& x,
-                                                const Vector<T, kSize>& residual) {
-  float x_values[kSize], residual_values[kSize];
-  ToFloat(x, x_values);
-  ToFloat(residual, residual_values);
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) x_values[j] += residual_values[j];
-  return FromFloat<T>(x_values);
-}
+using norm::Affine;
+using norm::Sum;
 
 /// One team per row, the row in registers: x (and residual) read once, y (and sum) written once;
 /// scale and bias come from the caches. The statistics are two passes over the registers.
@@ -189,6 +152,11 @@ Status NormForward(const NormForwardArgs& args, const Launch& launch) {
   return DispatchDTypes(args.dtype, args.param_dtype, [&]<typename T, typename P>() -> Status {
     return DispatchRow<T, 8, false>(
         args.cols, aligned, [&]<int kSize, int kVectors>(RowShape shape) {
+#ifdef ZENITH_HOPPER
+          if (kSize > 1 && norm::ForwardTakes<T, P>(args.cols / kSize) && ChoosesHopper()) {
+            return norm::HopperForward(args, launch);
+          }
+#endif
           if constexpr (kVectors == kLooped) {
             norm_forward_looped_kernel<T, P, kSize>
                 <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);

@@ -1,77 +1,18 @@
 // Softmax by rows, forward and backward; the contract is ffi/kernels/softmax.h.
+#include "cuda/core/block_team.cuh"
 #include "cuda/core/convert.cuh"
 #include "cuda/core/device.h"
 #include "cuda/core/launch.h"
+#include "cuda/core/logits.cuh"
 #include "cuda/core/long_rows.h"
-#include "cuda/core/math.cuh"
 #include "cuda/core/reduce.cuh"
 #include "cuda/core/rows.cuh"
 #include "cuda/core/vector.cuh"
+#include "cuda/softmax/forward.cuh"
 #include "cuda/softmax/kernels.h"
 
 namespace zenith {
 namespace {
-
-/// 4 vectors of a 16-bit type fit 32 registers, and then 2 blocks of 1024 threads an SM: while one
-/// reduces, the other loads (1024 x 32768 bfloat16: 49 us for 61 with one block, H100, 11/2026).
-template <typename T, int kVectors>
-constexpr int kBlocksPerSm = sizeof(T) == 2 && kVectors <= 4 ? 2 : 1;
-
-/// One team per row, the row in registers: x is read once, y written once. kSize elements move
-/// together; a thread holds up to kVectors such vectors. exp is computed twice rather than kept:
-/// that halves the registers of a 16-bit row, and the kernel waits for memory anyway.
-/// A NaN, or -inf - -inf in a row of -inf, reaches every y through the sum.
-template <typename T, int kSize, int kVectors>
-__global__ void __launch_bounds__(kMaxBlockThreads, kBlocksPerSm<T, kVectors>)
-    softmax_forward_kernel(SoftmaxForwardArgs args, int width) {
-  __shared__ TeamScratch<1> scratch;
-  Team team(width);
-  const int cols = static_cast<int>(args.cols);
-  const int64_t row = int64_t{blockIdx.x} * team.count() + team.index();
-  const T* gX = static_cast<const T*>(args.x) + row * cols;
-  T* gY = static_cast<T*>(args.y) + row * cols;
-  const RowSlice<kSize> slice{row < args.rows ? cols : 0, width, team.rank()};
-
-  Vector<T, kSize> x[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    if (slice.has(i)) x[i] = LoadVector<kSize>(gX + slice.col(i));
-  }
-
-  float max = Max::kIdentity;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    if (!slice.has(i)) continue;
-    float values[kSize];
-    ToFloat(x[i], values);
-#pragma unroll
-    for (float value : values) max = fmaxf(max, value);
-  }
-  max = team.AllReduce<Max>(max, scratch);
-
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    if (!slice.has(i)) continue;
-    ForgetFloats(x[i]);
-    float values[kSize];
-    ToFloat(x[i], values);
-#pragma unroll
-    for (float value : values) sum += Exp<T>(value - max);
-  }
-  const float scale = 1.0f / team.AllReduce<Add>(sum, scratch);
-
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    if (!slice.has(i)) continue;
-    ForgetFloats(x[i]);
-    float values[kSize];
-    ToFloat(x[i], values);
-#pragma unroll
-    for (float& value : values) value = Exp<T>(value - max) * scale;
-    StoreVector(gY + slice.col(i), FromFloat<T>(values));
-  }
-}
 
 /// Any number of columns: one team per row, x read twice. Each thread keeps its own running maximum
 /// and the sum of exponentials relative to it (the paper's online normaliser).
@@ -96,21 +37,21 @@ __global__ void __launch_bounds__(kMaxBlockThreads)
     for (float value : values) new_max = fmaxf(new_max, value);
     // While all was -inf there is nothing to rescale, and -inf - -inf would be NaN.
     const float base = new_max == Max::kIdentity ? 0.0f : new_max;
-    sum *= Exp<T>(thread_max - base);
+    sum *= Weight<T>(thread_max - base);
 #pragma unroll
-    for (float value : values) sum += Exp<T>(value - base);
+    for (float value : values) sum += Weight<T>(value - base);
     thread_max = new_max;
   }
   const float max = team.AllReduce<Max>(thread_max, scratch);
   // A thread that saw only -inf has sum 0, or NaN; 0 * exp(-inf - max) keeps either.
   const float base = max == Max::kIdentity ? 0.0f : max;
-  const float scale = 1.0f / team.AllReduce<Add>(sum * Exp<T>(thread_max - base), scratch);
+  const float scale = 1.0f / team.AllReduce<Add>(sum * Weight<T>(thread_max - base), scratch);
 
   for (int64_t col = team.rank() * kSize; col < cols; col += step) {
     float values[kSize];
     ToFloat(LoadVector<kSize>(gX + col), values);
 #pragma unroll
-    for (float& value : values) value = Exp<T>(value - max) * scale;
+    for (float& value : values) value = Weight<T>(value - max) * scale;
     StoreVector(gY + col, FromFloat<T>(values));
   }
 }
@@ -202,11 +143,16 @@ Status SoftmaxForward(const SoftmaxForwardArgs& args, const Launch& launch) {
   return DispatchDType(args.dtype, [&]<typename T>() -> Status {
     return DispatchRow<T, 8, true>(
         args.cols, AreAligned(args.x, args.y), [&]<int kSize, int kVectors>(RowShape shape) {
+#ifdef ZENITH_HOPPER
+          if (kSize > 1 && softmax::ForwardTakes(args.cols / kSize) && ChoosesHopper()) {
+            return softmax::HopperForward(args, launch);
+          }
+#endif
           if constexpr (kVectors == kLooped) {
             softmax_forward_looped_kernel<T, kSize>
                 <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
           } else {
-            softmax_forward_kernel<T, kSize, kVectors>
+            softmax::forward_kernel<BlockTeam, T, kSize, kVectors>
                 <<<shape.blocks(args.rows), shape.threads(), 0, launch.stream>>>(args, shape.width);
           }
           return LastLaunch();

@@ -350,8 +350,9 @@ void TestCrossEntropy(Report& report, DType dtype, const Shape& shape) {
 }
 
 // Rows of one thread, of part of a warp, of a warp, of a block; with tails; longer than what a
-// block holds in registers (4 or 8 vectors of each of 1024 threads), of clusters of 2 to 8 blocks,
-// and longer than those. Groups of no row, of one and of many, as long as each other and not.
+// block holds in registers (4 or 8 vectors of each of 512 or 1024 threads), of clusters of 2 to 8
+// blocks, and longer than those. Groups of no row, of one and of many, as long as each other and
+// not.
 constexpr Shape kShapes[] = {{0, 1, 8},
                              {1, 0, 8},
                              {2, 0, 5},
@@ -386,6 +387,9 @@ constexpr Shape kShapes[] = {{0, 1, 8},
                              {6, 1, 65544},
                              {2, 1, 65536},
                              {1, 1, 100003},
+                             {1, 1, 16392},
+                             {1, 2, 100000},
+                             {1, 2, 131072},
                              {2, 6, 64, 1},
                              {3, 3, 768, 1},
                              {1, 3, 264, 2},
