@@ -32,6 +32,7 @@ SHAPES = [
     (1, 128, 12, 64), (8, 128, 12, 64), (1, 512, 12, 64), (1, 1024, 16, 64), (8, 512, 12, 64), (4, 2048, 16, 64),
     (8, 512, 12, 128),
 ]  # fmt: skip
+DTYPES = ("bfloat16", "float32")
 CHAIN = 8
 
 
@@ -57,7 +58,7 @@ def with_gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     return jax.grad(lambda *qkv: jnp.square(function(*qkv).astype(jnp.float32)).sum(), argnums=(0, 1, 2))
 
 
-def measured(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+def measured(shape: tuple[int, ...], dtype: str, seconds: float) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     qkv = [jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3)]
     with jax.default_matmul_precision("highest"):
@@ -65,8 +66,8 @@ def measured(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": shape, "dtype": dtype}
     for name, transformed in (("forward_us", lambda f: f), ("gradient_us", with_gradient)):
         jitted = {c: jax.jit(transformed(chained(f))) for c, f in CONTENDERS.items()}
-        seconds = interleaved({c: lambda f=f: f(*qkv) for c, f in jitted.items()}, seconds=0.5)
-        row[name] = {c: s / CHAIN * 1e6 for c, s in seconds.items()}
+        times = interleaved({c: lambda f=f: f(*qkv) for c, f in jitted.items()}, seconds=seconds)
+        row[name] = {c: s / CHAIN * 1e6 for c, s in times.items()}
     row["error"] = {
         c: float(np.abs(np.asarray(jax.jit(f)(*qkv), np.float32) - exact).max()) for c, f in CONTENDERS.items()
     }
@@ -75,6 +76,9 @@ def measured(shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeat for several; default: all")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of measuring each pair")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args()
     console = Console(width=120)
@@ -83,8 +87,8 @@ def main() -> int:
         return 1
     here = machine()
     console.print(f"zenith {zenith.__version__}: {here.text()}", highlight=False)
-    work = [(shape, dtype) for dtype in ("bfloat16", "float32") for shape in SHAPES]
-    rows = [measured(*one) for one in track(work, "timing", console=console, transient=True)]
+    work = [(shape, dtype) for dtype in options.dtype or DTYPES for shape in SHAPES[: options.shapes]]
+    rows = [measured(*one, options.seconds) for one in track(work, "timing", console=console, transient=True)]
     table = Table("b s h d", "dtype", title="attention, XLA / Zenith, us a call", title_justify="left")
     for column in ("forward", "forward + backward", "error"):
         table.add_column(column, justify="right")
