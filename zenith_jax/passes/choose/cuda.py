@@ -173,7 +173,9 @@ def _norm(case: dict[str, Any], differentiated: bool) -> Refusal | None:
 
 def _softmax(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     # bfloat16 forward, XLA / ours in us, 2^25 elements: cols 128 101/57, 1024 to 8192 52-56/52-54, 16384 65/53,
-    # 32768 110/55. With its gradient XLA fuses what is around it: 92-182/190-196 (H100, 2026-11-23).
+    # 32768 110/55 (H100, 2026-11-23). With its gradient XLA fuses what is around it, XLA / ours: 32768 x 1024 behind a
+    # scale and before a product of elements 178/232, between two matrix products 362/316; 8192 x 1024 43/60, 96/96
+    # (2026-11-27).
     if differentiated or 128 < case["cols"] < 16384:
         return refuse(
             "XLA's softmax of rows of {cols} is as fast on a GPU, and fuses with what is around it", cols=case["cols"]
