@@ -77,11 +77,7 @@ struct OnlineSums {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (i >= count) break;
-      ForgetFloats(x[i]);
-      float values[kSize];
-      ToFloat(x[i], values);
-#pragma unroll
-      for (float value : values) body(value);
+      ForEachValue(x[i], body);
     }
   }
 };

@@ -58,12 +58,7 @@ __global__ void __launch_bounds__(kVectors == 1 ? kNarrowThreads : kMaxBlockThre
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (!slice.has(i)) continue;
-      ForgetFloats(x[i]);
-      float values[kSize];
-      ToFloat(x[i], values);
-#pragma unroll
-      for (float value : values) sum += value;
+      if (slice.has(i)) ForEachValue(x[i], [&](float value) { sum += value; });
     }
     mean = team.AllReduce<Add>(sum, scratch) / cols;
   }
@@ -72,11 +67,7 @@ __global__ void __launch_bounds__(kVectors == 1 ? kNarrowThreads : kMaxBlockThre
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     if (!slice.has(i)) continue;
-    ForgetFloats(x[i]);
-    float values[kSize];
-    ToFloat(x[i], values);
-#pragma unroll
-    for (float value : values) squares += (value - mean) * (value - mean);
+    ForEachValue(x[i], [&, mean](float value) { squares += (value - mean) * (value - mean); });
   }
   const float rstd = rsqrtf(team.AllReduce<Add>(squares, scratch) / cols + args.eps);
 

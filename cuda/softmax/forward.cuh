@@ -45,12 +45,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, kBlocksPerSm<T, kVectors>)
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    if (!slice.has(i)) continue;
-    ForgetFloats(x[i]);
-    float values[kSize];
-    ToFloat(x[i], values);
-#pragma unroll
-    for (float value : values) sum += Weight<T>(value - max);
+    if (slice.has(i)) ForEachValue(x[i], [&](float value) { sum += Weight<T>(value - max); });
   }
   const float scale = 1.0f / team.template AllReduce<Add>(sum);
 

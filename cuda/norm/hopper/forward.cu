@@ -10,8 +10,9 @@ namespace {
 
 constexpr int kVectors = 4;
 
-/// As norm_forward_kernel, in 32 registers a thread (40 where parameters are wide), 16 of them a
-/// row's.
+/// As norm_forward_kernel (one source for both costs norms of up to 256 columns up to a quarter of
+/// their time, by what the compiler spills), in 32 registers a thread (40 where parameters are
+/// wide), 16 of them a row's.
 template <typename T, typename P>
 __global__ void __launch_bounds__(row_cluster::kThreads, kIsWidened<T, P> ? 3 : 4)
     norm_forward_cluster_kernel(NormForwardArgs args, int width) {
@@ -46,13 +47,7 @@ __global__ void __launch_bounds__(row_cluster::kThreads, kIsWidened<T, P> ? 3 : 
 
   /// body(value) for each of the thread's elements.
   const auto for_each_value = [&](auto&& body) {
-    for_each([&](int i) {
-      ForgetFloats(x[i]);
-      float values[kSize];
-      ToFloat(x[i], values);
-#pragma unroll
-      for (float value : values) body(value);
-    });
+    for_each([&](int i) { ForEachValue(x[i], body); });
   };
   float mean = 0;  // stays 0 for kRms, whose formulas are kLayer's without it
   if (args.kind == NormKind::kLayer) {
