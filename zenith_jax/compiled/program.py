@@ -28,8 +28,23 @@ CONSTANT_BYTES = 16384
 def program(jitted: Any, params: Sequence[Any], structs: Any, mode: str) -> Program:
     """Compiles `jitted(params, inputs)`, a `jax.jit` function, for inputs like `structs`."""
     if mode != "reduce-overhead":
-        return ft.partial(jitted.lower(params, structs).compile(), params)
+        return ft.partial(*_compiled(jitted, params, structs))
     return _least_overhead(jitted, params, structs)
+
+
+def _compiled(
+    jitted: Any, params: Sequence[Any], structs: Sequence[Any], options: Callable[[Any], Any] = lambda lowered: None
+) -> tuple[Any, Sequence[Any]]:
+    """`jitted(params, inputs)`, and its parameters, filters among them in the order in which XLA reads them."""
+    layouts = _compat.free_layouts(params, native.default_platform())
+    if layouts is None:
+        lowered = jitted.lower(params, structs)
+        return lowered.compile(options(lowered)), params
+    again = ft.wraps(jitted)(lambda params, inputs: jitted(params, inputs))
+    avals = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding, weak_type=p.weak_type) for p in params]
+    lowered = jax.jit(again, in_shardings=(layouts, None)).lower(avals, structs)
+    executable = lowered.compile(options(lowered))
+    return executable, _compat.relaid(params, executable.input_formats[0][0])
 
 
 def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) -> Program:
@@ -42,8 +57,8 @@ def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) 
         remaining = iter(arguments)
         return jitted([next(remaining) if c is None else c for c in constants], inputs)
 
-    lowered = jax.jit(with_constants).lower(arguments, structs)
-    executable = lowered.compile(_compat.least_launches(native.default_platform()))
+    options = ft.partial(_compat.least_launches, platform=native.default_platform())
+    executable, arguments = _compiled(jax.jit(with_constants), arguments, structs, options)
     execute = _compat.direct_execution(executable, arguments)
     if execute is None:
         logger.info("reduce-overhead: this program has effects or several devices, and is called the usual way")

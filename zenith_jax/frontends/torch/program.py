@@ -93,12 +93,13 @@ class Program:
         started = time.perf_counter()
         function, avals = self.function(shapes), self.avals(shapes)
         traced = jit(function, keep_unused=True).trace(*avals)
-        options = _compat.least_launches(self.platform or "cpu")
+        platform = self.platform or "cpu"
         split = None
         if not any(kind == "weight" for kind, _ in self.captured.written):
-            split = known.split(traced.jaxpr, len(avals) - len(self.inlets), self.platform or "cpu")
+            split = known.split(traced.jaxpr, len(avals) - len(self.inlets), platform)
         if split is None:
-            return Executable(self, tuple(shapes), traced.lower().compile(options), None)
+            lowered = traced.lower()
+            return Executable(self, tuple(shapes), lowered.compile(_compat.least_launches(lowered, platform)), None)
         folded = _Folded(self, split)
 
         @ft.wraps(function)
@@ -106,9 +107,17 @@ class Program:
             compiling.resume(started)
             return split.program(*flat)
 
-        bound = map(_struct, folded(self.weights.arrays))
-        lowered = jax.jit(remaining, keep_unused=True).lower(*bound, *avals[-len(self.inlets) :])
-        return Executable(self, tuple(shapes), lowered.compile(options), folded)
+        bound = [_struct(x) for x in folded(self.weights.arrays)]
+        others = len(bound) - len(split.made_of) + len(self.inlets)
+        layouts = _compat.free_layouts(bound[: len(split.made_of)], platform)
+        jitted = jax.jit(remaining, keep_unused=True)
+        if layouts is not None:
+            jitted = jax.jit(remaining, keep_unused=True, in_shardings=(*layouts, *[None] * others))
+        lowered = jitted.lower(*bound, *avals[-len(self.inlets) :])
+        compiled = lowered.compile(_compat.least_launches(lowered, platform))
+        if layouts is not None:
+            folded.bring_into(compiled.input_formats[0][: len(layouts)])
+        return Executable(self, tuple(shapes), compiled, folded)
 
 
 def _struct(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -158,6 +167,11 @@ class _Folded:
         self.versions: list[int] = []
         self.arrays: list[jax.Array] = []
         self.values: list[jax.Array] = []
+        self.formats: Sequence[Any] | None = None
+
+    def bring_into(self, formats: Sequence[Any]) -> None:
+        """From now on what is computed comes in these formats."""
+        self.formats, self.versions, self.arrays = formats, [], []
 
     def __call__(self, arrays: list[jax.Array]) -> list[jax.Array]:
         """What the program takes before its inputs."""
@@ -168,7 +182,10 @@ class _Folded:
         versions = [t._version for t in self.followed]
         if versions != self.versions or arrays is not self.arrays:
             full = [*arrays, *self.more]
-            self.values = [*self.prepare(*full), *(full[i] for i in self.kept)]
+            made = self.prepare(*full)
+            if self.formats is not None:
+                made = _compat.relaid(made, self.formats)
+            self.values = [*made, *(full[i] for i in self.kept)]
             self.versions, self.arrays = versions, arrays
         return self.values
 

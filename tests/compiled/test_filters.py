@@ -1,0 +1,85 @@
+"""On a GPU XLA chooses in what order filters lie, and convolutions are in CUDA graphs where host time counts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.layout import Format, Layout
+
+import zenith_jax as zenith
+from zenith_jax.ir import _compat
+
+FILTERS = (jnp.cos(jnp.arange(3 * 3 * 8 * 16.0)).reshape(3, 3, 8, 16), jnp.sin(jnp.arange(64 * 16.0)).reshape(64, 16))
+X = np.sin(np.arange(2 * 8 * 8 * 8, dtype=np.float32)).reshape(2, 8, 8, 8)
+CONVOLUTIONS = "xla_gpu_enable_command_buffer"
+
+
+def convolved(params, x):
+    y = jax.lax.conv_general_dilated(x, params[0], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.max(y, axis=(1, 2)) @ params[1].T
+
+
+def test_programs_with_convolutions_have_them_in_graphs(monkeypatch):
+    lowered = jax.jit(lambda p, x: jax.jit(convolved)(p, x)).lower(FILTERS, X)  # inside of a function that is called
+    without = jax.jit(lambda x: x @ x).lower(X)
+    assert _compat.least_launches(lowered, "cpu") is None
+    assert "CONVOLUTION" in _compat.least_launches(lowered, "cuda")[CONVOLUTIONS].split(",")
+    assert CONVOLUTIONS not in _compat.least_launches(without, "cuda")
+    monkeypatch.setenv("XLA_FLAGS", f"--{CONVOLUTIONS}=FUSION")  # the user knows better
+    assert CONVOLUTIONS not in _compat.least_launches(lowered, "cuda")
+
+
+def test_only_filters_of_a_gpu_are_free():
+    large = jax.ShapeDtypeStruct((3, 3, 2048, 2048), np.float32)
+    assert _compat.free_layouts([*FILTERS, large], "cpu") is None
+    assert _compat.free_layouts(FILTERS[1:], "cuda") is None
+    free, *others = _compat.free_layouts([*FILTERS, large], "cuda")
+    assert free.layout is Layout.AUTO and others == [None, None]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_answers_and_parameters_stay_whatever_order_is_chosen(mode, monkeypatch, tmp_path):
+    """An order that no CPU chooses by itself."""
+    order = Layout((2, 3, 0, 1))
+    seen = []
+
+    def free_layouts(structs, platform):
+        seen.append([x.ndim for x in structs])
+        return [Format(order, x.sharding) if x.ndim == 4 else None for x in structs]
+
+    monkeypatch.setattr(_compat, "free_layouts", free_layouts)
+    monkeypatch.setattr("zenith_jax.compiled.program.CONSTANT_BYTES", 0)
+    compiled = zenith.compile((convolved, FILTERS), X, mode=mode)
+    assert any(4 in ranks for ranks in seen)
+    want = convolved(FILTERS, X)
+    np.testing.assert_allclose(compiled(X), want, rtol=1e-5, atol=1e-5)  # sums of 72 terms of size 1
+    np.testing.assert_array_equal(compiled.params[0], FILTERS[0])
+    loaded = zenith.load(compiled.save(tmp_path / "m.zenith"))
+    np.testing.assert_allclose(loaded(X), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="JAX has no NVIDIA GPU")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_gpu_reads_filters_as_they_lie(mode):
+    rng = np.random.default_rng(0)
+    filters = [jnp.asarray(rng.normal(size=(3, 3, 64, 64)).astype(np.float32) / 24) for _ in range(4)]
+    x = rng.normal(size=(8, 16, 16, 64)).astype(np.float32)
+
+    def deep(params, x):
+        for p in params:
+            x = jax.lax.conv_general_dilated(x, p, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x
+
+    compiled = zenith.compile((deep, filters), x, mode=mode)
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(deep)(filters, x)
+    for _ in range(3):  # a graph is captured, then started, then updated
+        # TensorFloat-32, 2^-11 a product, four layers one behind the other.
+        np.testing.assert_allclose(compiled(jnp.array(x)), want, rtol=5e-3, atol=5e-3)
+    executable = jax.jit(deep, in_shardings=(_compat.free_layouts(filters, "cuda"), None)).lower(filters, x).compile()
+    relaid = _compat.relaid(filters, executable.input_formats[0][0])
+    assert all(a is not b for a, b in zip(relaid, filters, strict=True)), "XLA copies them in each call again"
+    np.testing.assert_array_equal(relaid[0], filters[0])
