@@ -10,6 +10,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxscript")
 
 import zenith_jax as zenith
+from zenith_jax.errors import FrontendError
+from zenith_jax.frontends.torch.errors import FallbackWarning
 from zenith_jax.ops._lower import compute_stream
 
 pytestmark = [
@@ -144,6 +146,39 @@ def test_calls_are_repeated_and_results_come_in_order():
             sums = [fast(x).float().sum() for x in inputs * 4]  # results are let go of while they are read
         torch.cuda.synchronize()
         assert sums == expected * 4
+
+
+def test_while_a_graph_is_captured_torch_computes():
+    """JAX's stream would wait for the captured one, and with it become part of the graph."""
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()).eval().cuda()
+    fast, whole = zenith.torch.compile(module), zenith.compile(module, torch.randn(8, 64, device="cuda"))
+    x = torch.randn(8, 64, device="cuda")
+    for _ in range(3):
+        fast(x), module(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.warns(FallbackWarning, match="capturing a CUDA graph"), torch.cuda.graph(graph):
+        y = fast(x)
+        with pytest.raises(FrontendError, match="capturing a CUDA graph"):
+            whole(x)
+    x.normal_()
+    graph.replay()
+    torch.testing.assert_close(y, module(x), **CLOSE)
+    torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    torch.testing.assert_close(whole(x), module(x), **CLOSE)
+
+
+def test_folded_filters_follow_what_is_written():
+    """They lie in the order that XLA has chosen, and are made again when a batch norm or a filter changes."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.BatchNorm2d(64), torch.nn.ReLU())
+    fast = compiled(module)
+    x = torch.randn(4, 64, 16, 16, device="cuda")
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    module[1].running_var.mul_(2)
+    torch.testing.assert_close(fast(x), module(x), **CLOSE)
+    module[0].weight.mul_(1.5)
+    torch.testing.assert_close(fast(x), module(x), **CLOSE)
 
 
 def test_the_backend_of_torch_compile():

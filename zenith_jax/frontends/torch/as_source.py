@@ -17,6 +17,7 @@ from zenith_jax.frontends.torch.capture import Alias, Constant, Fresh
 from zenith_jax.frontends.torch.errors import TorchError
 from zenith_jax.frontends.torch.module import Engine, all_axes
 from zenith_jax.frontends.torch.program import ordinal
+from zenith_jax.frontends.torch.state import CAPTURED
 from zenith_jax.frontends.torch.tensors import WIDE, Inlet, Outlet, inlet_of, order_after_torch
 from zenith_jax.ops._lower import compute_stream
 
@@ -67,6 +68,8 @@ def source(module: torch.nn.Module, *example_inputs: Any) -> Source:
     stream = None if gpu is None else compute_stream(program.inlets[0].device)
 
     def adapt(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if gpu is not None and torch.cuda.is_current_stream_capturing():
+            raise FrontendError(f"{name} cannot be called now: {CAPTURED}")
         is_ordered = gpu is None or order_after_torch(stream, gpu)
         return tuple([_as_array(x, is_ordered) for x in args])
 

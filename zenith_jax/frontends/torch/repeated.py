@@ -41,7 +41,11 @@ class Repeated:
     ):
         self.executable, self.positions, self.inlets, self.count = executable, positions, inlets, count
         kind = "cpu" if executable.ordinal is None else "cuda"
-        before, after = (None, None) if executable.ordinal is None else _ordered(executable)
+        refusals = [ft.partial(torch.is_autocast_enabled, kind), *REFUSALS]
+        before, after = None, None
+        if executable.ordinal is not None:
+            refusals.append(torch.cuda.is_current_stream_capturing)
+            before, after = _ordered(executable)
         packed: Any = executable.packed
         if executable.is_single:
             packed = None
@@ -52,7 +56,7 @@ class Repeated:
             outlets=outlets,
             watch=watch,
             count=count,
-            refusals=(ft.partial(torch.is_autocast_enabled, kind), *REFUSALS),
+            refusals=tuple(refusals),
             run=executable.run,
             before=before,
             after=after,
