@@ -232,11 +232,12 @@ class _Served:
             import tritonclient.grpc as triton
 
             zenith.serving.find_triton()
-        except (ImportError, ServingError) as error:
+        except (ImportError, RuntimeError, ServingError) as error:  # RuntimeError: a tritonclient without its grpc part
             raise Missing(f"no Triton to serve with: {error}") from error
         compiled = zenith.compile(self.obj, self.x, mode=self.mode)
         repository = zenith.serving.TritonModelRepository(self.folder)
-        repository.add(compiled, name="model", ahead_of_time=False)
+        gpu = dict(gpus=(0,), memory_fraction=0.2) if jax.default_backend() == "gpu" else {}
+        repository.add(compiled, name="model", ahead_of_time=False, **gpu)
         self.server = self.stack.enter_context(zenith.serving.TritonServer(repository.path, log=f"{self.folder}.log"))
         self.client = triton.InferenceServerClient(self.server.grpc)
         self.input = triton.InferInput(compiled.inputs[0].name, self.x.shape, "FP32")
