@@ -8,6 +8,7 @@ import runpy
 import sys
 import threading
 import types
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,13 @@ def test_instances_on_gpus(repository, compiled):
     text = (folder.parent / "config.pbtxt").read_text()
     assert "count: 2\n  kind: KIND_GPU\n  gpus: [0, 3]" in text and "dynamic_batching" not in text
     assert '"memory_fraction": 0.45' in (folder / "serving.json").read_text()
+
+
+@pytest.mark.parametrize(("gpus", "platform"), [((), "cpu"), ((1,), "cuda")])
+def test_a_model_is_saved_for_where_its_instances_are(repository, compiled, gpus, platform):
+    folder = repository.add(compiled, name="m", gpus=gpus, **QUICK)
+    with zipfile.ZipFile(folder / "model.zenith") as file:
+        assert json.loads(file.read("manifest.json"))["platforms"] == [platform]
 
 
 @pytest.mark.parametrize("gpus", [(), (1, 3)])

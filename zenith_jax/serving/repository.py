@@ -69,7 +69,7 @@ class TritonModelRepository:
     ) -> pathlib.Path:
         """Adds a model, or a version of one, and returns the version's folder.
 
-        compiled: a CompiledModel, or the path of a saved one.
+        compiled: a CompiledModel, which is saved for where its instances are, or the path of a saved one.
         name: default the model's own. version: default one more than the latest.
         max_batch_size: default the largest size that the model was compiled for along its dimension "batch", which
         must then come first in every input and output. 0, and the only choice without one: requests are not joined.
@@ -117,7 +117,7 @@ class TritonModelRepository:
         self.path.mkdir(parents=True, exist_ok=True)
         with self._staged() as staged:
             if isinstance(compiled, CompiledModel):
-                model.save(staged / MODEL)
+                model.save(staged / MODEL, platforms=["cuda" if gpus else "cpu"])
             else:
                 shutil.copyfile(compiled, staged / MODEL)
             shutil.copyfile(_TEMPLATE, staged / "model.py")
