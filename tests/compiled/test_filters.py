@@ -35,8 +35,9 @@ def test_only_filters_of_a_gpu_are_free():
     large = jax.ShapeDtypeStruct((3, 3, 2048, 2048), np.float32)
     assert _compat.free_layouts([*FILTERS, large], "cpu") is None
     assert _compat.free_layouts(FILTERS[1:], "cuda") is None
-    free, *others = _compat.free_layouts([*FILTERS, large], "cuda")
-    assert free.layout is Layout.AUTO and others == [None, None]
+    integers = FILTERS[0].astype(jnp.int8)
+    free, *others = _compat.free_layouts([*FILTERS, large, integers], "cuda")
+    assert free.layout is Layout.AUTO and others == [None, None, None]
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

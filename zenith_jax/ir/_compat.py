@@ -382,10 +382,14 @@ def free_layouts(structs: Sequence[Any], platform: str) -> list[Any] | None:
 
     On a GPU every convolution else brings its filters into its own order in each call.
     """
-    free = [x.ndim >= 4 and x.size * x.dtype.itemsize <= _MOST_RELAID_BYTES for x in structs]
+    free = [x.ndim >= 4 and _is_float(x) and x.size * x.dtype.itemsize <= _MOST_RELAID_BYTES for x in structs]
     if platform != "cuda" or not any(free):
         return None
     return [layout.Format(layout.Layout.AUTO) if f else None for f in free]
+
+
+def _is_float(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, np.floating)
 
 
 def relaid(arrays: Sequence[Any], formats: Sequence[Any]) -> list[Any]:
