@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fresh_process import run_script
 
 import zenith_jax as zenith
 from zenith_jax.compiled import program
@@ -83,6 +84,22 @@ def test_programs_with_callbacks_are_called_the_usual_way():
 def test_small_parameters_are_constants_of_the_program():
     sizes = [p.nbytes <= program.CONSTANT_BYTES for p in (PARAMS["b"], PARAMS["w"])]
     assert sizes == [True, False]
+
+
+SPLAT = """
+import jax.numpy as jnp, numpy as np
+import zenith_jax as zenith
+x = np.sin(np.arange(2 * 8 * 8 * 96, dtype=np.float32)).reshape(2, 8, 8, 96)
+for head in (np.zeros((4, 96)), np.full((4, 96), 0.5), np.cos(np.arange(384.0)).reshape(4, 96)):
+    params = [jnp.asarray(head, jnp.float32)]
+    compiled = zenith.compile((lambda params, x: jnp.max(x, axis=(1, 2)) @ params[0].T, params), x, mode="reduce-overhead")
+    np.testing.assert_allclose(compiled(x), x.max(axis=(1, 2)) @ np.float32(head.T), rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_constants_are_none_that_xla_computes_wrong_with(tmp_path):
+    """As users compile: XLA gives 1e23 where a maximum is followed by a product by a constant of one number."""
+    run_script(SPLAT, tmp_path, XLA_FLAGS="")
 
 
 def test_unknown_modes_are_told():

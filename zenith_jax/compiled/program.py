@@ -47,9 +47,21 @@ def _compiled(
     return executable, _compat.relaid(params, executable.input_formats[0][0])
 
 
+def _constant(x: jax.Array) -> np.ndarray | None:
+    """Its elements, where it is to be a constant.
+
+    Not a matrix of one number: XLA's compiler for CPUs makes one pass of a maximum and a product by it, whose results
+    are wrong (jaxlib 0.10.2 and 0.12; a head that starts with zeros gave 1e23).
+    """
+    if x.nbytes > CONSTANT_BYTES:
+        return None
+    elements = np.asarray(x)
+    return None if x.ndim > 1 and x.size and (elements == elements.flat[0]).all() else elements
+
+
 def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) -> Program:
     """Small parameters in the program, the others as one list for the runtime, which checks only the inputs."""
-    constants = [np.asarray(p) if p.nbytes <= CONSTANT_BYTES else None for p in params]
+    constants = [_constant(p) for p in params]
     arguments = [p for p, c in zip(params, constants, strict=True) if c is None]
 
     @ft.wraps(jitted)
