@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from zenith_jax.compiled.folding import Arrays, Folded, folded
 from zenith_jax.compiled.int8 import with_int8
 from zenith_jax.compiled.model import CompiledModel, Export, Interface, dtype_name
 from zenith_jax.compiled.precision import DTYPES, PRECISIONS, with_precision
-from zenith_jax.compiled.program import MODES, Program, program
+from zenith_jax.compiled.program import MODES, Program, Relaid, program
 from zenith_jax.compiled.structure import Structure
 from zenith_jax.compiled.tuning import tuned
 from zenith_jax.config import config, configured
@@ -133,13 +134,16 @@ def _compiled(
     made: dict[tuple[int, ...], Folded] = {}
     choices: dict[tuple[int, ...], Choices | None] = {}
     report = Report((), current_context(config()).platform)
+    relaid = Relaid()
     for sizes in buckets.combinations(dynamic):
         key = tuple(sizes.values())
         with _trace_errors(source.name, structs(sizes)):
             choices[key] = tuned(flat, params, structs(sizes)) if mode == "max-autotune" else config().choices
             with configured(choices=choices[key]), collecting() as sites:
+                started = time.perf_counter()
                 found = made[key] = folded(flat, arrays, structs(sizes))
-                programs[key] = program(found.jitted, [arrays[n] for n in found.names], structs(sizes), mode)
+                arguments = [arrays[n] for n in found.names]
+                programs[key] = program(found.jitted, arguments, structs(sizes), mode, relaid, started)
         report = Report(tuple(sites), report.platform)
     interface = Interface(
         inputs=specs,

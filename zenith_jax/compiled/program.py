@@ -13,6 +13,7 @@ import numpy as np
 from zenith_jax import native
 from zenith_jax.errors import InputError
 from zenith_jax.ir import _compat
+from zenith_jax.telemetry import compiling
 
 logger = logging.getLogger("zenith_jax")
 
@@ -25,26 +26,61 @@ MODES = ("default", "reduce-overhead", "max-autotune")
 CONSTANT_BYTES = 16384
 
 
-def program(jitted: Any, params: Sequence[Any], structs: Any, mode: str) -> Program:
-    """Compiles `jitted(params, inputs)`, a `jax.jit` function, for inputs like `structs`."""
-    if mode != "reduce-overhead":
-        return ft.partial(*_compiled(jitted, params, structs))
-    return _least_overhead(jitted, params, structs)
+class Relaid:
+    """Arrays in the order in which programs of one model read them, each made once for all its programs."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, Any], tuple[Any, Any]] = {}  # an array, kept so that its id stays its, and another
+
+    def __call__(self, array: Any, wanted: Any) -> Any:
+        key = id(array), wanted.layout
+        if key not in self._made:
+            made = _compat.relaid(array, wanted)
+            if made is array:
+                return array
+            self._made[key] = array, made
+        return self._made[key][1]
+
+
+def program(jitted: Any, params: Sequence[Any], structs: Any, mode: str, relaid: Relaid, since: float) -> Program:
+    """Compiles `jitted(params, inputs)`, a `jax.jit` function, for inputs like `structs`.
+
+    since: when it began to be traced, by time.perf_counter.
+    """
+
+    @ft.wraps(jitted)
+    def traced(params: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        compiling.resume(since)
+        return jitted(params, inputs)
+
+    if mode == "reduce-overhead":
+        return _least_overhead(traced, params, structs, relaid)
+    if _compat.free_layouts(params, native.default_platform()) is None:
+        return ft.partial(jitted.lower(params, structs).compile(), params)
+    return ft.partial(*_compiled(traced, params, structs, relaid))
 
 
 def _compiled(
-    jitted: Any, params: Sequence[Any], structs: Sequence[Any], options: Callable[[Any], Any] = lambda lowered: None
+    function: Any,
+    params: Sequence[Any],
+    structs: Sequence[Any],
+    relaid: Relaid,
+    options: Callable[[Any], Any] = lambda lowered: None,
 ) -> tuple[Any, Sequence[Any]]:
-    """`jitted(params, inputs)`, and its parameters, filters among them in the order in which XLA reads them."""
+    """`function(params, inputs)`, and its parameters, filters among them in the order in which XLA reads them."""
     layouts = _compat.free_layouts(params, native.default_platform())
     if layouts is None:
-        lowered = jitted.lower(params, structs)
+        lowered = jax.jit(function).lower(params, structs)
         return lowered.compile(options(lowered)), params
-    again = ft.wraps(jitted)(lambda params, inputs: jitted(params, inputs))
-    avals = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding, weak_type=p.weak_type) for p in params]
-    lowered = jax.jit(again, in_shardings=(layouts, None)).lower(avals, structs)
+    lowered = jax.jit(function, in_shardings=(layouts, None)).lower([_aval(p) for p in params], structs)
     executable = lowered.compile(options(lowered))
-    return executable, _compat.relaid(params, executable.input_formats[0][0])
+    return executable, list(map(relaid, params, executable.input_formats[0][0]))
+
+
+def _aval(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """Its type and where it is; an array, whose order is known, may not be given where the order is free."""
+    sharding = x.sharding if x.committed else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
 
 
 def _constant(x: jax.Array) -> np.ndarray | None:
@@ -59,18 +95,18 @@ def _constant(x: jax.Array) -> np.ndarray | None:
     return None if x.ndim > 1 and x.size and (elements == elements.flat[0]).all() else elements
 
 
-def _least_overhead(jitted: Any, params: Sequence[Any], structs: Sequence[Any]) -> Program:
+def _least_overhead(function: Any, params: Sequence[Any], structs: Sequence[Any], relaid: Relaid) -> Program:
     """Small parameters in the program, the others as one list for the runtime, which checks only the inputs."""
     constants = [_constant(p) for p in params]
     arguments = [p for p, c in zip(params, constants, strict=True) if c is None]
 
-    @ft.wraps(jitted)
+    @ft.wraps(function)
     def with_constants(arguments: Sequence[Any], inputs: Sequence[Any]) -> Any:
         remaining = iter(arguments)
-        return jitted([next(remaining) if c is None else c for c in constants], inputs)
+        return function([next(remaining) if c is None else c for c in constants], inputs)
 
     options = ft.partial(_compat.least_launches, platform=native.default_platform())
-    executable, arguments = _compiled(jax.jit(with_constants), arguments, structs, options)
+    executable, arguments = _compiled(with_constants, arguments, structs, relaid, options)
     execute = _compat.direct_execution(executable, arguments)
     if execute is None:
         logger.info("reduce-overhead: this program has effects or several devices, and is called the usual way")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from zenith_jax import native
 from zenith_jax.compiled import archive, buckets, structure
 from zenith_jax.compiled.buckets import Spec
 from zenith_jax.compiled.model import CompiledModel, Export, Interface
-from zenith_jax.compiled.program import Program, program
+from zenith_jax.compiled.program import Program, Relaid, program
 from zenith_jax.errors import SavedModelError
 from zenith_jax.export import load_exported
 from zenith_jax.frontends._source import missing
@@ -193,10 +194,11 @@ class _Programs(dict):
         self, exports: Mapping[Any, Any], arguments: Mapping[Any, Any], dynamic: Any, specs: Sequence[Spec], mode: str
     ):
         super().__init__()
+        relaid = Relaid()
 
         def compiled(sizes: tuple[int, ...]) -> Program:
             structs = [s.struct(dict(zip(dynamic, sizes, strict=True))) for s in specs]
-            return program(jax.jit(exports[sizes].call), arguments[sizes], structs, mode)
+            return program(jax.jit(exports[sizes].call), arguments[sizes], structs, mode, relaid, time.perf_counter())
 
         self._compile = compiled
 

@@ -345,6 +345,10 @@ def warn_hook_missing(reason: str) -> None:
 # --- execution --------------------------------------------------------------------------------------------------------
 
 
+# The kinds of command that XLA has in graphs by default, but for collectives (0.10.2 to 0.12).
+_XLAS_COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL"
+
+
 def least_launches(lowered: Any, platform: str) -> Any:
     """Options to compile a `jax.stages.Lowered` with: as much as can be in CUDA graphs, from 1 kernel on, 5 by default.
 
@@ -356,7 +360,7 @@ def least_launches(lowered: Any, platform: str) -> Any:
     options: dict[str, Any] = {"xla_gpu_graph_min_graph_size": 1}
     kinds = "xla_gpu_enable_command_buffer"
     if kinds not in os.environ.get("XLA_FLAGS", "") and _has_convolution(lowered):
-        options[kinds] = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONVOLUTION"
+        options[kinds] = _XLAS_COMMANDS + ",CONVOLUTION"
     return options
 
 
@@ -392,12 +396,9 @@ def _is_float(x: Any) -> bool:
     return jax.dtypes.issubdtype(x.dtype, np.floating)
 
 
-def relaid(arrays: Sequence[Any], formats: Sequence[Any]) -> list[Any]:
-    """The arrays, each in the order that an executable wants, of whose `input_formats` these are."""
-    return [
-        x if wanted.layout in (None, x.format.layout) else jax.device_put(x, wanted)
-        for x, wanted in zip(arrays, formats, strict=True)
-    ]
+def relaid(array: Any, wanted: Any) -> Any:
+    """The array in the order that an executable wants, of whose `input_formats` this is one."""
+    return array if wanted.layout in (None, array.format.layout) else jax.device_put(array, wanted)
 
 
 _COLLECTED_CALLS = 1024

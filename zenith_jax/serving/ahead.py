@@ -51,7 +51,7 @@ def compile_ahead(version: pathlib.Path, *, of_cpu: bool, fused: bool) -> dict[s
     """
     candidates = POOL_THREADS if of_cpu and processors() > 1 and fused else POOL_THREADS[:1]
     with contextlib.ExitStack() as stack:
-        processes = {t: stack.enter_context(_Process(version, t)) for t in candidates}
+        processes = {t: stack.enter_context(_Process(version, t, of_cpu)) for t in candidates}
         for process in processes.values():
             process.answer()  # it has compiled: no round has a compiler beside it
         rounds: dict[str, list[Round]] = {threads: [] for threads in candidates}
@@ -88,9 +88,11 @@ def _cache(threads: str) -> str:
 class _Process:
     """Runs `main` with so many threads. It compiles at once, says so, and measures a round when it is asked."""
 
-    def __init__(self, version: pathlib.Path, threads: str):
+    def __init__(self, version: pathlib.Path, threads: str, of_cpu: bool):
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # beside us on a GPU
+        if of_cpu:
+            environment["JAX_PLATFORMS"] = "cpu"  # as in template.py
         if threads != POOL_THREADS[0]:
             environment["NPROC"] = str(processors() - 1)
         # This very package, whatever lies in the working directory.

@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from zenith_jax import native
 from zenith_jax.errors import ServingError
 from zenith_jax.serving import ahead, wire
 
@@ -81,10 +82,15 @@ class TritonModelRepository:
         measure what each of them takes and, on a CPU, how many threads they are faster with: two processes hold the
         model meanwhile.
 
-        Raises ServingError.
+        Raises ServingError, and SavedModelError for a loaded model that has no programs for these instances.
         """
         from zenith_jax.compiled import CompiledModel, load
 
+        if gpus and ahead_of_time and native.default_platform() != "cuda":
+            raise ServingError(
+                f"programs for the GPUs {list(gpus)} cannot be compiled ahead of time where JAX computes on "
+                f"{native.default_platform()}: add the model with ahead_of_time=False, or on a machine with such a GPU"
+            )
         model = compiled if isinstance(compiled, CompiledModel) else load(compiled)
         name = name if name is not None else re.sub(r"[^A-Za-z0-9_.-]+", "_", model.name).strip("_.-") or "model"
         if not _NAME.fullmatch(name):

@@ -13,7 +13,7 @@ from zenith_jax.frontends.torch.capture import capture
 from zenith_jax.frontends.torch.errors import TorchError, warn_fallback
 from zenith_jax.frontends.torch.program import Executable, Program
 from zenith_jax.frontends.torch.repeated import MISSED, Repeated, after
-from zenith_jax.frontends.torch.state import exporting, runs_in_torch
+from zenith_jax.frontends.torch.state import CAPTURED, exporting, runs_in_torch
 from zenith_jax.frontends.torch.weights import Changed, finder
 from zenith_jax.report import Report
 
@@ -62,6 +62,8 @@ class Engine:
             with exporting:
                 self.reset()
         tensors, structure = _flatten(args, kwargs)
+        if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
+            raise TorchError(CAPTURED)
         training = () if self.frozen else tuple([m.training for m in self.modules])
         key = (structure, tuple([(t.dtype, t.device, t.shape) for t in tensors]), _autocast(tensors), training)
         executable = self.ready.get(key)

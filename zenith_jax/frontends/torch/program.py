@@ -171,7 +171,7 @@ class _Folded:
 
     def bring_into(self, formats: Sequence[Any]) -> None:
         """From now on what is computed comes in these formats."""
-        self.formats, self.versions, self.arrays = formats, [], []
+        self.formats, self.versions, self.arrays, self.values = formats, [], [], []
 
     def __call__(self, arrays: list[jax.Array]) -> list[jax.Array]:
         """What the program takes before its inputs."""
@@ -184,7 +184,7 @@ class _Folded:
             full = [*arrays, *self.more]
             made = self.prepare(*full)
             if self.formats is not None:
-                made = _compat.relaid(made, self.formats)
+                made = map(_compat.relaid, made, self.formats)
             self.values = [*made, *(full[i] for i in self.kept)]
             self.versions, self.arrays = versions, arrays
         return self.values

@@ -12,7 +12,7 @@ exporting = threading.RLock()  # torch.export patches globals
 # What torch.func.vmap and others are doing, or None.
 _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 _is_tracing, _is_exporting = torch.jit.is_tracing, torch.compiler.is_exporting
-# JAX's stream, which waits for torch's, would become part of the graph.
+# Where it is on a GPU: JAX's stream, which waits for torch's, would become part of the graph.
 CAPTURED = "torch is capturing a CUDA graph, which cannot hold what JAX computes"
 
 
@@ -24,7 +24,7 @@ def runs_in_torch() -> str:
         return "a transform of torch.func is at work, whose tensors have no memory of their own"
     if _is_tracing() or (_is_exporting() and _is_exported()):
         return "its operators are being recorded, by torch.export or torch.jit.trace"
-    return CAPTURED if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing() else ""
+    return ""
 
 
 def _is_exported() -> bool:
