@@ -91,8 +91,8 @@ import jax.numpy as jnp, numpy as np
 import zenith_jax as zenith
 x = np.sin(np.arange(2 * 8 * 8 * 96, dtype=np.float32)).reshape(2, 8, 8, 96)
 for head in (np.zeros((4, 96)), np.full((4, 96), 0.5), np.cos(np.arange(384.0)).reshape(4, 96)):
-    params = [jnp.asarray(head, jnp.float32)]
-    compiled = zenith.compile((lambda params, x: jnp.max(x, axis=(1, 2)) @ params[0].T, params), x, mode="reduce-overhead")
+    model = lambda params, x: jnp.max(x, axis=(1, 2)) @ params[0].T
+    compiled = zenith.compile((model, [jnp.asarray(head, jnp.float32)]), x, mode="reduce-overhead")
     np.testing.assert_allclose(compiled(x), x.max(axis=(1, 2)) @ np.float32(head.T), rtol=1e-5, atol=1e-5)
 """
 

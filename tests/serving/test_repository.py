@@ -59,6 +59,18 @@ def test_a_model_is_saved_for_where_its_instances_are(repository, compiled, gpus
         assert json.loads(file.read("manifest.json"))["platforms"] == [platform]
 
 
+def test_programs_for_the_cpu_are_compiled_there(repository, compiled, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")  # as on a machine with a GPU, where the compiling process would take it
+    folder = repository.add(compiled, name="m")
+    assert (folder / "cache").is_dir()
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="JAX has a GPU")
+def test_programs_for_gpus_cannot_be_compiled_without_one(repository, compiled):
+    with pytest.raises(ServingError, match=r"GPUs \[0\] cannot be compiled ahead .* ahead_of_time=False"):
+        repository.add(compiled, name="m", gpus=(0,))
+
+
 @pytest.mark.parametrize("gpus", [(), (1, 3)])
 def test_the_configuration_is_what_tritons_protocol_reads(repository, compiled, gpus):
     """Parsed by the message ModelConfig that NVIDIA's client brings, field by field."""
@@ -121,7 +133,8 @@ def test_an_instance_has_the_threads_that_were_faster(repository, compiled, monk
     monkeypatch.setattr(ahead, "processors", lambda: 8)
 
     class Process:
-        def __init__(self, version, these):
+        def __init__(self, version, these, of_cpu):
+            assert of_cpu
             (version / f"cache-{these.replace(' ', '-')}").mkdir()
             (version / f"cache-{these.replace(' ', '-')}" / these).touch()
             self.seconds = 0.001 if these == threads else 0.002
