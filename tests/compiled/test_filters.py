@@ -22,6 +22,11 @@ def convolved(params, x):
     return jnp.max(y, axis=(1, 2)) @ params[1].T
 
 
+def filters_lie(form):
+    """What stands in for _compat.free_layouts: `form(array)` is the format of a filter."""
+    return lambda structs, _: [form(x) if x.ndim == 4 else None for x in structs]
+
+
 def test_programs_with_convolutions_have_them_in_graphs(monkeypatch):
     lowered = jax.jit(lambda p, x: jax.jit(convolved)(p, x)).lower(FILTERS, X)  # inside of a function that is called
     without = jax.jit(lambda x: x @ x).lower(X)
@@ -49,7 +54,7 @@ def test_answers_and_parameters_stay_whatever_order_is_chosen(mode, monkeypatch,
 
     def free_layouts(structs, platform):
         seen.append([x.ndim for x in structs])
-        return [Format(order, x.sharding) if x.ndim == 4 else None for x in structs]
+        return filters_lie(lambda x: Format(order, x.sharding))(structs, platform)
 
     monkeypatch.setattr(_compat, "free_layouts", free_layouts)
     monkeypatch.setattr("zenith_jax.compiled.program.CONSTANT_BYTES", 0)
@@ -68,8 +73,7 @@ def test_answers_and_parameters_stay_whatever_order_is_chosen(mode, monkeypatch,
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_programs_of_all_sizes_read_the_same_copy(mode, monkeypatch):
     order = Layout((2, 3, 0, 1))
-    free = lambda structs, _: [Format(order, x.sharding) if x.ndim == 4 else None for x in structs]  # noqa: E731
-    monkeypatch.setattr(_compat, "free_layouts", free)
+    monkeypatch.setattr(_compat, "free_layouts", filters_lie(lambda x: Format(order, x.sharding)))
     shape = (3, 3, 8, 96)  # of no other array in this process, and more than is made a constant
     last = jnp.ones((4, 96))
     model = zenith.compile((convolved, (jnp.ones(shape), last)), X, mode=mode, dynamic={"batch": (1, 2, 4)})
@@ -79,9 +83,7 @@ def test_programs_of_all_sizes_read_the_same_copy(mode, monkeypatch):
 
 def test_parameters_may_lie_anywhere(monkeypatch):
     """A filter over two devices, a bias that is nowhere in particular."""
-    monkeypatch.setattr(
-        _compat, "free_layouts", lambda structs, _: [Format(Layout.AUTO) if x.ndim == 4 else None for x in structs]
-    )
+    monkeypatch.setattr(_compat, "free_layouts", filters_lie(lambda _: Format(Layout.AUTO)))
     mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("d",))
     spread = jax.device_put(FILTERS[0], NamedSharding(mesh, PartitionSpec(None, None, None, "d")))
     compiled = zenith.compile((convolved, (spread, FILTERS[1])), X)
