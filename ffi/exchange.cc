@@ -273,16 +273,26 @@ class Watch {
     values_.push_back({std::move(holder), std::move(key), std::move(value)});
   }
 
-  bool Holds(const nb::tuple& args) const {
+  bool Holds(const nb::tuple& args) const { return AreSame(args) && AreUnchanged(); }
+
+  /// Whether every place holds the object that it held: 0.015 us for each.
+  bool AreSame(const nb::tuple& args) const {
     for (const PassedTensor& a : arguments_) {
       if (a.position >= args.size() || !args[a.position].is(a.tensor)) return false;
+    }
+    return std::all_of(tensors_.begin(), tensors_.end(),
+                       [](const HeldTensor& t) { return IsHeld(t.entry); }) &&
+           std::all_of(values_.begin(), values_.end(), IsHeld);
+  }
+
+  /// Whether these tensors lie where they lay and nothing was written to them: 0.2 us for each, and
+  /// 0.12 for its count of writes.
+  bool AreUnchanged() const {
+    for (const PassedTensor& a : arguments_) {
       if (!LiesAt(a.tensor, a.place)) return false;
     }
     for (const HeldTensor& t : tensors_) {
-      if (!IsHeld(t.entry) || !LiesAt(t.entry.value, t.place)) return false;
-    }
-    for (const Entry& e : values_) {
-      if (!IsHeld(e)) return false;
+      if (!LiesAt(t.entry.value, t.place)) return false;
     }
     for (const auto& [tensor, version] : versions_) {
       if (nb::cast<int64_t>(tensor.attr(Names::Get().version)) != version) return false;
@@ -391,10 +401,14 @@ class Repeated {
       if (array.is_none()) return held_.missed;
       inputs.append(std::move(array));
     }
-    if (!watch_->Holds(args)) return held_.missed;
+    // A device computes while its host looks at what takes long, ResNet-50's 320 tensors 94 us.
+    // What the program reads is there whatever has become of them, for its arrays own it; and
+    // nobody sees the results if they are of other weights than the module has.
+    const bool is_ordered = !held_.after.is_none();
+    if (!watch_->AreSame(args) || (!is_ordered && !watch_->AreUnchanged())) return held_.missed;
     if (!held_.before.is_none() && IsTrue(held_.before())) return held_.missed;
     const nb::object results = held_.run(inputs);
-    const bool is_ordered = !held_.after.is_none();
+    if (is_ordered && !watch_->AreUnchanged()) return held_.missed;
     if (is_ordered) held_.after();
     nb::list tensors;
     for (nb::handle result : results) {

@@ -191,6 +191,19 @@ def test_a_weight_that_is_turned_in_place_is_seen():
     check(fast, x)
 
 
+def test_tensors_that_no_result_depends_on_are_not_looked_at():
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
+    fast = zenith.torch.compile(module, dynamic=False, strict=True)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        check(fast, x)
+    module[1].num_batches_tracked.add_(1)
+    module[1].num_batches_tracked = torch.zeros(3)
+    assert is_repeated(fast, x)
+    module[1].running_mean.add_(1)
+    check(fast, x)
+
+
 def test_a_submodule_that_is_replaced_is_seen():
     fast = zenith.torch.compile(Small().eval(), dynamic=False, strict=True)
     x = torch.randn(4, 8)
@@ -290,6 +303,10 @@ def test_the_order_around_a_program_of_a_gpu():
     inlet = exchange.inlet(0, np.dtype("float32"), CPU, (4, 8))
     inlet.keep(x.data_ptr(), y)
     done, refusing = [], [False]
+    holder = {"weight": torch.zeros(4)}
+    weight, watch = holder["weight"], exchange.watch()
+    watch.tensor(holder, "weight", weight, weight.data_ptr())
+    watch.version(weight, weight._version)
 
     def before():
         done.append("before")
@@ -298,7 +315,7 @@ def test_the_order_around_a_program_of_a_gpu():
     call = exchange.repeated(
         inlets=[inlet],
         outlets=[exchange.outlet(y)],
-        watch=exchange.watch(),
+        watch=watch,
         count=1,
         refusals=(lambda: done.append("refusals"),),
         run=lambda inputs: done.append("run") or [Result() for x in inputs if x is y],
@@ -312,6 +329,13 @@ def test_the_order_around_a_program_of_a_gpu():
     done.clear()
     refusing[0] = True
     assert call((x,)) is MISSED and done == ["refusals", "before"]
+    refusing[0] = False
+    done.clear()
+    weight.add_(1)  # what is written is found while the device computes, and the results are dropped
+    assert call((x,)) is MISSED and done == ["refusals", "before", "run"]
+    done.clear()
+    holder["weight"] = torch.zeros(4)  # another object is found before
+    assert call((x,)) is MISSED and done == ["refusals"]
     assert call((torch.zeros(4, 8),)) is MISSED and call(()) is MISSED and call((x, x)) is MISSED
 
 

@@ -51,7 +51,8 @@ class Constant:
 class Captured:
     """program: its inputs are the tensors, its results the fresh outputs and then the new values of `written`.
 
-    weights: the module's parameters, buffers and other tensors, by their name in the program. dtypes: of the results.
+    weights: the module's parameters, buffers and other tensors that it reads, by their name in the program.
+    dtypes: of the results.
     written: what the call changes, ("input", number) or ("weight", name).
     outputs, spec: how the module's own return value is put together.
     """
@@ -98,14 +99,23 @@ def capture(
         **dict(program.named_buffers()),
         **{k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)},
     }
+    written = {f"module.{name}" for kind, name in flat.written if kind == "weight"}
+    unread = _unread(program) - written
     return Captured(
         program,
-        {name: flat.real(name, tensor) for name, tensor in weights.items()},
+        {name: flat.real(name, tensor) for name, tensor in weights.items() if name not in unread},
         tuple(flat.written),
         _dtypes(program),
         tuple(flat.outputs),
         flat.spec,
     )
+
+
+def _unread(program: torch.export.ExportedProgram) -> set[str]:
+    """Tensors of the module that no result depends on, such as the counters of batch norms."""
+    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    specs = program.graph_signature.input_specs
+    return {s.target for s in specs if s.target is not None and s.arg.name not in used}
 
 
 def _dtypes(program: torch.export.ExportedProgram) -> tuple[torch.dtype, ...]:
