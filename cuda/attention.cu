@@ -100,9 +100,15 @@ Status HopperBackward(const AttentionBackwardArgs& args, const Launch& launch) {
 
 /// The kernel for a problem that fits: float32's, or the smallest tile that holds the head.
 template <typename Kernel>
-Kernel* Pick(const AttentionProblem& p, Kernel* d64, Kernel* d128, Kernel* d256, Kernel* f32) {
-  if (p.dtype == DType::kF32) return f32;
+Kernel* Pick(const AttentionProblem& p, Kernel* d64, Kernel* d128, Kernel* d256, Kernel* f32,
+             Kernel* tf32) {
+  if (p.dtype == DType::kF32) return p.allow_tf32 ? tf32 : f32;
   return HeadDim(p) <= 64 ? d64 : HeadDim(p) <= 128 ? d128 : d256;
+}
+
+auto PickDquery(const AttentionProblem& p) {
+  using namespace attention;
+  return Pick(p, DqueryD64, DqueryD128, DqueryD256, DqueryF32, DqueryTf32);
 }
 
 }  // namespace
@@ -123,7 +129,7 @@ Status AttentionForward(const AttentionForwardArgs& args, const Launch& launch) 
     return status.ok() && MayHaveDeadRows(args) ? ForwardDeadRows(args, launch) : status;
   }
 #endif
-  return Pick(args, ForwardD64, ForwardD128, ForwardD256, ForwardF32)(args, launch);
+  return Pick(args, ForwardD64, ForwardD128, ForwardD256, ForwardF32, ForwardTf32)(args, launch);
 }
 
 Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch) {
@@ -138,7 +144,7 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
   if (FitsHopperModified(args) && Length(args) > 128) {
     status = hopper::MakeMaskTiles(args, true, launch);
     const bool masked = hopper::MasksAlone(args);
-    const auto dquery = args.dbias ? Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32)
+    const auto dquery = args.dbias ? PickDquery(args)
                         : masked   ? hopper::DqueryMasked
                                    : hopper::DqueryModified;
     if (status.ok()) status = dquery(args, launch);
@@ -148,7 +154,7 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
                                                 : status;
   }
 #endif
-  const auto dquery = Pick(args, DqueryD64, DqueryD128, DqueryD256, DqueryF32);
+  const auto dquery = PickDquery(args);
   status = dquery(args, launch);
   if (status.ok() && args.dbias && args.softcap > 0) {  // that was dbias alone
     AttentionBackwardArgs without_dbias = args;
@@ -156,7 +162,8 @@ Status AttentionBackward(const AttentionBackwardArgs& args, const Launch& launch
     status = dquery(without_dbias, launch);
   }
   if (!status.ok()) return status;
-  return Pick(args, DkeyDvalueD64, DkeyDvalueD128, DkeyDvalueD256, DkeyDvalueF32)(args, launch);
+  return Pick(args, DkeyDvalueD64, DkeyDvalueD128, DkeyDvalueD256, DkeyDvalueF32, DkeyDvalueTf32)(
+      args, launch);
 }
 
 }  // namespace zenith

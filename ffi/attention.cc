@@ -33,7 +33,7 @@ inline constexpr int64_t kAllScoreAxes = kBatch | kKvHead | kGroup | kQuery | kK
 struct AttentionAttributes {
   float scale, softcap;
   int64_t left, right;
-  int32_t masked_row, layout;
+  int32_t masked_row, layout, allow_tf32;
   int64_t mask_axes, bias_axes, interval_axes, query_segments_axes, key_segments_axes;
 };
 
@@ -43,8 +43,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     ::zenith::AttentionAttributes, ::xla::ffi::StructMember<float>("scale"),
     ::xla::ffi::StructMember<float>("softcap"), ::xla::ffi::StructMember<int64_t>("left"),
     ::xla::ffi::StructMember<int64_t>("right"), ::xla::ffi::StructMember<int32_t>("masked_row"),
-    ::xla::ffi::StructMember<int32_t>("layout"), ::xla::ffi::StructMember<int64_t>("mask_axes"),
-    ::xla::ffi::StructMember<int64_t>("bias_axes"),
+    ::xla::ffi::StructMember<int32_t>("layout"), ::xla::ffi::StructMember<int32_t>("allow_tf32"),
+    ::xla::ffi::StructMember<int64_t>("mask_axes"), ::xla::ffi::StructMember<int64_t>("bias_axes"),
     ::xla::ffi::StructMember<int64_t>("interval_axes"),
     ::xla::ffi::StructMember<int64_t>("query_segments_axes"),
     ::xla::ffi::StructMember<int64_t>("key_segments_axes"));
@@ -174,6 +174,7 @@ void CheckInputs(Check& check, const Inputs& in) {
              static_cast<int64_t>(a.softcap));
   check.That(a.layout >= 0 && a.layout <= 2, "layout must be 0 to 2", a.layout);
   check.That(a.masked_row == 0 || a.masked_row == 1, "masked_row must be 0 or 1", a.masked_row);
+  check.That(a.allow_tf32 == 0 || a.allow_tf32 == 1, "allow_tf32 must be 0 or 1", a.allow_tf32);
 }
 
 /// out, dout: [*b k g t e] in the inputs' dtype.
@@ -205,6 +206,7 @@ AttentionProblem Problem(const Inputs& in, const Operand& scratch) {
   const bool has_segments = a.query_segments_axes != kAbsent;
   return AttentionProblem{
       .dtype = DTypeOf(in.query),
+      .allow_tf32 = a.allow_tf32 != 0,
       .batch = n.batch,
       .kv_heads = n.kv_heads,
       .groups = n.groups,

@@ -314,6 +314,7 @@ def attention_cases(structured: bool = False) -> dict[str, Case]:
         "right": np.int64(band["right"]),
         "masked_row": np.int32(0),
         "layout": np.int32(0),
+        "allow_tf32": np.int32(0),
         "mask_axes": np.int64(2 + 8 + 16),
         "bias_axes": np.int64(1 + 4 + 16),
         "interval_axes": np.int64(1 + 4 + 8 + 16 if structured else -1),
@@ -785,6 +786,7 @@ def test_error_names_target_operand_invariant_and_what_came():
     [
         ("layout", np.int32(3), "layout must be 0 to 2, got 3"),
         ("masked_row", np.int32(-1), "masked_row must be 0 or 1, got -1"),
+        ("allow_tf32", np.int32(2), "allow_tf32 must be 0 or 1, got 2"),
         ("mask_axes", np.int64(32), "mask_axes must be -1 or a set of 5 bits, got 32"),
         ("bias_axes", np.int64(31), "bias must have 1716 elements"),
         ("mask_axes", np.int64(-1), "mask must have 0 elements (it is absent)"),

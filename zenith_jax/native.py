@@ -22,7 +22,7 @@ from zenith_jax.errors import NativeError
 # Part of every target's name. XLA's persistent compilation cache keys on the name and does not know
 # the shared object behind it: raise this when a target's operands, attributes or meaning change.
 # CMakeLists.txt reads it from here for the C++ side.
-KERNEL_VERSION = 6
+KERNEL_VERSION = 7
 
 # platform as jax lowers for it -> platform as jax.ffi registers for it
 PLATFORMS = {"cpu": "cpu", "cuda": "CUDA"}
@@ -49,6 +49,11 @@ def default_device() -> Any:
     """The `jax.Device` where JAX computes if arrays do not say."""
     device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+
+
+def memory_bytes(device: Any) -> int | None:
+    """The memory that JAX may use on a device; None where it does not say, as for CPUs."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def platform_of(device: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools as ft
 import json
 import math
 import pathlib
@@ -29,8 +30,8 @@ from zenith_jax.bench.timing import interleaved
 
 # Batch, length, heads, head size.
 SHAPES = [
-    (1, 128, 12, 64), (8, 128, 12, 64), (1, 512, 12, 64), (1, 1024, 16, 64), (8, 512, 12, 64), (4, 2048, 16, 64),
-    (8, 512, 12, 128),
+    (1, 128, 12, 64), (8, 128, 12, 64), (1, 512, 12, 64), (32, 128, 12, 64), (1, 1024, 16, 64), (8, 512, 12, 64),
+    (4, 2048, 16, 64), (8, 128, 8, 128), (8, 512, 12, 128), (4, 2048, 16, 128), (4, 1024, 8, 256),
 ]  # fmt: skip
 DTYPES = ("bfloat16", "float32")
 CHAIN = 8
@@ -42,7 +43,11 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
-CONTENDERS: dict[str, Callable[..., jax.Array]] = {"xla": plain, "zenith": zenith.ops.attention}
+# float32 in TensorFloat-32 on both sides, as XLA's default is.
+CONTENDERS: dict[str, Callable[..., jax.Array]] = {
+    "xla": plain,
+    "zenith": ft.partial(zenith.ops.attention, allow_tf32=True),
+}
 
 
 def chained(attention: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

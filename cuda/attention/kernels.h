@@ -21,21 +21,24 @@ Status BackwardDeadRows(const AttentionBackwardArgs& args, bool with_dquery, con
 
 /// Tensor cores, for the problems that FitsTensorCores (cuda/attention.cu) admits. The name says
 /// the largest of qk_dim and v_dim that the tile takes, for float16 and bfloat16; F32 takes all, in
-/// three tf32 products for one of float32.
+/// three tf32 products for one of float32, and Tf32 all, in one.
 Status ForwardD64(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD128(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardD256(const AttentionForwardArgs& args, const Launch& launch);
 Status ForwardF32(const AttentionForwardArgs& args, const Launch& launch);
+Status ForwardTf32(const AttentionForwardArgs& args, const Launch& launch);
 /// dquery, and dbias if wanted; where there is a softcap too, dbias alone. These and the following
 /// expect `delta` filled.
 Status DqueryD64(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD128(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryD256(const AttentionBackwardArgs& args, const Launch& launch);
 Status DqueryF32(const AttentionBackwardArgs& args, const Launch& launch);
+Status DqueryTf32(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD64(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD128(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueD256(const AttentionBackwardArgs& args, const Launch& launch);
 Status DkeyDvalueF32(const AttentionBackwardArgs& args, const Launch& launch);
+Status DkeyDvalueTf32(const AttentionBackwardArgs& args, const Launch& launch);
 
 /// wgmma and TMA: compute capability 9.0 alone, in a module with code for sm_90a. Float16 and
 /// bfloat16. The name says the largest head size, of query and key and, where it is another, of

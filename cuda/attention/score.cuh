@@ -269,7 +269,7 @@ __device__ __forceinline__ void ForEachScore(float (&scores)[kRowTiles][kColTile
 /// lse is subtracted: at logits of 100, rounding before costs 1e-5 of p, ten times float32's rest.
 /// So does kModified: a bias of -1e9 or the lowest float32 has no counterpart in units of log2.
 template <typename T, bool kModified>
-inline constexpr bool kSubtractFirst = kModified || sizeof(T) == 4;
+inline constexpr bool kSubtractFirst = kModified || std::is_same_v<T, float>;
 template <typename T, bool kModified>
 inline constexpr float kLogitsPerUnit = kSubtractFirst<T, kModified> ? 1.f : kLog2E;
 

@@ -12,7 +12,15 @@
 
 namespace zenith {
 
+/// A float32 in memory, of which tensor cores take the upper 10 bits of the mantissa
+/// (TensorFloat-32, rounded to nearest): what JAX's default precision allows products of float32 on
+/// a GPU.
+struct Tf32 {
+  float value;
+};
+
 __device__ __forceinline__ float ToFloat(float value) { return value; }
+__device__ __forceinline__ float ToFloat(Tf32 value) { return value.value; }
 __device__ __forceinline__ float ToFloat(__half value) { return __half2float(value); }
 __device__ __forceinline__ float ToFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
 

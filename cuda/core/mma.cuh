@@ -54,6 +54,23 @@ struct Operand {
   }
 };
 
+__device__ __forceinline__ uint32_t RoundedToTf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+template <int N>
+struct Operand<Tf32, N> {
+  uint32_t bits[N];
+
+  Operand() = default;
+  __device__ __forceinline__ explicit Operand(const uint32_t (&words)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) bits[i] = RoundedToTf32(words[i]);
+  }
+};
+
 /// float32 x = high + low, two tf32 numbers: 22 bits of the mantissa's 24. NaN stays NaN; infinity
 /// may become NaN in a product.
 template <int N>
@@ -64,7 +81,7 @@ struct Operand<float, N> {
   __device__ __forceinline__ explicit Operand(const uint32_t (&bits)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(high[i]) : "f"(__uint_as_float(bits[i])));
+      high[i] = RoundedToTf32(bits[i]);
       const float rest = __uint_as_float(bits[i]) - __uint_as_float(high[i]);  // exact
       low[i] = __float_as_uint(rest) + 0x1000;  // half a unit of the last bit kept: rounds
     }
@@ -87,6 +104,8 @@ __device__ __forceinline__ void MultiplyAdd(float (&d)[4], const Operand<T, 4>& 
     Mma16x8x8Tf32(sum, a.high, b.high[2 * index], b.high[2 * index + 1]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += sum[i];
+  } else if constexpr (std::is_same_v<T, Tf32>) {
+    Mma16x8x8Tf32(d, a.bits, b.bits[2 * index], b.bits[2 * index + 1]);
   } else {
     Mma16x8x16<T>(d, a.bits, b.bits[2 * index], b.bits[2 * index + 1]);
   }

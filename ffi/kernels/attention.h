@@ -40,6 +40,9 @@ struct ScoreStrides {
 
 struct AttentionProblem {
   DType dtype;  // of query, key, value, out and their cotangents
+  /// Whether products may round float32 factors to TensorFloat-32, 10 bits of mantissa; a kernel
+  /// need not. Without effect on other types.
+  bool allow_tf32 = false;
   int64_t batch, kv_heads, groups, q_len, kv_len, qk_dim, v_dim;  // any may be 0
   float scale;
   float softcap = 0;    // 0: none; never negative

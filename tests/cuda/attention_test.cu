@@ -6,6 +6,7 @@
 //   relative: for 16-bit types 4 roundoffs: fast and naive result are rounded, and the fast
 //     kernels round p and dlogits before the products of tensor cores. In float32 both kernels err:
 //     p relatively by the absolute error of a logit, and sums of n terms by sqrt(n) roundoffs.
+//     TensorFloat-32 is tried on numbers that it holds, so that it is one more narrow type.
 //     With L the largest logit that |query| |key| allows:
 //       2^-23 * (16 + 2 sqrt(n) + 4 L)
 //   absolute: dlogits = p * (dp - delta) may cancel to nothing (one key: always), which leaves the
@@ -13,6 +14,7 @@
 //   |want| counts as at least a tenth of the tensor's root mean square of rows: a row whose terms
 //     cancel by chance, or that 16-bit p underflows in, is not held to its own size.
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <tuple>
 
@@ -42,8 +44,13 @@ struct Problem {
   double amplitude = 1;       // of query, key and value
   int64_t offset = 0;         // in elements
   bool mask_scratch = true;   // there is some
+  bool allow_tf32 = false;    // with inputs of TensorFloat-32's 10 bits of mantissa
 
   int64_t heads() const { return kv_heads * groups; }
+  /// Of p and dlogits, where a kernel rounds them.
+  double roundoff() const {
+    return dtype != DType::kF32 ? Roundoff(dtype) : allow_tf32 ? 0x1p-11 : 0;
+  }
   int64_t scores() const { return batch * heads() * q_len * kv_len; }
 
   std::string text() const {
@@ -70,6 +77,7 @@ struct Problem {
     if (amplitude != 1) s += " amplitude " + std::to_string(amplitude);
     if (offset) s += " unaligned";
     if (!mask_scratch) s += " without scratch";
+    if (allow_tf32) s += " tf32";
     return s;
   }
 };
@@ -205,12 +213,20 @@ std::vector<float> Delta(const Problem& p, const Array& out, const Array& dout, 
   return delta;
 }
 
+float RoundedToTf32(float value) {
+  const uint32_t bits = (std::bit_cast<uint32_t>(value) + 0x1000) & ~uint32_t{0x1fff};
+  return std::bit_cast<float>(bits);
+}
+
 void Test(Report& report, const Problem& p, bool forward_only) {
   report.Problem(p.dtype, p.text());
   Random random(5);
   const int64_t queries = p.batch * p.heads() * p.q_len, keys = p.batch * p.kv_heads * p.kv_len;
   const auto input = [&](int64_t rows, int64_t features, double amplitude) {
-    return Array(p.dtype, random.Normals(rows * features, amplitude, 4), p.offset);
+    std::vector<float> values = random.Normals(rows * features, amplitude, 4);
+    if (p.allow_tf32)
+      for (float& value : values) value = RoundedToTf32(value);
+    return Array(p.dtype, values, p.offset);
   };
   const Array query = input(queries, p.qk_dim, p.amplitude);
   const Array key = input(keys, p.qk_dim, p.amplitude);
@@ -218,7 +234,7 @@ void Test(Report& report, const Problem& p, bool forward_only) {
   Array mask, mask_scratch, bias, dbias, want_dbias;
 
   AttentionBackwardArgs args{};
-  args.dtype = p.dtype;
+  args.dtype = p.dtype, args.allow_tf32 = p.allow_tf32;
   args.batch = p.batch, args.kv_heads = p.kv_heads, args.groups = p.groups;
   args.q_len = p.q_len, args.kv_len = p.kv_len, args.qk_dim = p.qk_dim, args.v_dim = p.v_dim;
   args.scale = std::isnan(p.scale)
@@ -281,8 +297,8 @@ void Test(Report& report, const Problem& p, bool forward_only) {
   const double scale = std::fabs(args.scale), logit = scale * q * k + largest_bias;
   const double rows = static_cast<double>(p.groups * p.q_len);
   const double terms = std::fmax(rows, static_cast<double>(p.kv_len));
-  const double relative = (p.dtype == DType::kF32 ? 0 : 4 * Roundoff(p.dtype)) +
-                          2 * kFloatRoundoff * (16 + 2 * std::sqrt(terms) + 4 * logit);
+  const double relative =
+      4 * p.roundoff() + 2 * kFloatRoundoff * (16 + 2 * std::sqrt(terms) + 4 * logit);
   const double noise = 2 * kFloatRoundoff * 16 * dy * v;  // of dlogits
 
   Array out(p.dtype, queries * p.v_dim, p.offset), want_out(p.dtype, queries * p.v_dim, p.offset);
@@ -341,7 +357,7 @@ void Test(Report& report, const Problem& p, bool forward_only) {
   CompareRows(report, "attention backward", "dvalue", dvalue, want_dvalue, p.v_dim, relative, 0);
   if (!p.bias.empty()) {
     CompareRows(report, "attention backward", "dbias", dbias, want_dbias, p.kv_len,
-                relative - (p.dtype == DType::kF32 ? 0 : 4 * Roundoff(p.dtype)), noise);
+                relative - 4 * p.roundoff(), noise);
   }
 }
 
@@ -806,7 +822,11 @@ int Main(bool small, bool decoding, const char* only) {
         AddDecoding(problems, dtype, d);
       }
     }
-    for (const Problem& problem : problems) Test(report, problem, decoding);
+    for (Problem& problem : problems) {
+      Test(report, problem, decoding);
+      problem.allow_tf32 = dtype == DType::kF32 && problem.offset == 0;  // else no tensor cores
+      if (problem.allow_tf32) Test(report, problem, decoding);
+    }
   }
   return report.Finish();
 }

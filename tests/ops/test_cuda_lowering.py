@@ -4,6 +4,7 @@ Whether they compute the right thing is seen where a GPU is (tests/test_targets.
 """
 
 import functools as ft
+import itertools
 import re
 
 import jax
@@ -210,12 +211,15 @@ ATTENTION = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)  # noqa: E731
     [
         ((1, 128, 12, 64), "bfloat16", None, ATTENTION, "as fast for 196608 logits"),
         ((8, 512, 12, 64), "bfloat16", None, ATTENTION, None),
-        ((1, 512, 12, 64), "float32", None, ATTENTION, "TensorFloat-32"),
+        ((1, 128, 12, 64), "float32", None, ATTENTION, "as fast for 196608 logits"),
+        ((1, 512, 12, 64), "float32", None, ATTENTION, None),
         ((1, 512, 12, 64), "float32", "highest", ATTENTION, None),
-        ((8, 512, 12, 64), "float32", None, ATTENTION, None),
-        ((8, 512, 12, 128), "float32", None, ATTENTION, "TensorFloat-32"),
-        ((8, 512, 12, 64), "float32", None, jax.grad(total(ATTENTION)), "TensorFloat-32"),
-        ((1, 8192, 16, 64), "float32", None, jax.grad(total(ATTENTION)), None),
+        ((8, 512, 12, 128), "float32", None, ATTENTION, None),
+        ((8, 512, 12, 256), "float32", None, ATTENTION, "256 features a head"),
+        ((8, 512, 12, 256), "float32", "highest", ATTENTION, None),
+        ((8, 512, 12, 64), "float32", None, jax.grad(total(ATTENTION)), None),
+        ((8, 512, 12, 128), "float32", None, jax.grad(total(ATTENTION)), "128 features a head"),
+        ((1, 8192, 16, 128), "float32", None, jax.grad(total(ATTENTION)), None),
     ],
 )
 def test_attention_on_a_gpu_is_chosen_where_it_was_measured_to_win(shape, dtype, precision, function, refusal):
@@ -225,6 +229,46 @@ def test_attention_on_a_gpu_is_chosen_where_it_was_measured_to_win(shape, dtype,
     assert report.counts().get("attention", 0) == (refusal is None), str(report)
     if refusal is not None:
         assert any(refusal in site.reason for site in report.refused), str(report)
+
+
+def test_products_of_float32_are_rounded_where_the_program_lets_them():
+    def written(first, second):
+        def function(q, k, v):
+            weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k, precision=first))
+            return jnp.einsum("bhts,bshd->bthd", weights, v, precision=second)
+
+        return function
+
+    x = jax.ShapeDtypeStruct((2, 64, 4, 64), jnp.float32)
+    exact = jax.lax.DotAlgorithmPreset.F32_F32_F32
+    precisions = [None, "highest", exact]
+    for first, second in itertools.product(precisions, precisions):
+        text = stablehlo(written(first, second), x, x, x)
+        assert f"allow_tf32 = {int(first is second is None)} : i32" in text, (first, second)
+    assert "allow_tf32 = 0 : i32" in stablehlo(ops.attention, x, x, x)
+    assert "allow_tf32 = 1 : i32" in stablehlo(lambda *qkv: ops.attention(*qkv, allow_tf32=True), x, x, x)
+
+
+@pytest.mark.parametrize("what", ["mask", "bias"])
+def test_gradients_in_float32_of_what_is_masked_are_chosen_where_they_were_measured(what):
+    def function(q, k, v, x):
+        return jax.nn.dot_product_attention(q, k, v, **{what: x})
+
+    for batch, is_fused in ((8, False), (128, True)):
+        qkv = [jax.ShapeDtypeStruct((batch, 128, 12, 64), jnp.float32)] * 3
+        x = jax.ShapeDtypeStruct((batch, 1, 128, 128), jnp.bool_ if what == "mask" else jnp.float32)
+        with zenith.configured(platform="cuda"):
+            assert zenith.explain(function)(*qkv, x).counts().get("attention") == 1
+            report = zenith.explain(jax.grad(total(function)))(*qkv, x)
+        assert report.counts().get("attention", 0) == is_fused, str(report)
+        assert is_fused or "as fast with a mask or bias" in str(report)
+
+
+def test_few_queries_in_float32_are_not_measured():
+    q, kv = (jax.ShapeDtypeStruct((8, t, 16, 64), jnp.float32) for t in (4, 8192))
+    with zenith.configured(platform="cuda"):
+        report = zenith.explain(ATTENTION)(q, kv, kv)
+    assert "4 queries in float32 are not measured" in str(report)
 
 
 def test_batch_dimensions_may_be_sharded_and_others_may_not():

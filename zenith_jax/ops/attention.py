@@ -33,6 +33,7 @@ def attention(
     query_segments=None,
     key_segments=None,
     key_lengths=None,
+    allow_tf32: bool = False,
 ):
     """softmax(scale * query . key + bias where mask) . value, without the (t, s) matrix in memory.
 
@@ -43,7 +44,9 @@ def attention(
     local_window_size: (left, right) keys visible besides the query's own position, or one number for both.
     softcap: c in c * tanh(logits / c), before bias and mask. sinks: (h,), one more logit for each head that takes part
     in the softmax and has no value. query_segments (b, t), key_segments (b, s): integers; a query sees keys of its own
-    segment only. key_lengths: (b,), integers; keys from there on are padding.
+    segment only. key_lengths: (b,), integers; keys from there on are padding. allow_tf32: a GPU may round float32
+    factors of products to TensorFloat-32, as jnp.matmul does by default: errors of 1e-3 in place of 1e-6, three times
+    as fast.
     Returns (b, t, h, e) in query's dtype. Sums in float32. A query without any allowed key returns the mean of all
     values, as masking with a finite fill does in `jax.nn.dot_product_attention`, and 0 with sinks; one whose bias is
     -inf everywhere returns NaN. Bit-reproducible.
@@ -66,6 +69,7 @@ def attention(
             query_segments=batched[0],
             key_segments=batched[1],
             key_lengths=batched[2],
+            allow_tf32=allow_tf32,
         )[0]
     _check(query, key, value, mask, bias)
     _check_structure(query, key, softcap, sinks, query_segments, key_segments, key_lengths)
@@ -90,6 +94,7 @@ def attention(
         # Without a mask only a bias of -inf can empty a row: NaN, as softmax gives.
         masked_row=MASKED_ROW_MEAN if structured or min(left, right) < UNBOUNDED else MASKED_ROW_NAN,
         layout=LENGTH_MAJOR,
+        allow_tf32=allow_tf32,
     )
     if sinks is not None:
         out = with_sink(out, lse, sinks.reshape(1, k, h // k, 1))

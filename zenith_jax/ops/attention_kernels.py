@@ -153,7 +153,7 @@ def _full_axes(operand: Any, bits: tuple[int, ...]) -> np.int64:
     return np.int64(varies + sum(bit for bit, n in zip(bits, inner, strict=True) if n != 1))
 
 
-def _ffi(avals: Any, *, scale, softcap, left, right, masked_row, layout, w) -> dict[str, Any]:
+def _ffi(avals: Any, *, scale, softcap, left, right, masked_row, layout, allow_tf32, w) -> dict[str, Any]:
     del w
     return dict(
         scale=np.float32(scale),
@@ -162,6 +162,7 @@ def _ffi(avals: Any, *, scale, softcap, left, right, masked_row, layout, w) -> d
         right=np.int64(right),
         masked_row=np.int32(masked_row),
         layout=np.int32(layout),
+        allow_tf32=np.int32(allow_tf32),
         mask_axes=_full_axes(avals[3], _SCORES),
         bias_axes=_full_axes(avals[4], _SCORES),
         interval_axes=_full_axes(avals[5], _SCORES),
@@ -216,8 +217,8 @@ def _forward_reference(*operands, masked_row, **attributes):
     return _out(*operands, masked_row=masked_row, **attributes), lse, jnp.zeros(lse.shape, _F32)
 
 
-def _backward_reference(query, key, value, mask, bias, *rest, with_bias, layout, w, **attributes):
-    del layout
+def _backward_reference(query, key, value, mask, bias, *rest, with_bias, layout, allow_tf32, w, **attributes):
+    del layout, allow_tf32
     *structure, out, _, _, dout, dlse = rest
     delta = jnp.sum(widened(dout) * widened(out), axis=-1)
 
@@ -284,8 +285,8 @@ def _backward(operands, results, cotangents, needed, **attributes):
     layouts=_forward_layouts,
     **_NATIVE,
 )
-def attention_fwd(*operands, layout, w, **attributes):
-    del layout
+def attention_fwd(*operands, layout, allow_tf32, w, **attributes):
+    del layout, allow_tf32
     return *_forward_reference(*operands, **attributes), _scratch(operands[0], w)
 
 
@@ -308,11 +309,13 @@ def attention_canonical(
     right=UNBOUNDED,
     masked_row=MASKED_ROW_MEAN,
     layout=HEADS_MAJOR,
+    allow_tf32=False,
 ):
     """(out, lse) on canonical shapes: query (*b, g, t, d), key (*b, s, d), value (*b, s, e); with the rank of these and
     size 1 where broadcast, or None, mask and bias (*b, g, t, s) and in int32 interval (*b, g, t, 2), query_segments
     (*b, t), key_segments (*b, s). lse: (*b, g, t), float32 or wider, -inf for a query without an allowed key.
-    `layout`: in which physical order the arrays come. No checks beyond shapes: `attention` is the one for people."""
+    `layout`: in which physical order the arrays come. allow_tf32: whether a GPU's products may round float32. No checks
+    beyond shapes: `attention` is the one for people."""
 
     def optional(x: Any, dtype: Any) -> Any:
         return absent(dtype) if x is None else x
@@ -332,6 +335,7 @@ def attention_canonical(
         right=int(right),
         masked_row=masked_row,
         layout=layout,
+        allow_tf32=bool(allow_tf32),
         w=_scratch_words(query, value, mask, structure, softcap),
     )
     return out, lse

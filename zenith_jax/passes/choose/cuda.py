@@ -17,11 +17,13 @@ _LOGITS = 2**20
 # Decoding is bound by reading keys and values: b1 h32/8 d128 of 16384 keys, half a million logits, XLA 37, ours 28;
 # fewer are not measured.
 _DECODED_QUERIES, _DECODED_LOGITS = 16, 2**19
-# float32 is exact in our kernels, by three TensorFloat-32 products for each of XLA's one (errors 1e-6 and 6e-4). d64:
-# 6 M logits 25/74, 80/269; 17 M 111/144, 315/602; 25 M 176/166, 497/833; 268 M 1530/1444, 4473/8075; d128: 25 M
-# 205/358, 601/1892. Where logits take gigabytes, being able to run at all counts more.
-_FLOAT32_LOGITS = 24_000_000
-_FLOAT32_D = 64
+# float32 in TensorFloat-32, as XLA's products of default precision, forward and with its gradient. d64: 0.2 M logits
+# 6.6/6.5, 18/27; 1.6 M 16/9.7, 53/44; 3.1 M (b1 h12 s512) 23/16, 78/72; 6 M 54/27, 175/142; 17 M 116/44, 336/205; 25 M
+# 184/58, 502/316; 268 M 1576/489, 4521/2716; d128: 1 M 15/11, 59/58; 25 M 212/140, 594/701; 268 M 1643/1306, 4926/6248;
+# d256: 34 M 283/446, 901/3893. d64 with lengths: 1.6 M 18/13, 53/55; 25 M 221/81, 548/379; with a bias 18/13, 54/58;
+# 220/104, 525/433 (H100, 2026-11-27). Where logits take gigabytes, being able to run at all counts more.
+_TF32_D, _TF32_D_OF_A_GRADIENT = 128, 64
+_TF32_MASKED_LOGITS_OF_A_GRADIENT = 24_000_000
 _LARGE_BYTES = 2**32
 
 
@@ -32,11 +34,17 @@ def _attention(case: dict[str, Any], differentiated: bool) -> Refusal | None:
         return refuse("XLA is as fast for {n} logits on a GPU", n=logits)
     if case["dtype"] != "float32" or case["exact"] or 4 * logits >= _LARGE_BYTES:
         return None
-    if differentiated or max(case["d"], case["e"]) > _FLOAT32_D or logits < _FLOAT32_LOGITS:
+    if case["t"] <= _DECODED_QUERIES:
+        return refuse("{t} queries in float32 are not measured", t=case["t"], advice="decode in bfloat16")
+    head = max(case["d"], case["e"])
+    if head > (_TF32_D_OF_A_GRADIENT if differentiated else _TF32_D):
         return refuse(
-            "the kernel's float32 products are exact, and XLA's TensorFloat-32 ones of default precision faster here",
-            advice="compute in bfloat16, or ask for exact products: jax.default_matmul_precision('highest')",
+            "XLA's TensorFloat-32 products are as fast for {d} features a head in float32",
+            d=head,
+            advice="compute in bfloat16",
         )
+    if differentiated and (case["masked"] or case["bias"]) and logits < _TF32_MASKED_LOGITS_OF_A_GRADIENT:
+        return refuse("XLA's gradient in float32 is as fast with a mask or bias for {n} logits", n=logits)
     return None
 
 

@@ -273,6 +273,7 @@ def build(reading: Reading) -> Match | Refusal:
     common = jnp.result_type(query.dtype, key.dtype, value.dtype)
     leaves = [query, key, value, *(term for term, _ in (*masks, *biases)), *sinks, *structure.leaves]
     layout = LENGTH_MAJOR if _is_length_major(query, key, roles, s) else HEADS_MAJOR
+    exact = any(_is_exact(e) for e in reading.inner if e.primitive.name == "dot_general")
     static: dict[str, Any] = dict(
         sizes=tuple(tuple(1 if a is None else a.size for a in leaf.axes) for leaf in leaves),
         orders=tuple(orders.items()),
@@ -292,6 +293,7 @@ def build(reading: Reading) -> Match | Refusal:
         masked_row=masked_row,
         guarded=reading.guarded,
         layout=layout,
+        allow_tf32=not exact,
         multiplied_dtype=jnp.result_type(*(a.aval.dtype for a in eqn.invars)).name,
         shape=tuple(result.aval.shape),
         dtype=result.aval.dtype.name,
@@ -314,8 +316,9 @@ def build(reading: Reading) -> Match | Refusal:
             ("s", s.size),
             ("d", roles.d.size),
             ("e", roles.e.size),
-            ("exact", _is_exact(eqn.params["precision"])),
+            ("exact", exact),
             ("bias", bool(biases)),
+            ("masked", bool(masks or structure.leaves)),
             ("causal", logits.mask.right == 0),
             ("softcap", logits.softcap),
             ("sink", has_sink),
@@ -323,10 +326,11 @@ def build(reading: Reading) -> Match | Refusal:
     )
 
 
-def _is_exact(precision: Any) -> bool:
-    """Whether a product of float32 was asked for as exact as float32: not in TensorFloat-32, as GPUs do by default."""
-    both = precision if isinstance(precision, tuple) else (precision, precision)
-    return any(p in (lax.Precision.HIGH, lax.Precision.HIGHEST) for p in both)
+def _is_exact(product: JaxprEqn) -> bool:
+    """Whether something else was asked for than what a GPU does by default: products of float32 in TensorFloat-32."""
+    precision = product.params["precision"]
+    both = precision if isinstance(precision, tuple) else (precision,)
+    return any(p not in (None, lax.Precision.DEFAULT, lax.DotAlgorithmPreset.DEFAULT) for p in both)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,6 +424,7 @@ def emit(
     masked_row,
     guarded,
     layout,
+    allow_tf32,
     multiplied_dtype,
     shape,
     dtype,
@@ -460,6 +465,7 @@ def emit(
         right=right,
         masked_row=MASKED_ROW_MEAN if guarded or has_sink else masked_row,
         layout=layout,
+        allow_tf32=allow_tf32,
     )
     row = None
     if has_sink:
