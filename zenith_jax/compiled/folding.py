@@ -15,6 +15,7 @@ from zenith_jax.api import current_context, jit
 from zenith_jax.config import config
 from zenith_jax.passes import known
 from zenith_jax.passes.panels import with_panels
+from zenith_jax.passes.products import with_fast_products
 from zenith_jax.telemetry import compiling
 
 
@@ -60,6 +61,8 @@ def folded(function: Callable[..., Any], arrays: Arrays, structs: Sequence[Any])
     started = time.perf_counter()
     platform = current_context(config()).platform
     jaxpr = with_panels(fresh.trace(params, structs).jaxpr, len(params), platform)
+    if all(len(p.devices()) == 1 for p in params):  # weights side by side would be divided elsewhere
+        jaxpr = with_fast_products(jaxpr, len(params), platform)
     split = known.split(jaxpr, len(params), platform)
     if split is None:
         return Folded(fresh, names)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.extend.core as jec
+import numpy as np
 
 from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn, Var
@@ -83,11 +84,11 @@ def _is_wanted(graph: Graph, value: Var, origins: dict[Var, frozenset[Var]], pla
 
 def _is_ready(product: JaxprEqn, matrix: Var, platform: str) -> bool:
     """Whether the product is as fast with the transpose of the matrix."""
-    if platform != "cpu":
-        return True
+    contracted, _ = product.params["dimension_numbers"]
+    if platform != "cpu":  # what `products.py` has transposed is not: TensorFloat-32 is fastest along the last axis
+        return matrix.aval.dtype != np.float32 or tuple(contracted[product.invars.index(matrix)]) != (1,)
     other = product.invars[1 if product.invars[0] is matrix else 0].aval
-    (contracted, _), _ = product.params["dimension_numbers"]
-    terms = math.prod(product.invars[0].aval.shape[d] for d in contracted)
+    terms = math.prod(product.invars[0].aval.shape[d] for d in contracted[0])
     return other.size > _FEW_ROWS * terms
 
 
