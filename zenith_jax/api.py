@@ -196,4 +196,4 @@ def _hook_failure() -> str | None:
 _install_hook()
 compiling.clear()  # of the tiny function
 _here = pathlib.Path(__file__).parent
-_compat.hide_frames(__file__, *(f"{_here / name}{os.sep}" for name in ("ops", "passes")))
+_compat.hide_frames(__file__, *(f"{_here / name}{os.sep}" for name in ("compiled", "ops", "passes")))

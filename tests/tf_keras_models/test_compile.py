@@ -12,6 +12,9 @@ tf = pytest.importorskip("tensorflow")
 pytest.importorskip("tf2onnx")
 import keras
 
+if keras.backend.backend() != "tensorflow":
+    pytest.skip(f"Keras computes in {keras.backend.backend()} here", allow_module_level=True)
+
 import zenith_jax as zenith
 from zenith_jax.errors import FrontendError, InputError
 

@@ -42,7 +42,7 @@ def compile(
     """A model of any framework as one compiled function for inference, with Zenith's kernels where they are faster.
 
     obj: a JAX function; `(function, params)`; a flax nnx module; `(linen module, variables)`; an equinox module; an
-    ONNX file or ModelProto; a torch.nn.Module; a Keras model, tf.function or SavedModel.
+    ONNX file or ModelProto; a torch.nn.Module; a Keras model, whatever it computes in; a tf.function or SavedModel.
     example_inputs: arrays, or `jax.ShapeDtypeStruct`s, with the shapes and dtypes to compile for, in the places of the
     model's arguments. Python values among them are bound. An ONNX file that declares all sizes needs none.
     mode: "reduce-overhead" spends the least host time a call; "max-autotune" measures for each fused site whether

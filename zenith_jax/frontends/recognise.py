@@ -66,8 +66,12 @@ def _is_saved_model(obj: Any) -> bool:
     return isinstance(obj, str | os.PathLike) and (pathlib.Path(obj) / "saved_model.pb").is_file()
 
 
+def _is_keras(obj: Any) -> bool:
+    return is_instance(obj, "keras", "Model", "KerasTensor") or _has_suffix(obj, ".keras")
+
+
 def _is_tensorflow(obj: Any) -> bool:
-    if is_instance(obj, "keras", "Model", "KerasTensor") or _has_suffix(obj, ".keras") or _is_saved_model(obj):
+    if _is_saved_model(obj):
         return True
     functions = "tensorflow.python.eager.polymorphic_function"
     return (
@@ -90,7 +94,8 @@ def _is_function(obj: Any) -> bool:
 # In this order: every torch or nnx module is also a callable.
 DOORS = (
     Door("a torch.nn.Module", lambda obj: is_instance(obj, "torch.nn", "Module"), "torch"),
-    Door("a Keras model, tf.function, tf.Module or the folder of a SavedModel", _is_tensorflow, "tensorflow"),
+    Door("a Keras model or .keras file", _is_keras, "keras"),
+    Door("a tf.function, tf.Module or the folder of a SavedModel", _is_tensorflow, "tensorflow"),
     Door("an ONNX file, its bytes or a ModelProto", _is_onnx, "onnx.source"),
     Door("a flax nnx module", lambda obj: is_instance(obj, "flax.nnx", "Module"), "flax"),
     Door("a flax linen module with its variables, (module, variables) or module.bind(variables)", _is_linen, "flax"),

@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from zenith_jax.api import explain, jit
 from zenith_jax.borrowed import BorrowedArrays
 from zenith_jax.errors import FrontendError, InputError
 from zenith_jax.frontends._source import Source, missing
+from zenith_jax.frontends.keras import read as read_keras
 from zenith_jax.frontends.onnx import OnnxModel, load
 from zenith_jax.ir import _compat
 from zenith_jax.report import Report
@@ -149,11 +150,13 @@ def _concrete(model: Any, signature: Sequence[Any] | None, examples: Sequence[An
     if isinstance(model, str | os.PathLike):
         path = os.fspath(model)
         if os.path.isfile(os.path.join(path, "saved_model.pb")):
-            return _of_saved_model(_read(tf.saved_model.load, path, "TensorFlow"), path)
+            return _of_saved_model(_loaded(tf, path), path)
         if not path.endswith(".keras"):
             raise FrontendError(f"{path!r} is neither the folder of a SavedModel nor a .keras file")
-        model = _read(keras.saving.load_model, path, "Keras")
+        model = read_keras(path)
     if isinstance(model, keras.Model):
+        if keras.backend.backend() != "tensorflow":
+            raise FrontendError(f"Keras computes in {keras.backend.backend()} here: zenith.compile takes its models")
         return _of_keras(tf, model, examples)
     if hasattr(model, "structured_outputs") and hasattr(model, "captured_inputs"):
         return model
@@ -174,13 +177,11 @@ def _concrete(model: Any, signature: Sequence[Any] | None, examples: Sequence[An
         ) from error
 
 
-def _read(load_: Callable[[str], Any], path: str, reader: str) -> Any:
-    if not os.path.exists(path):
-        raise FrontendError(f"there is no file {path!r}")
+def _loaded(tf: Any, path: str) -> Any:
     try:
-        return load_(path)
+        return tf.saved_model.load(path)
     except (ValueError, OSError) as error:
-        raise FrontendError(f"{reader} cannot read {path!r}: {error}") from error
+        raise FrontendError(f"TensorFlow cannot read {path!r}: {error}") from error
 
 
 def _dtype_of(x: Any) -> Any:

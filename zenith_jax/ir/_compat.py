@@ -167,11 +167,13 @@ def hide_frames(*paths: str) -> None:
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """file:line of the user's code that made the equation: the innermost frame outside of installed packages, else the
-    innermost that JAX shows; "" when unknown."""
+    """file:line of the user's code that made the equation: the innermost frame outside of installed packages. Without
+    one the scopes it was made in, which are the layers of a model that a package calls; else the innermost frame that
+    JAX shows; "" when unknown."""
     frames = list(_user_frames(eqn.source_info.traceback))
-    own = [f for f in frames if "site-packages" not in f.file_name]
-    return next((f"{f.file_name}:{f.start_line}" for f in (*own, *frames)), "")
+    own = [f"{f.file_name}:{f.start_line}" for f in frames if "site-packages" not in f.file_name]
+    shown = [f"{f.file_name}:{f.start_line}" for f in frames]
+    return next((place for place in (*own, str(eqn.source_info.name_stack), *shown) if place), "")
 
 
 # --- types ------------------------------------------------------------------------------------------------------------

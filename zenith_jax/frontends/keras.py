@@ -1,0 +1,123 @@
+# pyright: reportMissingImports=false
+"""Keras models, by Keras' backend: with JAX's the model is a JAX function as it stands; with PyTorch's it is a torch
+module, with TensorFlow's a concrete function.
+
+Keras is imported when `source` is called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zenith_jax.errors import FrontendError
+from zenith_jax.frontends._source import Declared, Source, missing
+from zenith_jax.ir import _compat
+
+_compat.hide_frames(__file__)  # reports name the layers of models that have no code of their own
+
+
+def source(obj: Any, *example_inputs: Any) -> Source:
+    """obj: a keras.Model, or the path of a .keras file."""
+    keras = _keras()
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        from zenith_jax.frontends import tensorflow
+
+        return tensorflow.source(obj, *example_inputs)
+    if isinstance(obj, str | os.PathLike):
+        obj = read(os.fspath(obj))
+    if backend == "torch":
+        from zenith_jax.frontends import torch
+
+        return torch.source(obj, *example_inputs)
+    if backend != "jax":
+        raise FrontendError(
+            f"Keras computes in {backend} here: set KERAS_BACKEND=jax, or torch or tensorflow, before it is imported"
+        )
+    return _of_jax(keras, obj, example_inputs)
+
+
+def read(path: str) -> Any:
+    """The model in a .keras file, without the state of its training."""
+    if not os.path.exists(path):
+        raise FrontendError(f"there is no file {path!r}")
+    try:
+        return _keras().saving.load_model(path, compile=False)
+    except (ValueError, OSError) as error:
+        raise FrontendError(f"Keras cannot read {path!r}: {error}") from error
+
+
+def _keras() -> Any:
+    if importlib.util.find_spec("keras") is None:
+        raise missing("a Keras model", "keras", "tensorflow")
+    try:
+        import keras
+    except ModuleNotFoundError as error:  # of what it computes in, which is TensorFlow unless KERAS_BACKEND says else
+        raise missing("a Keras model", error.name or "tensorflow", "tensorflow") from error
+    return keras
+
+
+def _of_jax(keras: Any, model: Any, examples: Sequence[Any]) -> Source:
+    if not model.built and examples:
+        model(*_packed(keras, model, examples))
+    if not model.built:
+        raise FrontendError(f"the Keras model {model.name!r} has no weights yet: call it once, or give example inputs")
+    variables = {True: model.trainable_variables, False: model.non_trainable_variables}
+    names = {trainable: _distinct(v.path for v in of) for trainable, of in variables.items()}
+    # Keras takes no word about training for inference, and hands the word to no `call` that does not take it.
+    inference = {"training": False} if "training" in inspect.signature(model.call).parameters else {}
+
+    def function(params: Mapping[str, Mapping[str, Any]], *inputs: Any) -> Any:
+        trainable, other = ([params[key][n] for n in names[is_]] for is_, key in ((True, _TRAINED), (False, _OTHER)))
+        results, after = model.stateless_call(trainable, other, *_packed(keras, model, inputs), **inference)
+        if any(a is not b for a, b in zip(other, after, strict=True)):
+            changed = [n for n, a, b in zip(names[False], other, after, strict=True) if a is not b]
+            raise FrontendError(
+                f"{model.name} changes {', '.join(changed)} when it is called, which a compiled model has no place for"
+            )
+        return results
+
+    return Source(
+        function=function,
+        params={
+            key: {n: v.value for n, v in zip(names[is_], variables[is_], strict=True)}
+            for is_, key in ((True, _TRAINED), (False, _OTHER))
+        },
+        name=model.name,
+        framework="keras",
+        arguments=tuple(getattr(model, "input_names", None) or ()),
+        outputs=tuple(getattr(model, "output_names", None) or ()),
+        declared=tuple(_declared(i) for i in getattr(model, "inputs", None) or ()),
+    )
+
+
+_TRAINED, _OTHER = "trainable", "non_trainable"
+
+
+def _packed(keras: Any, model: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of a call: several inputs of a functional model go as the one structure that it is made of."""
+    structure = getattr(model, "_inputs_struct", None)
+    if structure is None or len(inputs) < 2:
+        return inputs
+    return [keras.tree.pack_sequence_as(structure, list(inputs))]
+
+
+def _distinct(names: Any) -> list[str]:
+    """Layers of nested models may have the same path."""
+    found: dict[str, None] = {}
+    for name in names:
+        count, distinct = 1, name
+        while distinct in found:
+            count += 1
+            distinct = f"{name}_{count}"
+        found[distinct] = None
+    return list(found)
+
+
+def _declared(tensor: Any) -> Declared:
+    first, *rest = tensor.shape
+    return Declared(tensor.name, ("batch" if first is None else first, *rest), str(tensor.dtype))
