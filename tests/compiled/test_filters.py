@@ -77,7 +77,8 @@ def test_programs_of_all_sizes_read_the_same_copy(mode, monkeypatch):
     shape = (3, 3, 8, 96)  # of no other array in this process, and more than is made a constant
     last = jnp.ones((4, 96))
     model = zenith.compile((convolved, (jnp.ones(shape), last)), X, mode=mode, dynamic={"batch": (1, 2, 4)})
-    np.testing.assert_allclose(model(X)[0], model(X[:1])[0], rtol=1e-5)
+    # A GPU takes TensorFloat-32, and another order of summation for each batch.
+    np.testing.assert_allclose(model(X)[0], model(X[:1])[0], rtol=1e-3)
     assert sum(a.shape == shape for a in jax.live_arrays()) == 2  # the parameter and one copy
 
 
@@ -87,7 +88,8 @@ def test_parameters_may_lie_anywhere(monkeypatch):
     mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("d",))
     spread = jax.device_put(FILTERS[0], NamedSharding(mesh, PartitionSpec(None, None, None, "d")))
     compiled = zenith.compile((convolved, (spread, FILTERS[1])), X)
-    np.testing.assert_allclose(compiled(X), convolved(FILTERS, X), rtol=1e-5, atol=1e-5)
+    want = convolved(jax.device_put(FILTERS, jax.devices("cpu")[0]), X)
+    np.testing.assert_allclose(compiled(X), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
