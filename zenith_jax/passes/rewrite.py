@@ -161,13 +161,15 @@ def plan(graph: Graph, context: Context) -> list[Match]:
 
 
 def _simpler(match: Match, refusal: Refusal, claimed: set[int], context: Context) -> tuple[Match, str, Refusal | None]:
-    """What to do instead of a match that is refused: its simpler one, if that is not, with the reason in its detail."""
+    """What to do instead of a match that is refused: the first of the simpler ones that is not, with the reason in its
+    detail."""
     simpler = match.simpler
-    if (
-        simpler is None
-        or any(id(e) in claimed for e in simpler.inner)
+    while simpler is not None and (
+        any(id(e) in claimed for e in simpler.inner)
         or declined(simpler, context.platform, differentiated=context.differentiated, use_cost=context.use_cost)
     ):
+        simpler = simpler.simpler
+    if simpler is None:
         return match, match.op, refusal
     return dataclasses.replace(simpler, detail=f"{simpler.detail}; no {match.op}: {refusal}"), simpler.op, None
 

@@ -52,6 +52,11 @@ def _norm(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     return _small_rows(case, differentiated)
 
 
+def _norm_in_two_passes(case: dict[str, Any], differentiated: bool) -> Refusal | None:
+    del case, differentiated
+    return refuse("another form of XLA's is not measured on the CPU")
+
+
 def _cross_entropy(case: dict[str, Any], differentiated: bool) -> Refusal | None:
     del differentiated
     # Four times softmax's limit: not measured yet.
@@ -184,6 +189,7 @@ RULES: dict[str, Rule] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "layer_norm": _norm,
+    "layer_norm_in_two_passes": _norm_in_two_passes,
     "rms_norm": _norm,
     "add_layer_norm": _norm,
     "add_rms_norm": _norm,

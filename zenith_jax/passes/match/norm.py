@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+from jax import lax
+
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import VIEWS, Graph
@@ -93,7 +96,7 @@ def _difference_of_moments(terms: Terms, term: Term, eqn: JaxprEqn, path: list[J
     if not is_mean_of(terms, mean, x, axis, steps):
         return refuse("mean(x^2) and mean(x)^2 are of different values or axes", depth=2)
     path.extend(steps)
-    return Moments(x, axis, True, mean, tuple(path))
+    return Moments(x, axis, True, mean, tuple(path), in_one_pass=True)
 
 
 # --- from the reciprocal standard deviation up to the result ----------------------------------------------------------
@@ -191,6 +194,9 @@ def _finish(
         detail=f"rows of {axis.size}",
         case=case,
     )
+    if moments.in_one_pass:
+        in_two_passes = dataclasses.replace(alone, op="layer_norm_in_two_passes", emit=emit_in_two_passes)
+        alone = dataclasses.replace(alone, simpler=in_two_passes)
     if residual is not None:
         addition, first, second = residual
         total = addition.outvars[0]
@@ -269,6 +275,20 @@ def _parameters(parameters: tuple, has_scale: bool, has_bias: bool, kind: str) -
 def emit(x, *parameters, kind, eps, has_scale, has_bias, shape, dtype):
     op = layer_norm if kind == "layer" else rms_norm
     y = op(as_precise(x, dtype), **_parameters(parameters, has_scale, has_bias, kind), eps=eps)
+    return (y.reshape(shape).astype(dtype),)
+
+
+def emit_in_two_passes(x, *parameters, kind, eps, has_scale, has_bias, shape, dtype):
+    """In XLA's operations: the deviations' squares are summed, of which its compiler for GPUs makes one kernel; of
+    mean(x^2) - mean(x)^2 it makes two."""
+    chosen = _parameters(parameters, has_scale, has_bias, kind)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(-1, keepdims=True)
+    y = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    if chosen["scale"] is not None:
+        y = y * chosen["scale"]
+    if chosen["bias"] is not None:
+        y = y + chosen["bias"]
     return (y.reshape(shape).astype(dtype),)
 
 

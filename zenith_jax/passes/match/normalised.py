@@ -14,13 +14,17 @@ from zenith_jax.passes.match.moments import mean_of
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """v = variance of x along `axis` (centred), or its mean square (not centred)."""
+    """v = variance of x along `axis` (centred), or its mean square (not centred).
+
+    in_one_pass: computed as mean(x^2) - mean(x)^2.
+    """
 
     x: Term
     axis: Axis
     centred: bool
     mean: Term | None
     inner: tuple[JaxprEqn, ...]
+    in_one_pass: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
