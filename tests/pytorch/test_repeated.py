@@ -191,7 +191,7 @@ def test_a_weight_that_is_turned_in_place_is_seen():
     check(fast, x)
 
 
-def test_tensors_that_no_result_depends_on_are_not_looked_at():
+def test_counters_of_batch_norms_are_not_looked_at():
     module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)).eval()
     fast = zenith.torch.compile(module, dynamic=False, strict=True)
     x = torch.randn(4, 8)
@@ -201,6 +201,30 @@ def test_tensors_that_no_result_depends_on_are_not_looked_at():
     module[1].num_batches_tracked = torch.zeros(3)
     assert is_repeated(fast, x)
     module[1].running_mean.add_(1)
+    check(fast, x)
+
+
+class OfShapes(torch.nn.Module):
+    """Its results depend on tensors that no operation reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.register_buffer("table", torch.zeros(3))
+        self.register_buffer("like", torch.zeros(1))
+
+    def forward(self, x):
+        return (self.linear(x) * self.table.shape[0]).to(self.like.dtype)
+
+
+def test_shapes_and_dtypes_of_tensors_that_nothing_reads_are_seen():
+    fast = zenith.torch.compile(OfShapes().eval(), dynamic=False)
+    x = torch.randn(4, 8)
+    for _ in range(3):
+        check(fast, x)
+    fast.module.table = torch.zeros(5)
+    check(fast, x)
+    fast.module.like = torch.zeros(1, dtype=torch.float64)
     check(fast, x)
 
 

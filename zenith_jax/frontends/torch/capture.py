@@ -99,8 +99,7 @@ def capture(
         **dict(program.named_buffers()),
         **{k: v for k, v in program.constants.items() if isinstance(v, torch.Tensor)},
     }
-    written = {f"module.{name}" for kind, name in flat.written if kind == "weight"}
-    unread = _unread(program) - written
+    unread = _unread(program)
     return Captured(
         program,
         {name: flat.real(name, tensor) for name, tensor in weights.items() if name not in unread},
@@ -112,10 +111,11 @@ def capture(
 
 
 def _unread(program: torch.export.ExportedProgram) -> set[str]:
-    """Tensors of the module that no result depends on, such as the counters of batch norms."""
+    """The counters of batch norms in inference. Not other tensors without users: a result may depend on their shapes
+    and dtypes, or they may be other names of tensors that are used."""
     used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
-    specs = program.graph_signature.input_specs
-    return {s.target for s in specs if s.target is not None and s.arg.name not in used}
+    buffers = program.graph_signature.inputs_to_buffers
+    return {b for i, b in buffers.items() if b.endswith(".num_batches_tracked") and i not in used}
 
 
 def _dtypes(program: torch.export.ExportedProgram) -> tuple[torch.dtype, ...]:
