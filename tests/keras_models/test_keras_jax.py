@@ -68,11 +68,31 @@ def test_it_answers_as_in_inference(cnn, mode):
     assert model.framework == "keras" and [i.name for i in model.inputs] == [i.name for i in cnn.inputs]
 
 
-def test_parameters_are_the_models_own(cnn):
-    model = zenith.compile(cnn, images(1))
+def test_it_outlives_the_training_of_the_model():
+    own, x = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]), jnp.ones((4, 8))
+    model, before = zenith.compile(own, x), np.asarray(own(x))
     assert set(model.params) == {"trainable", "non_trainable"}
-    kernel = next(v for v in cnn.trainable_variables if v.path.endswith("kernel"))
-    assert model.params["trainable"][kernel.path].unsafe_buffer_pointer() == kernel.value.unsafe_buffer_pointer()
+    own.compile(optimizer="sgd", loss="mse")
+    own.fit(np.ones((8, 8)), np.ones((8, 3)), verbose=0)  # which donates the variables' arrays
+    np.testing.assert_allclose(model(x), before, **CLOSE)
+
+
+def test_names_go_with_the_inputs_of_a_dict(encoder):
+    tokens, segments = inputs_of_encoder(2)
+    wide = keras.Model({"b": keras.Input((2,), name="b"), "a": (a := keras.Input((5,), name="a"))}, a * 2)
+    model = zenith.compile(wide, {"b": jnp.ones((3, 2)), "a": jnp.ones((3, 5))})
+    assert [(i.name, i.shape) for i in model.inputs] == [("a", (3, 5)), ("b", (3, 2))]
+    model = zenith.compile(encoder, {"tokens": tokens, "segments": segments})
+    assert [i.name for i in model.inputs] == ["segments", "tokens"]
+    expected = encoder([tokens, segments], training=False)["logits"]
+    np.testing.assert_allclose(model({"tokens": tokens, "segments": segments})["logits"], expected, **CLOSE)
+
+
+def test_what_it_does_not_take(cnn):
+    with pytest.raises(FrontendError, match="in the dtypes of its layers"):
+        zenith.compile(cnn, images(1), precision="bf16")
+    with pytest.raises(FrontendError, match=r"a Keras model is a keras\.Model, got KerasTensor"):
+        zenith.compile(keras.Input((2,)), jnp.ones((1, 2)))
 
 
 def test_several_inputs_and_named_outputs(encoder):

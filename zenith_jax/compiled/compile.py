@@ -61,6 +61,11 @@ def compile(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     source = original = source_of(obj, *example_inputs)
+    if precision in DTYPES and source.framework == "keras":
+        raise FrontendError(
+            f"{source.name} computes in the dtypes of its layers' policies: "
+            "keras.config.set_dtype_policy('mixed_bfloat16') before it is made, instead of precision="
+        )
     sizes = buckets.checked(dynamic)
     narrowed: list[Narrowed] = []
     if precision == "int8":

@@ -13,6 +13,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from zenith_jax.errors import FrontendError
 from zenith_jax.frontends._source import Declared, Source, missing
 from zenith_jax.ir import _compat
@@ -62,6 +64,8 @@ def _keras() -> Any:
 
 
 def _of_jax(keras: Any, model: Any, examples: Sequence[Any]) -> Source:
+    if not isinstance(model, keras.Model):
+        raise FrontendError(f"a Keras model is a keras.Model, got {type(model).__name__}: keras.Model(inputs, outputs)")
     if not model.built and examples:
         model(*_packed(keras, model, examples))
     if not model.built:
@@ -84,14 +88,14 @@ def _of_jax(keras: Any, model: Any, examples: Sequence[Any]) -> Source:
     return Source(
         function=function,
         params={
-            key: {n: v.value for n, v in zip(names[is_], variables[is_], strict=True)}
+            # Copies: fit and evaluate give a model's own arrays away.
+            key: {n: jnp.array(v.value, copy=True) for n, v in zip(names[is_], variables[is_], strict=True)}
             for is_, key in ((True, _TRAINED), (False, _OTHER))
         },
         name=model.name,
         framework="keras",
-        arguments=tuple(getattr(model, "input_names", None) or ()),
         outputs=tuple(getattr(model, "output_names", None) or ()),
-        declared=tuple(_declared(i) for i in getattr(model, "inputs", None) or ()),
+        declared=_declared(model, examples),
     )
 
 
@@ -118,6 +122,13 @@ def _distinct(names: Any) -> list[str]:
     return list(found)
 
 
-def _declared(tensor: Any) -> Declared:
-    first, *rest = tensor.shape
-    return Declared(tensor.name, ("batch" if first is None else first, *rest), str(tensor.dtype))
+def _declared(model: Any, examples: Sequence[Any]) -> tuple[Declared, ...]:
+    """The inputs in the order of the flattened arguments: a dict's values come by its sorted keys."""
+    tensors = list(getattr(model, "inputs", None) or ())
+    if len(examples) == 1 and isinstance(examples[0], Mapping):
+        by_name = {t.name: t for t in tensors}
+        if set(by_name) != set(examples[0]):
+            return ()
+        tensors = [by_name[name] for name in sorted(by_name)]
+    shapes = [tuple("batch" if n is None and i == 0 else n for i, n in enumerate(t.shape)) for t in tensors]
+    return tuple(Declared(t.name, shape, str(t.dtype)) for t, shape in zip(tensors, shapes, strict=True))
