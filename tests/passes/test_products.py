@@ -139,6 +139,30 @@ def test_a_share_of_the_memory_is_not_exceeded(monkeypatch, caplog):
     assert changed(three, params, array(4, 16))[1] is not before
 
 
+def test_weights_that_layers_share_count_once(monkeypatch):
+    def layers(params, x):
+        for _ in range(4):
+            x = sum(x @ w for w in params)
+        return x
+
+    params = [array(16, 16) / 4 for _ in range(3)]
+    monkeypatch.setattr(native, "memory_bytes", lambda _: 8 * 4 * 3 * 16 * 16)
+    before, after = changed(layers, params, array(4, 16))
+    assert (len(dots(before)), len(dots(after))) == (12, 4)
+
+
+def test_weights_that_are_widened_stay_narrow():
+    params = [jnp.asarray(RNG.integers(-9, 9, (128, 64)), jnp.int8) for _ in range(3)]  # more than 4 KB widened
+    before, after = changed(lambda p, x: [x @ (w.astype(jnp.float32) * 0.5) for w in p], params, array(600, 128))
+    assert after is before and made(after, params) == []
+
+
+def test_a_transpose_that_is_multiplied_from_the_left_is_not_copied():
+    params = [array(64, 32)]
+    before, after = changed(lambda p, x: p[0].T @ x, params, array(64, 600))
+    assert after is before and made(after, params) == []
+
+
 def test_a_cpu_reads_them_otherwise():
     before, after = changed(three, [array(16, 8), array(16, 8)], array(4, 16), platform="cpu")
     assert after is before

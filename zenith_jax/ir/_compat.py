@@ -166,6 +166,13 @@ def hide_frames(*paths: str) -> None:
         _register_exclusion(path)
 
 
+def is_default_precision(product: JaxprEqn) -> bool:
+    """Whether a dot_general leaves its precision to XLA, which takes TensorFloat-32 for float32 on a GPU."""
+    precision = product.params["precision"]
+    both = precision if isinstance(precision, tuple) else (precision,)
+    return all(p in (None, jax.lax.Precision.DEFAULT, jax.lax.DotAlgorithmPreset.DEFAULT) for p in both)
+
+
 def source_line(eqn: JaxprEqn) -> str:
     """file:line of the user's code that made the equation: the innermost frame outside of installed packages. Without
     one the scopes it was made in, which are the layers of a model that a package calls; else the innermost frame that

@@ -85,8 +85,11 @@ def _is_wanted(graph: Graph, value: Var, origins: dict[Var, frozenset[Var]], pla
 def _is_ready(product: JaxprEqn, matrix: Var, platform: str) -> bool:
     """Whether the product is as fast with the transpose of the matrix."""
     contracted, _ = product.params["dimension_numbers"]
-    if platform != "cpu":  # what `products.py` has transposed is not: TensorFloat-32 is fastest along the last axis
-        return matrix.aval.dtype != np.float32 or tuple(contracted[product.invars.index(matrix)]) != (1,)
+    if platform == "cuda":  # what `products.py` has transposed is not: TensorFloat-32 is fastest along the last axis
+        is_tf32 = matrix.aval.dtype == np.float32 and _compat.is_default_precision(product)
+        return not (is_tf32 and product.invars[1] is matrix and tuple(contracted[1]) == (1,))
+    if platform != "cpu":
+        return True
     other = product.invars[1 if product.invars[0] is matrix else 0].aval
     terms = math.prod(product.invars[0].aval.shape[d] for d in contracted[0])
     return other.size > _FEW_ROWS * terms

@@ -36,8 +36,12 @@ logger = logging.getLogger("zenith_jax")
 _MERGED_BYTES = 32 << 20
 # Rows from which float32 weights are stored (n, k): 128 rows are as fast either way.
 _ROWS = 512
-# The share of the device's memory that such copies may take.
+# The share of the device's memory that such copies may take, for each size that a model is compiled for.
 _SHARE = 1 / 8
+
+
+def _bytes(array: Any) -> int:
+    return array.aval.size * array.aval.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +65,11 @@ class _Product:
 
     @property
     def is_tf32(self) -> bool:
-        return self.stored.aval.dtype == np.float32 and _is_default(self.eqn.params["precision"])
+        return self.stored.aval.dtype == np.float32 and _compat.is_default_precision(self.eqn)
 
     @property
     def bytes(self) -> int:
-        return sum(v.aval.size * v.aval.dtype.itemsize for v in (*self.eqn.invars, *self.eqn.outvars))
+        return sum(map(_bytes, (*self.eqn.invars, *self.eqn.outvars)))
 
     @property
     def kind(self) -> Any:
@@ -111,12 +115,9 @@ def _product(graph: Graph, known: dict[Var, frozenset[Var]], index: int, eqn: Ja
         stored, axis = producer.invars[0], 1 - axis
     if axis not in (0, stored.aval.ndim - 1) or not isinstance(stored, Var):
         return None
+    if _bytes(stored) > sum(map(_bytes, known[stored])):
+        return None  # a cast or dequantised weight, which `known.py` leaves in the program
     return _Product(index, eqn, of_x[0], stored, axis != 0)
-
-
-def _is_default(precision: Any) -> bool:
-    both = precision if isinstance(precision, tuple) else (precision,)
-    return all(p in (None, lax.Precision.DEFAULT, lax.DotAlgorithmPreset.DEFAULT) for p in both)
 
 
 def _groups(alike: list[_Product]) -> list[list[_Product]]:
@@ -128,7 +129,8 @@ def _groups(alike: list[_Product]) -> list[list[_Product]]:
 
 
 def _fit(groups: list[list[_Product]]) -> bool:
-    copied = sum(p.stored.aval.size * p.stored.aval.dtype.itemsize for group in groups for p in group)
+    distinct = {frozenset(p.stored for p in group) for group in groups}
+    copied = sum(_bytes(w) for group in distinct for w in group)
     memory = native.memory_bytes(native.default_device())
     if memory is None or copied <= memory * _SHARE:
         return True

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from zenith_jax.errors import Refusal, refuse
+from zenith_jax.ir import _compat
 from zenith_jax.ir._compat import JaxprEqn
 from zenith_jax.ir.graph import Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
@@ -308,7 +308,7 @@ def build(reading: Reading) -> Match | Refusal:
         leaves=tuple(leaf.atom for leaf in leaves),
         emit=emit,
         static=tuple(static.items()),
-        detail=_detail(logits, roles, s, bool(biases), len(masks), structure, has_sink),
+        detail=_detail(logits, roles, s, bool(biases), len(masks), structure, has_sink, exact),
         case=(
             ("dtype", kernel_dtype(common, static["multiplied_dtype"], static["dtype"])),
             ("batch", batch_size * groups),
@@ -328,9 +328,7 @@ def build(reading: Reading) -> Match | Refusal:
 
 def _is_exact(product: JaxprEqn) -> bool:
     """Whether something else was asked for than what a GPU does by default: products of float32 in TensorFloat-32."""
-    precision = product.params["precision"]
-    both = precision if isinstance(precision, tuple) else (precision,)
-    return any(p not in (None, lax.Precision.DEFAULT, lax.DotAlgorithmPreset.DEFAULT) for p in both)
+    return not _compat.is_default_precision(product)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,7 +384,14 @@ def _is_length_major(query: Term, key: Term, roles: Roles, s: Axis) -> bool:
 
 
 def _detail(
-    logits: Logits, roles: Roles, s: Axis, has_bias: bool, masks: int, structure: _Structure, has_sink: bool
+    logits: Logits,
+    roles: Roles,
+    s: Axis,
+    has_bias: bool,
+    masks: int,
+    structure: _Structure,
+    has_sink: bool,
+    exact: bool,
 ) -> str:
     t = roles.t.size if roles.t is not None else 1
     parts = [f"t{t} s{s.size} d{roles.d.size}"]
@@ -399,6 +404,7 @@ def _detail(
         "bias": has_bias,
         "softcap": logits.softcap,
         "sink": has_sink,
+        "exact": exact,  # another kernel for float32
     }
     parts += [name for name, is_there in named.items() if is_there]
     return " ".join(parts)
