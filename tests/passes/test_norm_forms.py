@@ -7,6 +7,7 @@ import pytest
 from flax import linen
 
 import zenith_jax as zenith
+from zenith_jax.passes.choose import Choices
 
 RNG = np.random.default_rng(0)
 NAME = "layer_norm_in_two_passes"
@@ -89,3 +90,14 @@ def test_large_ones_are_kernels_and_cpus_have_them_for_small_ones_too():
     scale = jax.ShapeDtypeStruct((768,), jnp.float32)
     assert [site.op for site in norms(one_pass, large, scale, scale)[0]] == ["layer_norm"]
     assert NAME not in str(norms(one_pass, X, SCALE, BIAS, platform="cpu")[1])
+
+
+def test_measured_choices_take_the_form_too():
+    """Where XLA was faster than the kernel, it was so in the form that the program has."""
+    with zenith.configured(platform="cuda", use_cost=False):
+        (site,) = zenith.explain(one_pass)(X, SCALE, BIAS).fused
+    assert site.op == "layer_norm"
+    with zenith.configured(platform="cuda", choices=Choices({site.key: (5.0, 1.0)})):
+        (found,) = zenith.explain(one_pass)(X, SCALE, BIAS).fused
+    assert found.op == NAME and "XLA was faster here" in found.detail
+    assert found.choice == "XLA's operations, in the form that it compiles best"

@@ -145,6 +145,10 @@ def plan(graph: Graph, context: Context) -> list[Match]:
             )
             if isinstance(found, Match) and refusal is None and context.choices is not None:
                 refusal = context.choices.declined(site.key)
+                form = None if refusal is None else _form(found, context)
+                if form is not None and not any(id(e) in claimed for e in form.inner):
+                    site = dataclasses.replace(site, op=form.op, detail=f"{form.detail}; no {site.op}: {refusal}")
+                    found, refusal = form, None
             if isinstance(found, Match) and refusal is None:
                 refusal = _untraceable(found)
             sites.append((index, _decided(site, refusal, found, graph, context)))
@@ -158,6 +162,16 @@ def plan(graph: Graph, context: Context) -> list[Match]:
     # A value before its cast may be what another match starts from, below the cast.
     leaves = {a for m in plan for a in m.leaves if isinstance(a, Var)}
     return [m if m.results[0] in leaves else narrowed(graph, m) for m in plan]
+
+
+def _form(match: Match, context: Context) -> Match | None:
+    """XLA's operations in the form that its compiler likes best, where the kernel was measured to be slower."""
+    form = match.simpler
+    while form is not None and not form.is_form:
+        form = form.simpler
+    if form is None or declined(form, context.platform, differentiated=context.differentiated, use_cost=True):
+        return None
+    return form
 
 
 def _simpler(match: Match, refusal: Refusal, claimed: set[int], context: Context) -> tuple[Match, str, Refusal | None]:
@@ -196,6 +210,8 @@ def _shapes(match: Match) -> str:
 def _choice(match: Match, context: Context) -> str:
     if match.declined is not None:
         return "the registered replacement, which supports these arguments"
+    if match.is_form:
+        return "XLA's operations, in the form that it compiles best"
     if context.choices is not None:
         return f"Zenith's {context.platform} kernel, measured on this device"
     rule = "by the measured rule of this platform" if context.use_cost else "by request: the cost rule is switched off"

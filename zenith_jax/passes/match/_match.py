@@ -44,6 +44,8 @@ class Match:
     yields: bool = False
     # Whether it is no site where it is declined: XLA's code is as good.
     unmentioned: bool = False
+    # Whether `emit` is XLA's operations alone, in another form than the program's.
+    is_form: bool = False
 
 
 def narrowed(graph: Graph, match: Match) -> Match:

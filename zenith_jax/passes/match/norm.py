@@ -195,8 +195,8 @@ def _finish(
         case=case,
     )
     if moments.in_one_pass:
-        in_two_passes = dataclasses.replace(alone, op="layer_norm_in_two_passes", emit=emit_in_two_passes)
-        alone = dataclasses.replace(alone, simpler=in_two_passes)
+        form = dataclasses.replace(alone, op="layer_norm_in_two_passes", emit=emit_in_two_passes, is_form=True)
+        alone = dataclasses.replace(alone, simpler=form)
     if residual is not None:
         addition, first, second = residual
         total = addition.outvars[0]
