@@ -70,16 +70,16 @@ def _of_jax(keras: Any, model: Any, examples: Sequence[Any]) -> Source:
         model(*_packed(keras, model, examples))
     if not model.built:
         raise FrontendError(f"the Keras model {model.name!r} has no weights yet: call it once, or give example inputs")
-    variables = {True: model.trainable_variables, False: model.non_trainable_variables}
-    names = {trainable: _distinct(v.path for v in of) for trainable, of in variables.items()}
+    variables = {"trainable": model.trainable_variables, "non_trainable": model.non_trainable_variables}
+    names = {kind: _distinct(v.path for v in of) for kind, of in variables.items()}
     # Keras takes no word about training for inference, and hands the word to no `call` that does not take it.
     inference = {"training": False} if "training" in inspect.signature(model.call).parameters else {}
 
     def function(params: Mapping[str, Mapping[str, Any]], *inputs: Any) -> Any:
-        trainable, other = ([params[key][n] for n in names[is_]] for is_, key in ((True, _TRAINED), (False, _OTHER)))
+        trainable, other = ([params[kind][n] for n in of] for kind, of in names.items())
         results, after = model.stateless_call(trainable, other, *_packed(keras, model, inputs), **inference)
         if any(a is not b for a, b in zip(other, after, strict=True)):
-            changed = [n for n, a, b in zip(names[False], other, after, strict=True) if a is not b]
+            changed = [n for n, a, b in zip(names["non_trainable"], other, after, strict=True) if a is not b]
             raise FrontendError(
                 f"{model.name} changes {', '.join(changed)} when it is called, which a compiled model has no place for"
             )
@@ -89,17 +89,14 @@ def _of_jax(keras: Any, model: Any, examples: Sequence[Any]) -> Source:
         function=function,
         params={
             # Copies: fit and evaluate give a model's own arrays away.
-            key: {n: jnp.array(v.value, copy=True) for n, v in zip(names[is_], variables[is_], strict=True)}
-            for is_, key in ((True, _TRAINED), (False, _OTHER))
+            kind: {n: jnp.array(v.value, copy=True) for n, v in zip(names[kind], of, strict=True)}
+            for kind, of in variables.items()
         },
         name=model.name,
         framework="keras",
         outputs=tuple(getattr(model, "output_names", None) or ()),
         declared=_declared(model, examples),
     )
-
-
-_TRAINED, _OTHER = "trainable", "non_trainable"
 
 
 def _packed(keras: Any, model: Any, inputs: Sequence[Any]) -> Sequence[Any]:

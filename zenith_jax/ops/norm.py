@@ -24,7 +24,7 @@ from zenith_jax.ops._op import Kernel, as_batches, check_kernel_dtype, dense, is
 # --- references -------------------------------------------------------------------------------------------------------
 
 
-def _normalised(x: Any, eps: float, *, centre: bool) -> tuple[Any, Any]:
+def standardised(x: Any, eps: float, *, centre: bool) -> tuple[Any, Any]:
     """(xhat, 1/standard deviation) along the last axis, in the widened dtype."""
     x = widened(x)
     if centre:
@@ -34,14 +34,14 @@ def _normalised(x: Any, eps: float, *, centre: bool) -> tuple[Any, Any]:
 
 
 def _forward(x: Any, scale: Any, bias: Any | None, eps: float) -> Any:
-    xhat, _ = _normalised(x, eps, centre=bias is not None)
+    xhat, _ = standardised(x, eps, centre=bias is not None)
     y = xhat * widened(scale)
     return (y if bias is None else y + widened(bias)).astype(x.dtype)
 
 
 def _backward(x: Any, scale: Any, dy: Any, dsum: Any | None, eps: float, *, centre: bool) -> tuple[Any, Any, Any]:
     """(dx, dscale, dbias), all (*b, d)."""
-    xhat, rstd = _normalised(x, eps, centre=centre)
+    xhat, rstd = standardised(x, eps, centre=centre)
     dy_wide = widened(dy)
     g = dy_wide * widened(scale)
     dx = g - xhat * jnp.mean(g * xhat, axis=-1, keepdims=True)

@@ -273,7 +273,8 @@ def build(reading: Reading) -> Match | Refusal:
     common = jnp.result_type(query.dtype, key.dtype, value.dtype)
     leaves = [query, key, value, *(term for term, _ in (*masks, *biases)), *sinks, *structure.leaves]
     layout = LENGTH_MAJOR if _is_length_major(query, key, roles, s) else HEADS_MAJOR
-    exact = any(_is_exact(e) for e in reading.inner if e.primitive.name == "dot_general")
+    products = [e for e in reading.inner if e.primitive.name == "dot_general"]
+    exact = not all(map(_compat.is_default_precision, products))
     static: dict[str, Any] = dict(
         sizes=tuple(tuple(1 if a is None else a.size for a in leaf.axes) for leaf in leaves),
         orders=tuple(orders.items()),
@@ -324,11 +325,6 @@ def build(reading: Reading) -> Match | Refusal:
             ("sink", has_sink),
         ),
     )
-
-
-def _is_exact(product: JaxprEqn) -> bool:
-    """Whether something else was asked for than what a GPU does by default: products of float32 in TensorFloat-32."""
-    return not _compat.is_default_precision(product)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-from jax import lax
-
 from zenith_jax.errors import Refusal, refuse
 from zenith_jax.ir._compat import JaxprEqn, Var
 from zenith_jax.ir.graph import VIEWS, Graph
 from zenith_jax.ir.term import Axis, Term, Terms, is_float
 from zenith_jax.ops import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from zenith_jax.ops.norm import standardised
 from zenith_jax.passes.match._match import Match, as_precise
 from zenith_jax.passes.match.moments import eps_and_variance, square_of, unclamped
 from zenith_jax.passes.match.normalised import Moments, Normalised, distributed, is_mean_of, mean_along, normalised
@@ -282,9 +280,7 @@ def emit_in_two_passes(x, *parameters, kind, eps, has_scale, has_bias, shape, dt
     """In XLA's operations: the deviations' squares are summed, of which its compiler for GPUs makes one kernel; of
     mean(x^2) - mean(x)^2 it makes two."""
     chosen = _parameters(parameters, has_scale, has_bias, kind)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
-    y = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    y, _ = standardised(x, eps, centre=True)
     if chosen["scale"] is not None:
         y = y * chosen["scale"]
     if chosen["bias"] is not None:
